@@ -1,0 +1,266 @@
+"""What a run writes down: numbers of all ranks, reduced to one row per report, as CSV and for TensorBoard."""
+
+import csv
+import math
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from time import perf_counter
+from typing import Protocol
+
+import numpy as np
+
+from hvd_dqn.errors import InputError
+
+TIMED = ("act", "env", "sample", "update")
+COLUMNS = (
+    "total_steps", "cycle", "updates", "seconds", "steps_per_second", "updates_per_second", "epsilon", "learning_rate",
+    "loss", "mean_q", "gradient_norm", "episodes", "return_mean", "return_max", "length_mean", "replay_size",
+    *(f"time_{name}" for name in TIMED),
+)  # fmt: skip
+
+Row = dict[str, float]  # by column; NaN where there was nothing to measure
+
+
+class Reducer(Protocol):
+    """What the ledger asks of a world: these collectives, in which all ranks take part."""
+
+    @property
+    def size(self) -> int: ...
+    def sum(self, values: np.ndarray, /) -> np.ndarray: ...
+    def max(self, values: np.ndarray, /) -> np.ndarray: ...
+
+
+class Timer:
+    """Adds up the seconds spent inside `with timer:`."""
+
+    __slots__ = ("_entered", "seconds")
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+
+    def __enter__(self) -> None:
+        self._entered = perf_counter()
+
+    def __exit__(self, *_: object) -> None:
+        self.seconds += perf_counter() - self._entered
+
+
+class Ledger:
+    """Collects on each rank what happened since the last report, and reduces it over all ranks.
+
+    Means are reduced as (sum, count): a rank that finished three episodes counts three times as much as one that
+    finished one. `seconds_before` is the wall time that the run had taken before this process continued it.
+    """
+
+    def __init__(self, world: Reducer, seconds_before: float = 0.0) -> None:
+        self._world = world
+        self._timers = {name: Timer() for name in TIMED}
+        self._began = perf_counter() - seconds_before
+        self._total_steps = self._updates = 0  # at the last report
+        self._start_window()
+
+    def _start_window(self) -> None:
+        self._window_began = perf_counter()
+        self._episodes = np.zeros(3)  # count, sum of returns, sum of lengths
+        self._return_max = -math.inf
+        self._phases = np.zeros(4)  # updates, sum of losses, of mean q, of gradient norms
+        for timer in self._timers.values():
+            timer.seconds = 0.0
+
+    @property
+    def seconds(self) -> float:
+        """Wall time of the run, over all its resumes."""
+        return perf_counter() - self._began
+
+    def timed(self, name: str) -> Timer:
+        """Counts the time inside `with ledger.timed("act"):` as one of `TIMED`."""
+        return self._timers[name]
+
+    def episodes(self, returns: np.ndarray, lengths: np.ndarray) -> None:
+        """Episodes that ended on this rank in this cycle, [n] each; n may be 0."""
+        if len(returns):
+            self._episodes += (len(returns), np.sum(returns, dtype=np.float64), np.sum(lengths, dtype=np.float64))
+            self._return_max = max(self._return_max, float(np.max(returns)))
+
+    def phase(self, updates: int, loss_sum: float, q_sum: float, gradient_norm_sum: float) -> None:
+        """One phase of this rank: the number of updates, and sums over them."""
+        self._phases += (updates, loss_sum, q_sum, gradient_norm_sum)
+
+    def report(
+        self, *, total_steps: int, cycle: int, updates: int, epsilon: float, learning_rate: float, replay_size: int
+    ) -> Row:
+        """A row with `COLUMNS`, the same on all ranks, about the time since the last one. A collective.
+
+        `replay_size` is this rank's, the row has the sum; `episodes` are those of the window; `time_*` are a rank's
+        mean seconds.
+        """
+        # Horovod: the vectors have the same length on every rank, whatever happened there (law 1).
+        times = [timer.seconds for timer in self._timers.values()]
+        sums = self._world.sum(np.concatenate([self._episodes, self._phases, [float(replay_size)], times]))
+        highest = self._world.max(np.array([self._return_max, self.seconds, perf_counter() - self._window_began]))
+
+        episodes, return_sum, length_sum, phase_updates, loss_sum, q_sum, norm_sum, replay_sum, *times = sums.tolist()
+        return_max, seconds, window = highest.tolist()
+        values = (
+            total_steps,
+            cycle,
+            updates,
+            seconds,
+            _ratio(total_steps - self._total_steps, window),
+            _ratio(updates - self._updates, window),
+            epsilon,
+            learning_rate,
+            _ratio(loss_sum, phase_updates),
+            _ratio(q_sum, phase_updates),
+            _ratio(norm_sum, phase_updates),
+            round(episodes),
+            _ratio(return_sum, episodes),
+            return_max if episodes else math.nan,
+            _ratio(length_sum, episodes),
+            round(replay_sum),
+            *(time / self._world.size for time in times),
+        )
+        self._total_steps, self._updates = total_steps, updates
+        self._start_window()
+        return dict(zip(COLUMNS, values, strict=True))
+
+    def state(self) -> dict[str, float]:
+        """What a resumed run goes on counting from; an unreported window is not part of it."""
+        return {"seconds": self.seconds, "total_steps": self._total_steps, "updates": self._updates}
+
+    def load_state(self, state: dict[str, float]) -> None:
+        self._began = perf_counter() - state["seconds"]
+        self._total_steps, self._updates = int(state["total_steps"]), int(state["updates"])
+        self._start_window()
+
+
+def _ratio(total: float, count: float) -> float:
+    return total / count if count else math.nan
+
+
+class Writer(Protocol):
+    def write(self, row: Row) -> None: ...
+    def close(self) -> None: ...
+
+
+class NullWriter:
+    """The writer of the ranks that are not the chief."""
+
+    def write(self, row: Row) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
+class Writers:
+    """Several writers as one."""
+
+    def __init__(self, writers: Iterable[Writer]) -> None:
+        self._writers = tuple(writers)
+
+    def write(self, row: Row) -> None:
+        for writer in self._writers:
+            writer.write(row)
+
+    def close(self) -> None:
+        for writer in self._writers:
+            writer.close()
+
+
+class CsvWriter:
+    """A line per row, in the file as soon as it is written; NaN is an empty cell.
+
+    With `append_after` a file that exists is continued after that many total steps, the rows beyond them being dropped:
+    the resumed run makes them again. Without it the file begins anew.
+    """
+
+    def __init__(self, path: Path, columns: Sequence[str] = COLUMNS, append_after: int | None = None) -> None:
+        self._columns = tuple(columns)
+        header = ",".join(columns) + "\n"
+        kept = [] if append_after is None else _rows_until(path, header, append_after)
+        # Renamed into place, so that a crash in here loses no row that the checkpoint stands behind.
+        temporary = path.with_name(path.name + ".tmp")
+        self._file = temporary.open("w", encoding="utf-8", newline="\n")
+        self._file.writelines([header, *kept])
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        temporary.replace(path)
+
+    def write(self, row: Row) -> None:
+        self._file.write(",".join(_cell(row[column]) for column in self._columns) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def _cell(value: float) -> str:
+    if isinstance(value, int | np.integer):
+        return str(value)
+    return "" if math.isnan(value) else f"{value:.6g}"
+
+
+def _whole_lines(path: Path) -> list[str]:
+    """The lines of `path`, without a last one that was still being written when the process died."""
+    return [line for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]
+
+
+def _rows_until(path: Path, header: str, total_steps: int) -> list[str]:
+    lines = _whole_lines(path) if path.exists() else []
+    if not lines:
+        return []
+    if lines[0] != header:
+        raise InputError(
+            f"Cannot continue {path}: it was written with other columns. "
+            f"Expected: {header.strip()}. Received: {lines[0].strip()}."
+        )
+    steps = read_csv(path)["total_steps"]
+    return [line for line, step in zip(lines[1:], steps, strict=True) if step <= total_steps]
+
+
+def read_csv(path: Path) -> dict[str, np.ndarray]:
+    """The columns of a CSV file of ours, [rows] float64 each, NaN for empty cells."""
+    expected = "Expected: a file like a run's metrics.csv."
+    try:
+        header, *rows = csv.reader(_whole_lines(path), strict=True)
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise InputError(f"Cannot read {path}: {error}. {expected}") from None
+    except ValueError:
+        raise InputError(f"{path} has no header line. {expected}") from None
+    table = np.full((len(rows), len(header)), math.nan)
+    for index, row in enumerate(rows):
+        if len(row) != len(header):
+            raise InputError(f"{path}, line {index + 2}: {len(row)} cells under {len(header)} columns. {expected}")
+        for column, cell in enumerate(row):
+            try:
+                table[index, column] = float(cell) if cell else math.nan
+            except ValueError:
+                raise InputError(
+                    f"{path}, line {index + 2}: `{header[column]}` is {cell!r}, not a number. {expected}"
+                ) from None
+    return {name: table[:, column] for column, name in enumerate(header)}
+
+
+class TensorBoardWriter:
+    """The same numbers for TensorBoard, one scalar per column, over total steps.
+
+    Two writers at the same time need a directory each: TensorBoard follows only the newest file of a directory.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        import tensorflow as tf  # here, so that `hvd-dqn plot` starts without it
+
+        self._summary = tf.summary
+        self._file = tf.summary.create_file_writer(str(directory))
+
+    def write(self, row: Row) -> None:
+        with self._file.as_default(step=int(row["total_steps"])):
+            for name, value in row.items():
+                if name != "total_steps" and not math.isnan(value):
+                    self._summary.scalar(name, value)
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()

@@ -1,0 +1,345 @@
+"""The ledger's sums over ranks, and the files that its rows go to."""
+
+import math
+import threading
+import time
+
+import numpy as np
+import pytest
+
+from hvd_dqn.errors import InputError
+from hvd_dqn.metrics import COLUMNS, CsvWriter, Ledger, NullWriter, TensorBoardWriter, Writers, read_csv
+
+
+class Solo:
+    size = 1
+
+    def sum(self, values):
+        return values
+
+    max = sum
+
+
+class Threads:
+    """One world for N ranks, each a thread; remembers the shape of every vector that came by."""
+
+    def __init__(self, size):
+        self.size = size
+        self.tapes = [[] for _ in range(size)]
+        self._barrier = threading.Barrier(size, timeout=10)
+        self._values = [None] * size
+
+    def rank(self, rank):
+        world = self
+
+        class Rank:
+            size = world.size
+
+            def sum(self, values):
+                return world._reduce(rank, "sum", values)
+
+            def max(self, values):
+                return world._reduce(rank, "max", values)
+
+        return Rank()
+
+    def _reduce(self, rank, name, values):
+        assert values.dtype == np.float64
+        self.tapes[rank].append((name, values.shape))
+        self._values[rank] = values
+        self._barrier.wait()
+        result = getattr(np, name)(np.stack(self._values), axis=0)
+        self._barrier.wait()
+        return result
+
+    def run(self, *mains):
+        """What `main(world)` returned on each rank."""
+        results = [None] * self.size
+
+        def call(rank):
+            results[rank] = mains[rank](self.rank(rank))
+
+        threads = [threading.Thread(target=call, args=(rank,)) for rank in range(self.size)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(20)
+        assert not any(thread.is_alive() for thread in threads)
+        return results
+
+
+def report(ledger, total_steps=100, updates=10, replay_size=50, **others):
+    values = {"cycle": 9, "epsilon": 0.5, "learning_rate": 1e-3, **others}
+    return ledger.report(total_steps=total_steps, updates=updates, replay_size=replay_size, **values)
+
+
+def same(row, other):
+    return list(row) == list(other) and np.array_equal(list(row.values()), list(other.values()), equal_nan=True)
+
+
+def test_a_row_has_exactly_the_designs_columns_in_order():
+    expected = (
+        "total_steps cycle updates seconds steps_per_second updates_per_second epsilon learning_rate loss "
+        "mean_q gradient_norm episodes return_mean return_max length_mean replay_size "
+        "time_act time_env time_sample time_update"
+    )
+    assert list(report(Ledger(Solo()))) == list(COLUMNS) == expected.split()
+
+
+def test_ranks_are_reduced_as_sum_and_count_not_as_a_mean_of_means():
+    def first(world):  # three episodes, in two cycles
+        ledger = Ledger(world)
+        ledger.episodes(np.array([10.0, 20.0]), np.array([1, 2]))
+        ledger.episodes(np.array([]), np.array([]))
+        ledger.episodes(np.array([30.0]), np.array([6]))
+        ledger.phase(4, loss_sum=8.0, q_sum=4.0, gradient_norm_sum=2.0)
+        return report(ledger, replay_size=50)
+
+    def second(world):  # one episode, fewer updates
+        ledger = Ledger(world)
+        ledger.episodes(np.array([100.0]), np.array([11]))
+        ledger.phase(1, loss_sum=1.0, q_sum=6.0, gradient_norm_sum=0.5)
+        ledger.phase(1, loss_sum=3.0, q_sum=2.0, gradient_norm_sum=0.5)
+        return report(ledger, replay_size=40)
+
+    row, other = Threads(2).run(first, second)
+    assert same(row, other)
+    for name, expected in [
+        ("episodes", 4),
+        ("return_mean", 160 / 4),  # a mean of means would be (20 + 100) / 2 = 60
+        ("return_max", 100.0),
+        ("length_mean", 20 / 4),  # not (3 + 11) / 2 = 7
+        ("loss", 12 / 6),
+        ("mean_q", 12 / 6),  # not (1 + 4) / 2 = 2.5
+        ("gradient_norm", 3 / 6),
+        ("replay_size", 90),
+        ("total_steps", 100),
+        ("updates", 10),
+    ]:
+        assert row[name] == pytest.approx(expected), name
+
+
+def test_every_rank_makes_the_same_collectives_whatever_happened_on_it():
+    def busy(world):
+        ledger = Ledger(world)
+        ledger.episodes(np.arange(5.0), np.arange(5))
+        ledger.phase(3, 1.0, 1.0, 1.0)
+        with ledger.timed("act"):
+            report(ledger)
+        report(ledger)
+
+    def idle(world):
+        ledger = Ledger(world)
+        report(ledger)
+        report(ledger)
+
+    world = Threads(3)
+    world.run(busy, idle, idle)
+    assert world.tapes[0] == world.tapes[1] == world.tapes[2]
+    assert [name for name, _ in world.tapes[0]] == ["sum", "max"] * 2
+
+
+def test_a_window_in_which_nothing_happened_has_nan_for_every_mean():
+    row = report(Ledger(Solo()))
+    assert {name for name, value in row.items() if math.isnan(value)} == {
+        "loss", "mean_q", "gradient_norm", "return_mean", "return_max", "length_mean"
+    }  # fmt: skip
+    assert row["episodes"] == 0
+
+
+def test_return_max_is_right_where_all_returns_are_negative_and_one_rank_has_none():
+    def some(world):
+        ledger = Ledger(world)
+        ledger.episodes(np.array([-200.0, -110.0]), np.array([200, 110]))
+        return report(ledger)
+
+    row, _ = Threads(2).run(some, lambda world: report(Ledger(world)))
+    assert (row["return_max"], row["return_mean"]) == (-110.0, -155.0)
+
+
+def test_a_report_starts_the_next_window():
+    ledger = Ledger(Solo())
+    ledger.episodes(np.array([7.0]), np.array([3]))
+    ledger.phase(2, 2.0, 2.0, 2.0)
+    with ledger.timed("env"):
+        time.sleep(0.01)
+    report(ledger)
+    row = report(ledger, total_steps=200)
+    assert (row["episodes"], row["time_env"]) == (0, 0.0)
+    assert math.isnan(row["loss"])
+    assert math.isnan(row["return_max"])
+
+
+def test_times_are_the_mean_of_the_ranks_and_rates_count_all_steps_of_the_window():
+    def slow(world):
+        ledger = Ledger(world)
+        report(ledger, total_steps=1000, updates=100)
+        for _ in range(2):
+            with ledger.timed("sample"):
+                time.sleep(0.05)
+        return report(ledger, total_steps=1500, updates=110)
+
+    def fast(world):
+        ledger = Ledger(world)
+        report(ledger, total_steps=1000, updates=100)
+        return report(ledger, total_steps=1500, updates=110)
+
+    row, other = Threads(2).run(slow, fast)
+    assert same(row, other)
+    window = 500 / row["steps_per_second"]
+    # Two times 50 ms on one rank of two, so at most half of the window; their sum would fill it.
+    assert 0.05 <= row["time_sample"] <= window / 2
+    assert row["time_act"] == 0.0
+    assert row["updates_per_second"] == pytest.approx(10 / window)
+    assert row["seconds"] >= window
+
+
+def test_a_resumed_run_goes_on_counting_seconds_steps_and_updates():
+    ledger = Ledger(Solo())
+    ledger.load_state({"seconds": 1000.0, "total_steps": 5000, "updates": 500})
+    time.sleep(0.02)
+    row = report(ledger, total_steps=5100, updates=500)
+    assert 1000.02 <= row["seconds"] < 1001
+    assert row["steps_per_second"] <= 100 / 0.02  # not 5100 steps in 20 ms
+    assert row["updates_per_second"] == 0
+    state = ledger.state()
+    assert (state["total_steps"], state["updates"]) == (5100, 500)
+    assert state["seconds"] >= row["seconds"]
+    assert 7 <= Ledger(Solo(), seconds_before=7.0).seconds < 8
+
+
+# CSV
+
+
+def rows(*steps):
+    return [{"total_steps": step, "loss": step / 3, "return_mean": math.nan} for step in steps]
+
+
+def write(path, some, **options):
+    writer = CsvWriter(path, ("total_steps", "loss", "return_mean"), **options)
+    for row in some:
+        writer.write(row)
+    writer.close()
+
+
+def test_nan_becomes_an_empty_cell_and_numbers_are_short(tmp_path):
+    path = tmp_path / "metrics.csv"
+    write(path, rows(1, 1000))
+    assert path.read_text() == "total_steps,loss,return_mean\n1,0.333333,\n1000,333.333,\n"
+
+
+def test_large_counts_are_written_in_full(tmp_path):
+    path = tmp_path / "metrics.csv"
+    write(path, [{"total_steps": 123_456_789, "loss": np.float32(0.5), "return_mean": -0.0}])
+    assert path.read_text().splitlines()[1] == "123456789,0.5,-0"
+
+
+def test_a_row_is_in_the_file_as_soon_as_it_is_written(tmp_path):
+    writer = CsvWriter(tmp_path / "metrics.csv")
+    row = report(Ledger(Solo()))
+    writer.write(row)
+    table = read_csv(tmp_path / "metrics.csv")
+    assert list(table) == list(COLUMNS)
+    np.testing.assert_allclose([table[name][0] for name in COLUMNS], list(row.values()), rtol=1e-5)
+
+
+def test_a_resumed_file_goes_on_after_the_checkpoint_with_one_header(tmp_path):
+    path = tmp_path / "metrics.csv"
+    for written, checkpoint, then, expected in [
+        ([10, 20, 30, 40], 20, [30], [10, 20, 30]),
+        ([10, 20, 30, 40], 25, [30, 40], [10, 20, 30, 40]),
+        ([10, 20], 20, [], [10, 20]),
+        ([10, 20], 5, [10], [10]),
+        ([], 20, [30], [30]),
+    ]:
+        write(path, rows(*written))
+        write(path, rows(*then), append_after=checkpoint)
+        assert path.read_text().count("total_steps") == 1
+        assert read_csv(path)["total_steps"].tolist() == expected, (written, checkpoint)
+        assert [file.name for file in tmp_path.iterdir()] == ["metrics.csv"]
+
+
+def test_a_line_cut_by_the_crash_is_dropped_on_resume_even_below_the_checkpoint(tmp_path):
+    path = tmp_path / "metrics.csv"
+    write(path, rows(10, 20))
+    with path.open("a") as file:
+        file.write("3")  # of 30000: "3" alone would look like a row from before the checkpoint
+    write(path, rows(30), append_after=25)
+    assert read_csv(path)["total_steps"].tolist() == [10, 20, 30]
+
+
+def test_resuming_without_a_file_begins_one_and_a_new_run_begins_anew(tmp_path):
+    path = tmp_path / "metrics.csv"
+    write(path, rows(30), append_after=20)
+    assert read_csv(path)["total_steps"].tolist() == [30]
+    write(path, rows(5))
+    assert read_csv(path)["total_steps"].tolist() == [5]
+
+
+def test_a_file_with_other_columns_is_not_continued(tmp_path):
+    path = tmp_path / "metrics.csv"
+    path.write_text("total_steps,loss\n10,1\n")
+    with pytest.raises(InputError, match=r"other columns\. Expected: total_steps,loss,return_mean\. Received: total_"):
+        write(path, [], append_after=20)
+    assert path.read_text() == "total_steps,loss\n10,1\n"
+
+
+def test_what_is_no_table_of_numbers_is_refused_in_one_line_that_names_the_place(tmp_path):
+    path = tmp_path / "metrics.csv"
+    for content, complaint in [
+        (b"", "has no header line"),
+        (b"a,b\n1,2\n3\n", "line 3: 1 cells under 2 columns"),
+        (b"a,b\n1,2,3\n", "line 2: 3 cells under 2 columns"),
+        (b"a,b\n1,fast\n", "line 2: `b` is 'fast', not a number"),
+        (b"\xff\xfe\n", "Cannot read"),
+    ]:
+        path.write_bytes(content)
+        with pytest.raises(InputError, match=complaint) as caught:
+            read_csv(path)
+        assert "\n" not in str(caught.value)
+    with pytest.raises(InputError, match=r"Cannot read .*No such file"):
+        read_csv(tmp_path / "nowhere.csv")
+
+
+# TensorBoard and the others
+
+
+def test_tensorboard_reads_back_the_numbers_that_were_written(tmp_path):
+    from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
+    from tensorboard.util.tensor_util import make_ndarray
+
+    writer = TensorBoardWriter(tmp_path / "training")
+    writer.write({"total_steps": 1000, "episodes": 3, "loss": 0.125, "return_mean": math.nan})
+    writer.write({"total_steps": 2000, "episodes": 0, "loss": 0.1, "return_mean": -7.5})
+    writer.close()
+    (file,) = (tmp_path / "training").iterdir()
+    found = {
+        (value.tag, event.step): make_ndarray(value.tensor).item()
+        for event in EventFileLoader(str(file)).Load()
+        for value in event.summary.value
+    }
+    assert found == {
+        ("episodes", 1000): 3,
+        ("loss", 1000): 0.125,
+        ("episodes", 2000): 0,
+        ("loss", 2000): pytest.approx(0.1),
+        ("return_mean", 2000): -7.5,
+    }
+
+
+def test_writers_pass_on_to_each_and_the_null_writer_takes_everything():
+    class Memory(NullWriter):
+        def __init__(self):
+            self.calls = []
+
+        def write(self, row):
+            self.calls.append(row)
+
+        def close(self):
+            self.calls.append("closed")
+
+    first, second = Memory(), Memory()
+    writers = Writers([first, NullWriter(), second])
+    writers.write({"total_steps": 1})
+    writers.close()
+    assert first.calls == second.calls == [{"total_steps": 1}, "closed"]
