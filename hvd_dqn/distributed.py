@@ -1,0 +1,313 @@
+"""The only room that talks: what ranks say to each other, through Horovod and MPI, or nothing when a process is alone."""
+
+import importlib.util
+import os
+import socket
+import sys
+import threading
+import traceback
+import zlib
+from collections.abc import Sequence
+from typing import Any, NoReturn, Protocol
+
+import numpy as np
+
+from hvd_dqn.errors import InputError, RunError
+
+# Set by mpirun, by horovodrun's Gloo launcher and by srun in every rank they start.
+LAUNCHER_VARIABLES = ("OMPI_COMM_WORLD_RANK", "HOROVOD_RANK", "PMIX_RANK", "PMI_RANK")
+LOCAL_RANK_VARIABLES = ("OMPI_COMM_WORLD_LOCAL_RANK", "HOROVOD_LOCAL_RANK", "SLURM_LOCALID", "MPI_LOCALRANKID")
+LOCAL_SIZE_VARIABLES = ("OMPI_COMM_WORLD_LOCAL_SIZE", "HOROVOD_LOCAL_SIZE", "MPI_LOCALNRANKS")
+
+
+class World(Protocol):
+    """All ranks of a job, as one of them sees them. Every method but `abort` is a collective: all ranks call it or none."""
+
+    rank: int
+    size: int
+    local_rank: int
+    local_size: int
+    hostname: str
+
+    def wrap(self, optimizer: Any, compression: str) -> Any:
+        """A Keras optimizer whose `compute_gradients` averages over ranks. Wrap before `build`."""
+        ...
+
+    def broadcast(self, variables: Sequence[Any]) -> None:
+        """Overwrites the variables of all ranks with the chief's."""
+        ...
+
+    def average(self, tensors: Sequence[Any]) -> list[Any]:
+        """The mean over ranks of each tensor; inside a tf.function."""
+        ...
+
+    def sum(self, values: np.ndarray) -> np.ndarray:
+        """Elementwise over ranks, in float64; so are `max` and, for one flag, `any`."""
+        ...
+
+    def max(self, values: np.ndarray) -> np.ndarray: ...
+
+    def any(self, flag: bool) -> bool: ...
+
+    def gather(self, value: Any) -> list[Any]:
+        """The picklable values of all ranks, in their order, on every rank."""
+        ...
+
+    def barrier(self) -> None: ...
+
+    def abort(self, reason: str) -> NoReturn:
+        """Ends every rank of the job at once with exit code 1, after printing `reason` with this rank's name."""
+        ...
+
+
+class Solo:
+    """A process alone: every collective is the identity, and nothing outside the standard library is needed."""
+
+    rank, size, local_rank, local_size = 0, 1, 0, 1
+
+    def __init__(self) -> None:
+        self.hostname = socket.gethostname()
+
+    def wrap(self, optimizer: Any, compression: str) -> Any:
+        return optimizer
+
+    def broadcast(self, variables: Sequence[Any]) -> None:
+        pass
+
+    def average(self, tensors: Sequence[Any]) -> list[Any]:
+        return list(tensors)
+
+    def sum(self, values: np.ndarray) -> np.ndarray:
+        return np.asarray(values, np.float64)
+
+    def max(self, values: np.ndarray) -> np.ndarray:
+        return np.asarray(values, np.float64)
+
+    def any(self, flag: bool) -> bool:
+        return bool(flag)
+
+    def gather(self, value: Any) -> list[Any]:
+        return [value]
+
+    def barrier(self) -> None:
+        pass
+
+    def abort(self, reason: str) -> NoReturn:
+        print(f"hvd-dqn: {reason}", file=sys.stderr, flush=True)
+        sys.exit(1)
+
+
+class HorovodWorld:
+    """Several ranks. Tensors go through Horovod; objects through mpi4py, or through Horovod too where Gloo is in charge.
+
+    Raises RunError where mpi4py and Horovod do not see the same job.
+    """
+
+    def __init__(self) -> None:
+        pin_gpu()  # before MPI starts: CUDA must not see the other ranks' devices
+        import horovod.tensorflow as hvd
+
+        self._hvd, self._comm = hvd, None
+        if "HOROVOD_GLOO_RENDEZVOUS_ADDR" in os.environ:
+            hvd.init()
+        else:
+            from mpi4py import MPI
+
+            self._comm = MPI.COMM_WORLD
+            # Horovod: joining mpi4py's communicator makes the two one job by construction.
+            hvd.init(comm=self._comm)
+        self.rank, self.size = hvd.rank(), hvd.size()
+        self.local_rank, self.local_size = hvd.local_rank(), hvd.local_size()
+        self.hostname = socket.gethostname()
+        if self._comm is not None:
+            self._check_mpi()
+        self._abort_on_uncaught_exceptions()
+
+    def _check_mpi(self) -> None:
+        from mpi4py import MPI
+
+        seen, expected = (self._comm.rank, self._comm.size), (self.rank, self.size)
+        if seen != expected:
+            raise RunError(
+                f"mpi4py and Horovod disagree about this job: (rank, size) is {seen} for mpi4py and {expected} for "
+                "Horovod. They were built against different MPIs: run launch/setup.sh again with one mpirun on PATH."
+            )
+        if MPI.Query_thread() < MPI.THREAD_MULTIPLE:
+            raise RunError(
+                "This MPI does not let several threads talk (MPI_THREAD_MULTIPLE), which Horovod's background thread "
+                "needs. Use an Open MPI built with --enable-mpi-thread-multiple (4.0 and later always are)."
+            )
+
+    def _abort_on_uncaught_exceptions(self) -> None:
+        """A rank must never wait for a dead one: whatever thread dies here takes the job with it."""
+
+        def die(kind: type[BaseException], error: BaseException | None, trace: Any) -> NoReturn:
+            if issubclass(kind, RunError):
+                self.abort(str(error))
+            if issubclass(kind, KeyboardInterrupt):
+                self.abort("interrupted")
+            self.abort("".join(traceback.format_exception(kind, error, trace)).rstrip())
+
+        sys.excepthook = die
+        threading.excepthook = lambda args: die(args.exc_type, args.exc_value, args.exc_traceback)
+
+    def wrap(self, optimizer: Any, compression: str) -> Any:
+        from horovod.tensorflow.keras import DistributedOptimizer
+
+        kind = self._hvd.Compression.fp16 if compression == "fp16" else self._hvd.Compression.none
+        # Horovod: `groups=1` sends all gradients of an update as one message.
+        return DistributedOptimizer(optimizer, groups=1, compression=kind, op=self._hvd.Average)
+
+    def broadcast(self, variables: Sequence[Any]) -> None:
+        self._hvd.broadcast_variables(variables, root_rank=0)
+
+    def average(self, tensors: Sequence[Any]) -> list[Any]:
+        return self._hvd.grouped_allreduce(list(tensors), op=self._hvd.Average, name="average")
+
+    def sum(self, values: np.ndarray) -> np.ndarray:
+        return self._reduce(values, self._hvd.Sum, "sum")
+
+    def max(self, values: np.ndarray) -> np.ndarray:
+        return self._reduce(values, self._hvd.Max, "max")
+
+    def _reduce(self, values: np.ndarray, op: Any, name: str) -> np.ndarray:
+        values = np.asarray(values, np.float64)
+        # Horovod: a name stands for one shape, so that its response cache keeps the negotiation short.
+        return self._hvd.allreduce(values, op=op, name=f"{name}.{'x'.join(map(str, values.shape))}").numpy()
+
+    def any(self, flag: bool) -> bool:
+        return bool(self.max(np.array([float(flag)]))[0])
+
+    def gather(self, value: Any) -> list[Any]:
+        if self._comm is not None:
+            return self._comm.allgather(value)
+        return self._hvd.allgather_object(value)
+
+    def barrier(self) -> None:
+        self.sum(np.zeros(1))  # horovod.tensorflow has no barrier of its own
+
+    def abort(self, reason: str) -> NoReturn:
+        name = f"[rank {self.rank}/{self.size} {self.hostname}]"
+        print("\n".join(f"{name} {line}" for line in reason.splitlines()), file=sys.stderr, flush=True)
+        if self._comm is not None:
+            self._comm.Abort(1)
+        os._exit(1)  # Gloo: its launcher ends the others
+
+
+class BroadcastHook:
+    """Makes all ranks start from the chief's weights: at the start, after a restore and whenever ranks join."""
+
+    def __init__(self, world: World, variables: Sequence[Any]) -> None:
+        self._world, self._variables = world, variables
+
+    def __call__(self) -> None:
+        self._world.broadcast(self._variables)
+
+
+def check_drift(world: World, variables: Sequence[Any], when: str) -> None:
+    """Compares a checksum of every variable over ranks. Raises RunError, on all ranks, naming those that differ.
+
+    The error goes to the ranks whose values differ from the chief's. `when` says at which point of the run.
+    """
+    sums = np.array([zlib.crc32(np.ascontiguousarray(variable.numpy())) for variable in variables], np.float64)
+    largest = world.max(np.concatenate([sums, -sums]))
+    if np.array_equal(largest[: len(sums)], -largest[len(sums) :]):
+        return
+    everyone = np.stack(world.gather(sums))  # [size, variables]
+    differs = everyone != everyone[0]
+    ranks = ", ".join(str(rank) for rank in np.flatnonzero(differs.any(axis=1)))
+    names = ", ".join(variables[i].name for i in np.flatnonzero(differs.any(axis=0)))
+    raise RunError(
+        f"The ranks have drifted apart {when}: on rank {ranks} the variables {names} differ from rank 0's. "
+        "Something changed weights without averaging; go on from the last checkpoint with --resume."
+    )
+
+
+def agree(world: World, error: InputError | None) -> None:
+    """Raises the first rank's InputError on all ranks, so that bad input seen by one ends every rank in step."""
+    for message in world.gather(None if error is None else str(error)):
+        if message is not None:
+            raise InputError(message)
+
+
+def connect() -> World:
+    """The world this process was started into; alone, neither Horovod, mpi4py nor TensorFlow is imported."""
+    if not any(name in os.environ for name in LAUNCHER_VARIABLES):
+        return Solo()
+    if "HOROVOD_GLOO_RENDEZVOUS_ADDR" in os.environ:
+        size = int(os.environ["HOROVOD_SIZE"])
+    else:
+        size = _mpi_size()
+    if size == 1:
+        return Solo()
+    if importlib.util.find_spec("horovod") is None:
+        raise InputError(
+            f"{size} ranks need Horovod, which is not installed: run launch/setup.sh, or start one process."
+        )
+    return HorovodWorld()
+
+
+def _mpi_size() -> int:
+    if importlib.util.find_spec("mpi4py") is None:
+        raise InputError("A job of several ranks needs mpi4py, which is not installed: run launch/setup.sh.")
+    set_communication_defaults()
+    from mpi4py import MPI
+
+    return MPI.COMM_WORLD.size
+
+
+def set_communication_defaults() -> None:
+    """Waiting that suits ranks which fill their cores; whatever the environment already says wins. Call before MPI starts."""
+    # Open MPI spins while it waits, which takes the core from the rank that is still computing: let it yield.
+    os.environ.setdefault("OMPI_MCA_mpi_yield_when_idle", "1")
+    # Horovod: every wait lasts a cycle of its background thread, in ms; its default of 1 is long against a small update.
+    os.environ.setdefault("HOROVOD_CYCLE_TIME", "0.05")
+
+
+def set_thread_defaults() -> int:
+    """Gives this rank its share of the cores; whatever the environment already says wins. Call before TensorFlow starts."""
+    threads = cores() if "SLURM_CPUS_PER_TASK" in os.environ or _is_bound() else max(1, cores() // _local("SIZE"))
+    for name in ("OMP_NUM_THREADS", "TF_NUM_INTRAOP_THREADS", "TF_NUM_INTEROP_THREADS"):
+        os.environ.setdefault(name, str(threads))
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # only errors: the CPU's features and the like are no news
+    return threads
+
+
+def cores() -> int:
+    """How many cores this process may use."""
+    return int(os.environ.get("SLURM_CPUS_PER_TASK", 0)) or len(os.sched_getaffinity(0))
+
+
+def _is_bound() -> bool:
+    """Whether the launcher gave this rank cores of its own: its parent may use more of them."""
+    try:
+        return os.sched_getaffinity(0) < os.sched_getaffinity(os.getppid())
+    except OSError:
+        return False
+
+
+def _local(what: str) -> int:
+    names = LOCAL_SIZE_VARIABLES if what == "SIZE" else LOCAL_RANK_VARIABLES
+    return next((int(os.environ[name]) for name in names if name in os.environ), 1 if what == "SIZE" else 0)
+
+
+def pin_gpu() -> None:
+    """Leaves this rank one GPU and lets its memory grow, whether it sees all GPUs of the host or only its own.
+
+    Raises InputError where two ranks would share one GPU, which NCCL does not do.
+    """
+    import tensorflow as tf
+
+    gpus = tf.config.list_physical_devices("GPU")
+    if not gpus:
+        return
+    local_rank = _local("RANK")
+    # One visible GPU and several local ranks: the launcher already dealt them out, or there are too few.
+    index = 0 if len(gpus) == 1 and "CUDA_VISIBLE_DEVICES" in os.environ else local_rank
+    if index >= len(gpus):
+        raise InputError(
+            f"Local rank {local_rank} has no GPU of its own: {len(gpus)} are visible on {socket.gethostname()}. "
+            "Start at most one rank per GPU, or hide the GPUs with CUDA_VISIBLE_DEVICES= to train on the CPU."
+        )
+    tf.config.set_visible_devices(gpus[index], "GPU")
+    tf.config.experimental.set_memory_growth(gpus[index], True)

@@ -1,0 +1,170 @@
+"""The network, its target and its optimizer: everything that changes when the agent learns."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+import tensorflow as tf
+
+from hvd_dqn.distributed import World
+from hvd_dqn.losses import chosen, double_q_target, huber, q_target, squared
+from hvd_dqn.networks import Network
+from hvd_dqn.transition import Batch
+
+LOSSES = {"huber": huber, "squared": squared}
+
+
+class Phase(NamedTuple):
+    """Sums over the updates of one phase, of this rank's minibatches; the gradient's is of the averaged gradient."""
+
+    updates: int
+    loss: float
+    mean_q: float
+    gradient_norm: float
+
+
+class Learner:
+    """Fits `online` to bootstrapped targets by phases of K updates per call.
+
+    With `sync` "gradients" every update averages the gradient over the ranks of `world`; with "parameters" each rank takes
+    the phase's updates alone and then parameters and optimizer slots are averaged (McMahan et al. 2017, arXiv:1602.05629),
+    which is another algorithm: for one rank both are the same. `passes` minibatches make one update.
+    """
+
+    def __init__(
+        self,
+        make_network: Callable[[], Network],
+        world: World,
+        *,
+        double: bool,
+        loss: str,
+        sync: str = "gradients",
+        compression: str = "none",
+        passes: int = 1,
+        adam_epsilon: float = 1e-7,
+        max_gradient_norm: float | None = None,
+        xla: bool = False,
+    ) -> None:
+        self.online, self.target = make_network(), make_network()
+        self._copy_target()
+        self._world, self._double, self._loss, self._passes = world, double, LOSSES[loss], passes
+        self._averages_parameters = sync == "parameters"
+        optimizer = tf.keras.optimizers.Adam(epsilon=adam_epsilon, global_clipnorm=max_gradient_norm, jit_compile=False)
+        # Horovod: the wrapper makes a new optimizer, so wrap first and build then; slots exist before they are broadcast.
+        self.optimizer = optimizer if self._averages_parameters else world.wrap(optimizer, compression)
+        self.optimizer.build(self.online.variables)
+        # Horovod: XLA cannot compile a phase inside which ranks talk.
+        self.compiled = xla and (world.size == 1 or self._averages_parameters)
+        self._updates = tf.function(self._take_updates, jit_compile=self.compiled, reduce_retracing=not self.compiled)
+        self._average = tf.function(self._average_parameters)
+
+    @property
+    def variables(self) -> list[tf.Variable]:
+        """All that must be equal on all ranks: online, target and optimizer variables, always in the same order."""
+        return [*self.online.variables, *self.target.variables, *self.optimizer.variables]
+
+    def update(self, batch: Batch, learning_rate: float, target_copies: np.ndarray) -> Phase:
+        """Takes K updates from a batch of leading dimensions [K, passes * B]; `target_copies` is [K] bool."""
+        # Parameters are averaged after the phase, and only then may they become the target of all ranks.
+        copies = np.zeros_like(target_copies) if self._averages_parameters else target_copies
+        sums = self._updates(*map(tf.constant, batch), tf.constant(learning_rate, tf.float32), tf.constant(copies))
+        if self._averages_parameters:
+            self._average()
+            if target_copies.any():
+                self._copy_target()
+        return Phase(len(target_copies), *map(float, sums.numpy()))
+
+    def _take_updates(
+        self,
+        observation: tf.Tensor,  # [K, P * B, ...]
+        action: tf.Tensor,  # [K, P * B]
+        reward: tf.Tensor,
+        discount: tf.Tensor,
+        next_observation: tf.Tensor,
+        learning_rate: tf.Tensor,  # []
+        copies: tf.Tensor,  # [K]
+    ) -> tf.Tensor:
+        self.optimizer.learning_rate.assign(learning_rate)
+        sums = tf.zeros([3])
+        for k in tf.range(tf.shape(action)[0]):
+            sums += self._take_update(
+                Batch(observation[k], action[k], reward[k], discount[k], next_observation[k]),
+            )
+            if copies[k]:
+                self._copy_target()
+        return sums
+
+    def _take_update(self, minibatch: Batch) -> tf.Tensor:
+        """Returns [loss, mean q, gradient norm]."""
+        variables = self.online.variables
+        if self._passes == 1:
+            target = self._bootstrap(minibatch)
+            with tf.GradientTape() as tape:
+                loss, mean_q = self._evaluate(minibatch, target)
+                objective = loss
+        else:
+            gradients, loss, mean_q = self._accumulate(minibatch)
+            with tf.GradientTape() as tape:
+                # The gradient of sum(g * v) by v is g: so the mean of the passes goes the way of any other gradient.
+                objective = tf.add_n([tf.reduce_sum(g * v) for g, v in zip(gradients, variables, strict=True)])
+        # These two calls are the body of `minimize`. Horovod: the first one averages. `tape.gradient` followed by
+        # `apply_gradients` would average nothing, silently.
+        averaged = self.optimizer.compute_gradients(objective, variables, tape)
+        norm = tf.linalg.global_norm([gradient for gradient, _ in averaged])
+        self.optimizer.apply_gradients(averaged)  # clips to the global norm: after the average, as it must be
+        return tf.stack([loss, mean_q, norm])
+
+    def _accumulate(self, minibatch: Batch) -> tuple[list[tf.Tensor], tf.Tensor, tf.Tensor]:
+        """The mean gradient, loss and q of `passes` minibatches, one after the other to save memory.
+
+        Horovod's own accumulation is not used: it counts every pass as a step of Adam, which weakens the bias correction.
+        """
+        variables, share = self.online.variables, 1.0 / self._passes
+        gradients, loss, mean_q = [tf.zeros_like(v) for v in variables], tf.constant(0.0), tf.constant(0.0)
+        parts = Batch(*(tf.stack(tf.split(x, self._passes)) for x in minibatch))
+        for p in tf.range(self._passes):
+            part = Batch(*(x[p] for x in parts))
+            target = self._bootstrap(part)
+            with tf.GradientTape() as tape:
+                part_loss, part_q = self._evaluate(part, target)
+            part_gradients = tape.gradient(part_loss, variables)
+            gradients = [total + share * g for total, g in zip(gradients, part_gradients, strict=True)]
+            loss, mean_q = loss + share * part_loss, mean_q + share * part_q
+        return gradients, loss, mean_q
+
+    def _bootstrap(self, minibatch: Batch) -> tf.Tensor:
+        """The targets [B] of the temporal-difference errors."""
+        q_next_target = self.target(minibatch.next_observation)  # [B, A]
+        if not self._double:
+            return q_target(minibatch.reward, minibatch.discount, q_next_target)
+        q_next_online = self.online(minibatch.next_observation)  # [B, A]
+        return double_q_target(minibatch.reward, minibatch.discount, q_next_online, q_next_target)
+
+    def _evaluate(self, minibatch: Batch, target: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+        """The mean loss and the mean value of the actions taken."""
+        q = chosen(self.online(minibatch.observation), minibatch.action)  # [B]
+        return tf.reduce_mean(self._loss(q - target)), tf.reduce_mean(q)
+
+    def _copy_target(self) -> None:
+        for target, online in zip(self.target.variables, self.online.variables, strict=True):
+            target.assign(online)
+
+    def _average_parameters(self) -> None:
+        slots = [v for v in self.optimizer.variables if v.dtype.is_floating and v.shape.rank > 0]
+        variables = [*self.online.variables, *slots]
+        for variable, mean in zip(variables, self._world.average(variables), strict=True):
+            variable.assign(mean)
+
+    def state(self) -> dict[str, np.ndarray]:
+        """Every variable by a stable name."""
+        return {f"{i:03d}": variable.numpy() for i, variable in enumerate(self.variables)}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Raises ValueError where the arrays do not fit, after which nothing has been changed."""
+        names = [f"{i:03d}" for i in range(len(self.variables))]
+        expected = {name: tuple(v.shape) for name, v in zip(names, self.variables, strict=True)}
+        received = {name: tuple(array.shape) for name, array in state.items()}
+        if expected != received:
+            raise ValueError(f"expected arrays of shapes {expected}, received {received}")
+        for name, variable in zip(names, self.variables, strict=True):
+            variable.assign(state[name])

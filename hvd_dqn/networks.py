@@ -1,0 +1,243 @@
+"""Networks from observations to action values: pure functions of one flat parameter vector, or the user's Keras model."""
+
+import importlib
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+import tensorflow as tf
+
+from hvd_dqn.errors import InputError
+
+Array = Any  # np.ndarray or tf.Tensor: the MLP computes with either
+
+
+class Network(Protocol):
+    """Anything with `variables`, a call from observations [B, ...] to values [B, A], and the same call in NumPy."""
+
+    variables: list[tf.Variable]
+
+    def __call__(self, observation: tf.Tensor) -> tf.Tensor: ...
+
+    def q_values(self, observation: np.ndarray) -> np.ndarray: ...
+
+
+def encode(observation: tf.Tensor, categories: int | None) -> tf.Tensor:
+    """Makes float32 of what environments yield: states one-hot [B, categories], bytes scaled to [0, 1]."""
+    if categories is not None:
+        return tf.one_hot(observation[:, 0], categories)
+    if observation.dtype == tf.uint8:
+        return tf.cast(observation, tf.float32) * (1.0 / 255.0)
+    return tf.cast(observation, tf.float32)
+
+
+class FlatNetwork:
+    """A network whose parameters all live in one vector `theta`.
+
+    Horovod then averages one tensor per update, and broadcast, target copy, checksum and saving are one operation each.
+    `shapes` lists the weights in the order in which `forward(weights, observation)` takes them. A matrix [in, out] or a
+    kernel [height, width, in, out] starts uniform in +-1/sqrt(fan in) and a bias at 0 (LeCun et al. 1998, section 4.6,
+    with PyTorch's factor).
+    """
+
+    def __init__(
+        self,
+        shapes: Sequence[tuple[int, ...]],
+        forward: Callable[[list[Array], Array], Array],
+        categories: int | None,
+        rng: np.random.Generator,
+    ) -> None:
+        self._shapes, self._forward, self._categories = shapes, forward, categories
+        self._sizes = [math.prod(shape) for shape in shapes]
+        self.theta = tf.Variable(np.concatenate([_initial(shape, rng).ravel() for shape in shapes]), name="theta")
+        self.variables = [self.theta]
+        self._compiled = tf.function(self.__call__, reduce_retracing=True)
+
+    def __call__(self, observation: tf.Tensor) -> tf.Tensor:
+        weights = [
+            tf.reshape(part, shape) for part, shape in zip(tf.split(self.theta, self._sizes), self._shapes, strict=True)
+        ]
+        return self._forward(weights, encode(observation, self._categories))
+
+    def q_values(self, observation: np.ndarray) -> np.ndarray:
+        return self._compiled(tf.constant(observation)).numpy()
+
+
+class Mlp(FlatNetwork):
+    """Dense layers with ReLU; it acts in NumPy, where a small batch costs a twentieth of a TensorFlow call."""
+
+    def __init__(
+        self,
+        inputs: int,
+        hidden: Sequence[int],
+        actions: int,
+        *,
+        dueling: bool,
+        categories: int | None,
+        rng: np.random.Generator,
+    ) -> None:
+        shapes = _dense_shapes(inputs, hidden, actions, dueling)
+        super().__init__(shapes, lambda weights, x: _dense(weights, _flatten(x), dueling), categories, rng)
+
+    def q_values(self, observation: np.ndarray) -> np.ndarray:
+        theta, weights, start = self.theta.numpy(), [], 0
+        for shape, size in zip(self._shapes, self._sizes, strict=True):
+            weights.append(theta[start : start + size].reshape(shape))
+            start += size
+        if self._categories is not None:
+            observation = np.eye(self._categories, dtype=np.float32)[observation[:, 0]]
+        elif observation.dtype == np.uint8:
+            observation = observation * np.float32(1 / 255)
+        return self._forward(weights, observation)
+
+
+class NatureCnn(FlatNetwork):
+    """Three convolutions and a dense layer (Mnih et al. 2015, Methods, "Model architecture"); images are [H, W, C]."""
+
+    KERNELS = ((8, 4, 32), (4, 2, 64), (3, 1, 64))  # (side, stride, filters)
+
+    def __init__(
+        self,
+        image: tuple[int, ...],
+        hidden: Sequence[int],
+        actions: int,
+        *,
+        dueling: bool,
+        rng: np.random.Generator,
+    ) -> None:
+        height, width, channels = image
+        shapes: list[tuple[int, ...]] = []
+        for side, stride, filters in self.KERNELS:
+            shapes += [(side, side, channels, filters), (filters,)]
+            height, width, channels = (height - side) // stride + 1, (width - side) // stride + 1, filters
+            if height < 1 or width < 1:
+                raise InputError(
+                    f"The Nature CNN needs images of at least 36 x 36 pixels. Received: {image[0]} x {image[1]}. "
+                    "Enlarge them in a wrapper, or choose --agent.network mlp or a Keras model of your own."
+                )
+        convolutions = len(shapes)
+        shapes += _dense_shapes(height * width * channels, hidden, actions, dueling)
+
+        def forward(weights: list[Array], x: Array) -> Array:
+            for layer, (_, stride, _) in enumerate(self.KERNELS):
+                kernel, bias = weights[2 * layer : 2 * layer + 2]
+                x = tf.nn.relu(tf.nn.bias_add(tf.nn.conv2d(x, kernel, stride, "VALID"), bias))  # [B, H, W, C]
+            return _dense(weights[convolutions:], _flatten(x), dueling)
+
+        super().__init__(shapes, forward, None, rng)
+
+
+class KerasNetwork:
+    """The user's own model, with its variables as they are."""
+
+    def __init__(self, model: Any, categories: int | None) -> None:
+        self._model, self._categories = model, categories
+        self.variables = model.trainable_variables
+        self._compiled = tf.function(self.__call__, reduce_retracing=True)
+
+    def __call__(self, observation: tf.Tensor) -> tf.Tensor:
+        return self._model(encode(observation, self._categories))
+
+    def q_values(self, observation: np.ndarray) -> np.ndarray:
+        return self._compiled(tf.constant(observation)).numpy()
+
+
+def build_network(
+    name: str,
+    observation_shape: tuple[int, ...],
+    categories: int | None,
+    actions: int,
+    *,
+    hidden: Sequence[int],
+    dueling: bool,
+    rng: np.random.Generator,
+) -> Network:
+    """Makes the network called `name` for observations [B, *observation_shape]; see `Agent.network` for the names."""
+    if name == "mlp":
+        inputs = categories or math.prod(observation_shape)
+        return Mlp(inputs, hidden, actions, dueling=dueling, categories=categories, rng=rng)
+    if name == "cnn":
+        if len(observation_shape) != 3 or categories is not None:
+            raise InputError(
+                f"--agent.network cnn needs images [H, W, C]. Received observations of shape {list(observation_shape)}. "
+                "Choose --agent.network mlp."
+            )
+        return NatureCnn(observation_shape, hidden, actions, dueling=dueling, rng=rng)
+    if ":" not in name:
+        raise InputError(f"--agent.network must be mlp, cnn or module:function. Received: {name!r}.")
+    tf.keras.utils.set_random_seed(int(rng.integers(2**31)))
+    shape = observation_shape if categories is None else (categories,)
+    model = _call_builder(name, shape, actions)
+    if any(variable not in model.trainable_variables for variable in model.non_trainable_variables):
+        raise InputError(
+            f"The model of {name} has variables that are not trained ({model.non_trainable_variables[0].name}, ...). "
+            "Batch statistics would differ between ranks: use LayerNormalization instead of BatchNormalization."
+        )
+    return KerasNetwork(model, categories)
+
+
+def _call_builder(name: str, observation_shape: tuple[int, ...], actions: int) -> Any:
+    module, function = name.split(":", 1)
+    try:
+        builder = getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError) as error:
+        raise InputError(
+            f"--agent.network {name} cannot be imported: {error}. Expected: an importable module:function."
+        ) from None
+    model = builder(observation_shape, actions)
+    if not isinstance(model, tf.keras.Model):
+        raise InputError(
+            f"{name}(observation_shape, actions) must return a keras.Model. Received: {type(model).__name__}."
+        )
+    out = model(tf.zeros((1, *observation_shape)))
+    if tuple(out.shape) != (1, actions):
+        raise InputError(
+            f"The model of {name} must map [B, {', '.join(map(str, observation_shape))}] to [B, {actions}], one value per "
+            f"action. Received: an output of shape {tuple(out.shape)} for B = 1."
+        )
+    return model
+
+
+def _initial(shape: tuple[int, ...], rng: np.random.Generator) -> np.ndarray:
+    if len(shape) == 1:
+        return np.zeros(shape, np.float32)
+    bound = 1.0 / math.sqrt(math.prod(shape[:-1]))
+    return rng.uniform(-bound, bound, shape).astype(np.float32)
+
+
+def _flatten(x: Array) -> Array:
+    if len(x.shape) == 2:
+        return x
+    return (np if isinstance(x, np.ndarray) else tf).reshape(x, (-1, math.prod(x.shape[1:])))
+
+
+def _dense_shapes(inputs: int, hidden: Sequence[int], actions: int, dueling: bool) -> list[tuple[int, ...]]:
+    """Weights of the dense layers; dueling doubles the last hidden one: its halves feed value and advantages."""
+    widths = [inputs, *hidden]
+    if dueling:
+        widths[-1] *= 2
+    shapes: list[tuple[int, ...]] = []
+    for fan_in, fan_out in zip(widths, widths[1:], strict=False):
+        shapes += [(fan_in, fan_out), (fan_out,)]
+    if dueling:
+        return [*shapes, (hidden[-1], 1), (1,), (hidden[-1], actions), (actions,)]
+    return [*shapes, (widths[-1], actions), (actions,)]
+
+
+def _dense(weights: list[Array], x: Array, dueling: bool) -> Array:
+    """Values [B, A] from features [B, D], in NumPy or TensorFlow, whichever `x` is.
+
+    Dueling: q = v + a - mean(a) (Wang et al. 2016, arXiv:1511.06581, equation 9).
+    """
+    xp = np if isinstance(x, np.ndarray) else tf
+    heads = 4 if dueling else 2
+    for layer in range(0, len(weights) - heads, 2):
+        x = xp.maximum(x @ weights[layer] + weights[layer + 1], 0.0)
+    if not dueling:
+        return x @ weights[-2] + weights[-1]
+    value_features, advantage_features = xp.split(x, 2, axis=1)
+    value = value_features @ weights[-4] + weights[-3]  # [B, 1]
+    advantage = advantage_features @ weights[-2] + weights[-1]  # [B, A]
+    mean = np.mean if xp is np else tf.reduce_mean
+    return value + advantage - mean(advantage, axis=1, keepdims=True)
