@@ -151,10 +151,11 @@ def test_return_max_is_right_where_all_returns_are_negative_and_one_rank_has_non
     def some(world):
         ledger = Ledger(world)
         ledger.episodes(np.array([-200.0, -110.0]), np.array([200, 110]))
+        ledger.episodes(np.array([-500.0]), np.array([500]))
         return report(ledger)
 
     row, _ = Threads(2).run(some, lambda world: report(Ledger(world)))
-    assert (row["return_max"], row["return_mean"]) == (-110.0, -155.0)
+    assert (row["return_max"], row["return_mean"]) == (-110.0, -270.0)
 
 
 def test_a_report_starts_the_next_window():
