@@ -178,6 +178,9 @@ class Evaluation(Section):
     final_episodes: int = setting(
         100, "in the evaluation that ends the run", unit="episodes", source="Stable-Baselines3 zoo", ge=1
     )
+    max_episode_steps: int = setting(
+        27_000, "longest evaluation episode", unit="steps", source="Mnih et al. 2015 (30 minutes of play)", ge=1
+    )
     epsilon: float = setting(
         0.0, "probability of a random action", source="Stable-Baselines3 (Mnih et al. 2015: 0.05)", ge=0, le=1
     )
@@ -232,23 +235,30 @@ def load_preset(name: str) -> Config:
     return parse(known[name], f"preset {name}")
 
 
-def load_file(path: Path) -> Config:
+def load_file(path: Path, base: Config | None = None) -> Config:
     try:
-        return parse(path.read_text(), str(path))
+        return parse(path.read_text(), str(path), base)
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(
             f"Cannot read the settings in {path}: {error}. Expected: a YAML file like a run's config.yaml."
         ) from None
 
 
-def parse(text: str, origin: str) -> Config:
-    """Lays the YAML `text` over the defaults; `origin` names it in errors."""
+def parse(text: str, origin: str, base: Config | None = None) -> Config:
+    """Lays the YAML `text` over `base` or the defaults; `origin` names it in errors."""
     try:
-        return Config.model_validate(yaml.safe_load(text) or {})
+        return Config.model_validate(_laid_over((base or Config()).model_dump(), yaml.safe_load(text) or {}))
     except yaml.YAMLError as error:
         raise InputError(f"{origin} is not YAML: {' '.join(str(error).split())}") from None
     except ValidationError as error:
         raise InputError(f"{origin}: {explain(error)}") from None
+
+
+def _laid_over(base: dict[str, Any], top: Any) -> Any:
+    if not isinstance(top, dict):
+        return top  # pydantic says what is wrong with it
+    deeper = {name: _laid_over(base[name], value) for name, value in top.items() if isinstance(base.get(name), dict)}
+    return base | top | {name: value for name, value in deeper.items() if name != "kwargs"}
 
 
 def explain(error: ValidationError) -> str:

@@ -1,7 +1,7 @@
 """The network, its target and its optimizer: everything that changes when the agent learns."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import tensorflow as tf
@@ -59,9 +59,14 @@ class Learner:
         self._average = tf.function(self._average_parameters)
 
     @property
-    def variables(self) -> list[tf.Variable]:
-        """All that must be equal on all ranks: online, target and optimizer variables, always in the same order."""
-        return [*self.online.variables, *self.target.variables, *self.optimizer.variables]
+    def variables(self) -> dict[str, tf.Variable]:
+        """All that must be equal on all ranks, by names that do not depend on Keras's: `online/0`, ..., `optimizer/0`."""
+        parts = {
+            "online": self.online.variables,
+            "target": self.target.variables,
+            "optimizer": self.optimizer.variables,
+        }
+        return {f"{part}/{i}": variable for part, variables in parts.items() for i, variable in enumerate(variables)}
 
     def update(self, batch: Batch, learning_rate: float, target_copies: np.ndarray) -> Phase:
         """Takes K updates from a batch of leading dimensions [K, passes * B]; `target_copies` is [K] bool."""
@@ -156,15 +161,13 @@ class Learner:
             variable.assign(mean)
 
     def state(self) -> dict[str, np.ndarray]:
-        """Every variable by a stable name."""
-        return {f"{i:03d}": variable.numpy() for i, variable in enumerate(self.variables)}
+        return {name: variable.numpy() for name, variable in self.variables.items()}
 
-    def load_state(self, state: dict[str, Any]) -> None:
+    def load_state(self, state: dict[str, np.ndarray]) -> None:
         """Raises ValueError where the arrays do not fit, after which nothing has been changed."""
-        names = [f"{i:03d}" for i in range(len(self.variables))]
-        expected = {name: tuple(v.shape) for name, v in zip(names, self.variables, strict=True)}
-        received = {name: tuple(array.shape) for name, array in state.items()}
+        expected = {name: tuple(variable.shape) for name, variable in self.variables.items()}
+        received = {name: array.shape for name, array in state.items()}
         if expected != received:
             raise ValueError(f"expected arrays of shapes {expected}, received {received}")
-        for name, variable in zip(names, self.variables, strict=True):
+        for name, variable in self.variables.items():
             variable.assign(state[name])

@@ -154,6 +154,10 @@ def build_network(
     rng: np.random.Generator,
 ) -> Network:
     """Makes the network called `name` for observations [B, *observation_shape]; see `Agent.network` for the names."""
+    if dueling and not hidden:
+        raise InputError(
+            "--agent.dueling splits the last hidden layer in two: give --agent.hidden at least one hidden layer."
+        )
     if name == "mlp":
         inputs = categories or math.prod(observation_shape)
         return Mlp(inputs, hidden, actions, dueling=dueling, categories=categories, rng=rng)
@@ -169,7 +173,7 @@ def build_network(
     tf.keras.utils.set_random_seed(int(rng.integers(2**31)))
     shape = observation_shape if categories is None else (categories,)
     model = _call_builder(name, shape, actions)
-    if any(variable not in model.trainable_variables for variable in model.non_trainable_variables):
+    if model.non_trainable_variables:
         raise InputError(
             f"The model of {name} has variables that are not trained ({model.non_trainable_variables[0].name}, ...). "
             "Batch statistics would differ between ranks: use LayerNormalization instead of BatchNormalization."

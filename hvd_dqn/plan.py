@@ -15,18 +15,21 @@ class Plan:
 
     Cycle c (0, 1, ...) takes `total_steps_after(c) - total_steps_after(c - 1)` total steps: one step in each environment
     of each rank. A period of p total steps has its event in the cycle in which the total steps reach or pass a multiple of p.
-    Raises InputError where the settings cannot be carried out by `size` ranks.
+    A run resumed at `resumed_at` total steps starts with an empty replay. Raises InputError where the settings cannot be
+    carried out by `size` ranks.
     """
 
-    def __init__(self, config: Config, size: int) -> None:
+    def __init__(self, config: Config, size: int, resumed_at: int = 0) -> None:
         self.config = config
         self.size = size
+        self.resumed_at = resumed_at
         self.envs_per_rank = self._share(config.env.envs_per_rank, "env.envs_per_rank")
         self.batch_per_rank = self._share(config.learner.batch_size, "learner.batch_size")
         self.passes = config.ranks.backward_passes_per_step
         self.envs = size * self.envs_per_rank
         self.steps_per_cycle = self.envs
         self.global_batch = size * self.batch_per_rank * self.passes
+        self.first_cycle = math.ceil(resumed_at / self.steps_per_cycle)
         self.cycles = math.ceil(config.total_steps / self.steps_per_cycle)
         self.slots_per_env = config.replay.capacity // self.envs
         # One update trains on `global_batch` transitions, and each step is to be trained on `replay_ratio` times.
@@ -86,7 +89,9 @@ class Plan:
         return self._updates_by(last_phase)
 
     def updates_at(self, cycle: int) -> int:
-        """K, the number of updates in this cycle's phase; 0 where there is none."""
+        """K, the number of updates in this cycle's phase; 0 where there is none, as while a resumed run refills its replay."""
+        if self.resumed_at and self.total_steps_after(cycle) < self.resumed_at + self.config.learner.learn_start:
+            return 0
         return self.updates_after(cycle) - self.updates_after(cycle - 1)
 
     def learns_at(self, cycle: int) -> bool:

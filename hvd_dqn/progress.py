@@ -220,8 +220,9 @@ class _Live:
         self._measure()
         table = Table.grid(padding=(0, 2))
         for name, value in rows.items():
-            table.add_row(Text(name, style="cyan"), Text(value))
+            table.add_row(Text(name, style="dim"), Text(value))
         self._console.print(table)
+        self._console.print()
 
     def update(self, row: Row) -> None:
         self._row = row

@@ -1,0 +1,297 @@
+"""The command line: reads it, starts the world, and shows what the rooms below report."""
+
+import contextlib
+import io
+import json
+import os
+import re
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+import tyro
+
+from hvd_dqn import __version__
+from hvd_dqn.checkpoint import Checkpoints, Snapshot
+from hvd_dqn.config import Config, load_file, load_preset, nearest, presets, setting_names
+from hvd_dqn.distributed import World, connect, in_step, set_thread_defaults
+from hvd_dqn.errors import InputError, RunError
+from hvd_dqn.run import Run, default_path, differing
+
+T = TypeVar("T")
+
+USAGE = """\
+usage: hvd-dqn COMMAND ...
+
+  train PRESET | --config FILE  [--section.setting VALUE ...] [--run-dir DIR] [--resume]
+  evaluate RUN_DIR              [--episodes 100] [--seed S] [--epsilon E] [--best] [--json]
+  plot RUN_DIR...               [-o FILE.png]
+  bench learner                 [--json]
+  doctor                        [--json]
+  presets
+
+Started by horovodrun, mpirun or srun, the same command is one rank of many.
+`hvd-dqn COMMAND --help` explains a command; `hvd-dqn train --help` lists every setting.
+"""
+
+
+@dataclass
+class TrainOptions:
+    """Trains an agent. PRESET names the settings to start from (see `hvd-dqn presets`)."""
+
+    config: Path | None = None
+    """A YAML file of settings, such as a run's config.yaml; it lies over the preset."""
+    run_dir: Path | None = None
+    """Where the run is kept; by default runs/PRESET-DATE-TIME."""
+    resume: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Go on from the newest checkpoint in --run-dir."""
+    settings: Annotated[Config, tyro.conf.arg(name="")] = field(default_factory=Config)
+
+
+@dataclass
+class EvaluateOptions:
+    """Plays episodes with a trained agent."""
+
+    run_dir: tyro.conf.Positional[Path]
+    """A directory that `hvd-dqn train` made."""
+    episodes: int = 100
+    """Episodes over all ranks."""
+    seed: int = 1
+    """Of the episodes."""
+    epsilon: float = 0.0
+    """Probability of a random action."""
+    best: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Take the checkpoint with the best evaluation instead of the newest."""
+    json: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Print one JSON object."""
+
+
+@dataclass
+class PlotOptions:
+    """Draws learning curves over total steps and over wall time."""
+
+    run_dirs: tyro.conf.Positional[tuple[Path, ...]]
+    """Directories that `hvd-dqn train` made; runs on equally many ranks become one curve."""
+    output: Annotated[Path, tyro.conf.arg(aliases=["-o"])] = Path("curve.png")
+    """The picture."""
+
+
+@dataclass
+class JsonOptions:
+    """Measures this machine."""
+
+    json: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Print one JSON object."""
+
+
+def main() -> None:
+    """The console script. Exit codes: 0 done, 1 failed, 2 bad input."""
+    sys.path.insert(0, os.getcwd())  # for the user's own `module:EnvId` and `module:function`
+    world: World | None = None
+    try:
+        set_thread_defaults()
+        world = connect()
+        if world.rank != 0:
+            sys.stdout = open(os.devnull, "w")  # results are the chief's to print
+        argv = sys.argv[1:]
+        command = in_step(world, lambda: find_command(argv))
+        command(argv[1:], world)
+    except InputError as error:
+        if world is None or world.rank == 0:
+            print(f"hvd-dqn: {error}", file=sys.stderr, flush=True)
+        sys.exit(2)
+    except RunError as error:
+        assert world is not None
+        world.abort(str(error))
+
+
+def find_command(argv: Sequence[str]) -> Callable[[Sequence[str], World], None]:
+    name = argv[0] if argv else "--help"
+    if name not in COMMANDS:
+        raise InputError(f"There is no command {name!r}.{nearest(name, COMMANDS)} See `hvd-dqn --help`.")
+    return COMMANDS[name]
+
+
+def parse(kind: type[T], arguments: Sequence[str], prog: str, default: T | None = None) -> T:
+    """Reads `arguments` into a `kind`. Raises InputError with one line where they do not fit."""
+    complaint = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(complaint):
+            options, unknown = tyro.cli(kind, args=arguments, prog=prog, default=default, return_unknown_args=True)
+    except SystemExit as stop:
+        if not stop.code:
+            raise  # --help, printed
+        raise InputError(one_line(complaint.getvalue())) from None
+    if unknown:
+        known = [f"--{name}" for name in setting_names()] if kind is TrainOptions else []
+        raise InputError(f"There is no option {unknown[0]!r}.{nearest(unknown[0], known)} See `{prog} --help`.")
+    return options
+
+
+def one_line(box: str) -> str:
+    """The reason inside one of tyro's boxes, in the words of `Config`'s own errors."""
+    text = " ".join(re.sub(r"^[│╭╰].*?[─╮╯]$|[│╭╮╰╯]", " ", box, flags=re.MULTILINE).split("─────")[0].split())
+    pydantic = re.search(
+        r"Error parsing (\S+): \d+ validation error for \w+ (\S+) (.*?) \[type=.*?, input_value=(.*?), input_type", text
+    )
+    if pydantic:
+        section, name, reason, value = pydantic.groups()
+        return f"`{section}.{name}`: {reason}. Received: {value}."
+    return text
+
+
+def read_settings(arguments: Sequence[str]) -> tuple[TrainOptions, str, Config]:
+    """The options, the name of the preset or file, and the settings: command line over file over preset over defaults."""
+    preset = arguments[0] if arguments and not arguments[0].startswith("-") else None
+    rest = list(arguments[1:] if preset else arguments)
+    prog = f"hvd-dqn train {preset or 'PRESET'}"
+    base = load_preset(preset) if preset else Config()
+    # The file must be known before the settings on the command line can be laid over it.
+    where, _ = tyro.cli(_Where, args=rest, add_help=False, return_unknown_args=True)
+    if where.config:
+        base = load_file(where.config, base)
+    elif where.resume and where.run_dir:
+        base = _settings_of_run(Run(where.run_dir), preset)
+    elif not preset and not {"-h", "--help"} & set(rest):
+        raise InputError(f"What shall be trained? Name a preset ({', '.join(presets())}) or a --config FILE.")
+    options = parse(TrainOptions, rest, prog, TrainOptions(where.config, where.run_dir, where.resume, base))
+    if options.resume and not options.run_dir:
+        raise InputError("--resume needs --run-dir DIR, the run to go on with.")
+    name = preset or (where.config.stem if where.config else "run")
+    return options, name, options.settings
+
+
+@dataclass
+class _Where:
+    config: Path | None = None
+    run_dir: Path | None = None
+    resume: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+
+
+def _settings_of_run(run: Run, preset: str | None) -> Config:
+    if not run.exists:
+        raise InputError(f"There is nothing to resume in {run.path}: it holds no run. Start it without --resume.")
+    made_by = run.about().get("preset")
+    if preset is not None and preset != made_by:
+        raise InputError(f"{run.path} is a run of {made_by}, not of {preset}. Leave the preset out or name that one.")
+    return run.config()
+
+
+def train(arguments: Sequence[str], world: World) -> None:
+    options, name, config = in_step(world, lambda: read_settings(arguments))
+    digests = world.gather(config.digest())
+    if len(set(digests)) > 1:
+        odd = [rank for rank, digest in enumerate(digests) if digest != digests[0]]
+        raise InputError(f"The ranks were started with different settings: ranks {odd} differ from rank 0.")
+    run = Run(Path(world.gather(str(options.run_dir or default_path(name)))[0]))
+    checkpoints = Checkpoints(run.path, world, config.report.keep)
+    snapshot = in_step(world, lambda: _find_snapshot(checkpoints, run) if options.resume and world.rank == 0 else None)
+    snapshot = world.gather(snapshot)[0]  # the chief chooses and hands out, so that no other rank needs the files
+
+    from hvd_dqn.session import open_session  # these import TensorFlow, which bad input should not have to wait for
+    from hvd_dqn.trainer import Trainer
+
+    trainer = in_step(world, lambda: Trainer(config, world, snapshot))
+    session = in_step(world, lambda: open_session(run, name, trainer, snapshot))
+    with contextlib.closing(trainer), session:
+        for progress in trainer.train(checkpoints):
+            session.show(progress)
+
+
+def _find_snapshot(checkpoints: Checkpoints, run: Run) -> Snapshot:
+    snapshot = checkpoints.newest(lambda text: print(f"hvd-dqn: {text}", file=sys.stderr))
+    if snapshot is None:
+        raise InputError(f"There is nothing to resume in {run.path}: it has no complete checkpoint.")
+    return snapshot
+
+
+def evaluate(arguments: Sequence[str], world: World) -> None:
+    options = in_step(world, lambda: parse(EvaluateOptions, arguments, "hvd-dqn evaluate"))
+    run = Run(options.run_dir)
+    checkpoints = Checkpoints(run.path, world)
+    config = world.gather(in_step(world, lambda: run.config() if world.rank == 0 else None))[0]
+    snapshot = in_step(world, lambda: _chosen_snapshot(checkpoints, run, options.best) if world.rank == 0 else None)
+    snapshot = world.gather(snapshot)[0]
+
+    from hvd_dqn.trainer import evaluate_snapshot
+
+    row = evaluate_snapshot(config, world, snapshot, options.episodes, options.seed, options.epsilon)
+    if options.json:
+        print(json.dumps(row))
+    else:
+        print(
+            f"return {row['return_mean']:.2f} ± {row['return_std']:.2f} (min {row['return_min']:g}, max "
+            f"{row['return_max']:g}), length {row['length_mean']:.1f}, over {row['episodes']} episodes, "
+            f"epsilon {options.epsilon:g}, with the weights after {row['total_steps']:,} total steps"
+        )
+
+
+def _chosen_snapshot(checkpoints: Checkpoints, run: Run, best: bool) -> Snapshot:
+    snapshot = _find_snapshot(checkpoints, run)
+    if best and snapshot.state["best"]:
+        return checkpoints.at(snapshot.state["best"][1])
+    return snapshot
+
+
+def plot(arguments: Sequence[str], world: World) -> None:
+    options = in_step(world, lambda: parse(PlotOptions, arguments, "hvd-dqn plot"))
+    in_step(world, lambda: _plot(options) if world.rank == 0 else None)
+
+
+def _plot(options: PlotOptions) -> None:
+    from hvd_dqn import plots
+
+    if not options.run_dirs:
+        raise InputError("Which runs shall be drawn? Name at least one run directory.")
+    plots.plot(options.run_dirs, options.output)
+    print(options.output)
+
+
+def bench(arguments: Sequence[str], world: World) -> None:
+    from rich import print as show
+
+    from hvd_dqn import bench as benchmarks
+
+    known = {"learner": benchmarks.learner}
+    name = arguments[0] if arguments else ""
+    if name not in known:
+        agree_on = f"There is no benchmark {name!r}.{nearest(name, known)} Benchmarks: {', '.join(known)}."
+        raise InputError(agree_on)
+    options = in_step(world, lambda: parse(JsonOptions, arguments[1:], f"hvd-dqn bench {name}"))
+    result = known[name](world)
+    print(json.dumps(result)) if options.json else show(benchmarks.table(result))
+
+
+def doctor(arguments: Sequence[str], world: World) -> None:
+    from rich import print as show
+
+    from hvd_dqn import doctor as clinic
+
+    options = in_step(world, lambda: parse(JsonOptions, arguments, "hvd-dqn doctor"))
+    result = clinic.examine(world)
+    print(json.dumps(result)) if options.json else show(clinic.render(result))
+
+
+def list_presets(arguments: Sequence[str], world: World) -> None:
+    """Prints the leading comment of each preset: its source and expected result."""
+    for name, text in presets().items():
+        print(name)
+        for line in text.splitlines():
+            if not line.startswith("#"):
+                break
+            print(f"    {line.removeprefix('#').strip()}")
+
+
+COMMANDS: dict[str, Callable[[Sequence[str], World], Any]] = {
+    "train": train,
+    "evaluate": evaluate,
+    "plot": plot,
+    "bench": bench,
+    "doctor": doctor,
+    "presets": list_presets,
+    "--help": lambda arguments, world: print(USAGE, end=""),
+    "-h": lambda arguments, world: print(USAGE, end=""),
+    "--version": lambda arguments, world: print(f"hvd-dqn {__version__}"),
+}

@@ -1,0 +1,79 @@
+"""Measures a policy without exploration: episodes shared out over the ranks, reduced as (sum, count)."""
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+
+from hvd_dqn.distributed import World
+from hvd_dqn.envs import Environments
+from hvd_dqn.errors import RunError
+
+COLUMNS = ("total_steps", "seconds", "episodes", "return_mean", "return_std", "return_min", "return_max", "length_mean")
+
+
+class Evaluator:
+    """Plays episodes with `act`, a function from observations [E, ...] to actions [E], in environments of its own.
+
+    Episode i is seeded by (seed, round, i) and by nothing else, so that the result depends neither on the number of
+    ranks nor on the number of copies. An episode that is longer than `max_length` steps ends there.
+    """
+
+    def __init__(
+        self,
+        envs: Environments,
+        act: Callable[[np.ndarray], np.ndarray],
+        world: World,
+        *,
+        seed: int,
+        max_length: int,
+    ) -> None:
+        self._envs, self._act, self._world = envs, act, world
+        self._seed, self._max_length = seed, max_length
+
+    def evaluate(self, episodes: int, round: int) -> dict[str, float]:
+        """The statistics of `episodes` episodes over all ranks, without `total_steps` and `seconds`. A collective."""
+        mine = range(self._world.rank, episodes, self._world.size)
+        played = [self._play(mine[i : i + self._envs.copies], round) for i in range(0, len(mine), self._envs.copies)]
+        returns = np.concatenate([r for r, _ in played]) if played else np.zeros(0)
+        lengths = np.concatenate([n for _, n in played]) if played else np.zeros(0)
+        count, total, length = self._world.sum(np.array([len(returns), returns.sum(), lengths.sum()]))
+        mean = total / count
+        (squares,) = self._world.sum(np.array([np.square(returns - mean).sum()]))
+        highest, lowest = self._world.max(np.array([returns.max(initial=-np.inf), (-returns).max(initial=-np.inf)]))
+        return {
+            "episodes": int(count),
+            "return_mean": mean,
+            "return_std": math.sqrt(squares / count),
+            "return_min": -lowest,
+            "return_max": highest,
+            "length_mean": length / count,
+        }
+
+    def _play(self, episodes: range, round: int) -> tuple[np.ndarray, np.ndarray]:
+        """The returns and lengths of these episodes, one in each of the first copies."""
+        keys = [*episodes] + [episodes[0]] * (self._envs.copies - len(episodes))  # copies without an episode idle along
+        self._envs.reset([self._seed_of(round, episode) for episode in keys])
+        running = np.arange(self._envs.copies) < len(episodes)
+        returns, lengths = np.zeros(self._envs.copies), np.zeros(self._envs.copies)
+        while running.any():
+            if lengths.max() >= self._max_length:
+                raise RunError(
+                    f"An evaluation episode of {self._envs.id} did not end within {self._max_length:,} steps. Give the "
+                    "environment a time limit (max_episode_steps when it is registered) or raise "
+                    "--evaluation.max_episode_steps."
+                )
+            transition, ended = self._envs.step(self._act(self._envs.observation))
+            lengths += running
+            # The results of a step come in the order of the copies that ended; a copy counts once.
+            done = np.flatnonzero(transition.terminated | transition.truncated)
+            first = running[done]
+            returns[done[first]] = ended.returns[first]
+            running[done] = False
+        return returns[: len(episodes)], lengths[: len(episodes)]
+
+    def close(self) -> None:
+        self._envs.close()
+
+    def _seed_of(self, round: int, episode: int) -> int:
+        return int(np.random.SeedSequence(self._seed, spawn_key=(round, episode)).generate_state(1)[0])

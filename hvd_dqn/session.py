@@ -1,0 +1,117 @@
+"""What a person gets from a run: its files, the display while it goes on, and the closing line."""
+
+import contextlib
+from types import TracebackType
+
+from hvd_dqn.errors import InputError
+from hvd_dqn.evaluation import COLUMNS as EVALUATION_COLUMNS
+from hvd_dqn.metrics import COLUMNS, CsvWriter, NullWriter, Row, TensorBoardWriter, Writer, Writers
+from hvd_dqn.plots import plot
+from hvd_dqn.checkpoint import Snapshot
+from hvd_dqn.progress import Progress, open_stream
+from hvd_dqn.run import Run, differing, now
+from hvd_dqn.trainer import Progress as Record
+from hvd_dqn.trainer import Trainer
+
+
+class Session:
+    """Takes the records of a run on the chief. Used as a context, so that run.json says how the run ended."""
+
+    def __init__(self, run: Run, trainer: Trainer, reports: Writer, evaluations: Writer, display: Progress) -> None:
+        self._run, self._trainer = run, trainer
+        self._reports, self._evaluations, self._display = reports, evaluations, display
+
+    def __enter__(self) -> "Session":
+        return self
+
+    def show(self, record: Record) -> None:
+        if record.kind == "report":
+            self._reports.write(record.row)
+            self._display.update(record.row)
+        elif record.kind == "evaluation":
+            self._evaluations.write(record.row)
+            self._display.evaluation(record.row)
+        else:
+            self._finish(record.row)
+
+    def _finish(self, row: Row) -> None:
+        self.close()
+        self._run.note(ended="finished", finished=now(), result=row, best=self._trainer.best)
+        plot([self._run.path], self._run.path / "curve.png")
+        size = self._trainer.world.size
+        print(
+            f"{self._run.about()['preset']}: return {row['return_mean']:.1f} ± {row['return_std']:.1f} over "
+            f"{row['episodes']:.0f} episodes after {row['total_steps']:,.0f} total steps and {row['seconds']:.0f} s on "
+            f"{size} rank{'s' * (size > 1)}; best evaluation {self._trainer.best[0]:.1f} at {self._trainer.best[1]:,}; "
+            f"see {self._run.path}",
+            flush=True,
+        )
+
+    def close(self) -> None:
+        self._display.close()
+        self._reports.close()
+        self._evaluations.close()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+        if kind is not None:
+            with contextlib.suppress(InputError):
+                self._run.note(ended=f"failed: {kind.__name__}: {error}", finished=now())
+
+
+class NullSession(Session):
+    """The session of the ranks that are not the chief."""
+
+    def __init__(self) -> None:
+        pass
+
+    def show(self, record: Record) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+
+def open_session(run: Run, name: str, trainer: Trainer, snapshot: Snapshot | None) -> Session:
+    """Makes or continues the run directory. Raises InputError where that cannot be done."""
+    if trainer.world.rank != 0:
+        return NullSession()
+    config, world = trainer.config, trainer.world
+    about = {
+        "preset": name,
+        "env": config.env.id,
+        "seed": config.seed,
+        "size": world.size,
+        "scaling": config.ranks.scaling,
+    }
+    about |= {"target_return": config.evaluation.target_return, "host": world.hostname, "plan": trainer.describe()}
+    resumed_at = None
+    if snapshot is None:
+        run.create(config, about)
+    else:
+        resumed_at = snapshot.total_steps
+        changed = differing(run.config(), config)
+        run.resume(config, about, resumed_at)
+    path = run.path
+    reports = Writers(
+        [CsvWriter(path / "metrics.csv", COLUMNS, resumed_at), TensorBoardWriter(path / "tensorboard/training")]
+    )
+    evaluations = Writers(
+        [
+            CsvWriter(path / "evaluations.csv", EVALUATION_COLUMNS, resumed_at),
+            TensorBoardWriter(path / "tensorboard/evaluation"),
+        ]
+    )
+    display = Progress(config.total_steps, open_stream())
+    display.plan(trainer.describe())
+    if snapshot is not None:
+        display.message(
+            f"Going on from {snapshot.path} with an empty replay: it is refilled before learning goes on."
+            + (f" Changed settings: {', '.join(changed)}." if changed else "")
+        )
+    return Session(run, trainer, reports, evaluations, display)

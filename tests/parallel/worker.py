@@ -1,0 +1,183 @@
+"""One rank of the parallel tests: runs every check and prints, on the chief, one JSON object of their outcomes."""
+
+import itertools
+import json
+import traceback
+
+import numpy as np
+
+from hvd_dqn.distributed import BroadcastHook, Solo, check_drift, connect, in_step, set_thread_defaults
+from hvd_dqn.errors import InputError, RunError
+
+set_thread_defaults()
+world = connect()
+assert world.size == 2, f"expected 2 ranks, received {world.size}"
+
+import tensorflow as tf  # noqa: E402
+
+from hvd_dqn.learner import Learner  # noqa: E402
+from hvd_dqn.networks import build_network  # noqa: E402
+from hvd_dqn.transition import Batch  # noqa: E402
+
+tf.get_logger().setLevel("ERROR")  # many learners in one process make TensorFlow warn about retracing
+KERAS = "tests.unit.test_networks:keras_model"
+
+
+def make(in_world=world, seed=0, network="mlp", dueling=False, **settings) -> Learner:
+    rng = np.random.default_rng(seed)
+    build = lambda: build_network(network, (4,), None, 3, hidden=(16, 8), dueling=dueling, rng=rng)  # noqa: E731
+    return Learner(build, in_world, **{"double": True, "loss": "huber", **settings})
+
+
+def batch(updates, size, seed) -> Batch:
+    rng = np.random.default_rng(seed)
+    return Batch(
+        rng.normal(size=(updates, size, 4)).astype(np.float32),
+        rng.integers(3, size=(updates, size)),
+        rng.normal(size=(updates, size)).astype(np.float32) * 3,
+        rng.choice([0.0, 0.9], size=(updates, size)).astype(np.float32),
+        rng.normal(size=(updates, size, 4)).astype(np.float32),
+    )
+
+
+def assert_equal_on_all_ranks(learner: Learner) -> None:
+    everyone = world.gather(learner.state())
+    for name, mine in everyone[0].items():
+        theirs = everyone[1][name]
+        assert np.array_equal(mine, theirs), f"{name} differs by {np.abs(mine - theirs).max()}"
+
+
+def two_ranks_with_batch_32_are_one_with_batch_64(network, **settings):
+    both = batch(3, 64, seed=1)
+    mine = Batch(*(x[:, world.rank * 32 : (world.rank + 1) * 32] for x in both))
+    copies = np.array([False, True, False])
+    shared, alone = make(network=network, **settings), make(Solo(), network=network, **settings)
+    phase, expected = shared.update(mine, 0.01, copies), alone.update(both, 0.01, copies)
+    assert np.isclose(phase.gradient_norm, expected.gradient_norm, rtol=1e-4), (phase, expected)
+    for one, other in zip(shared.variables.values(), alone.variables.values(), strict=True):
+        np.testing.assert_allclose(one.numpy(), other.numpy(), rtol=2e-3, atol=1e-5)
+
+
+def the_average_of_opposite_gradients_is_zero():
+    """Clipping first would give each rank's gradient the same length, and Adam any gradient a step of the same size."""
+    learner = make(double=False, loss="squared", max_gradient_norm=1e-3)
+    data = batch(1, 16, seed=2)
+    q = learner.online.q_values(data.observation[0])[np.arange(16), data.action[0]]
+    away = {0: 1.0, 1: -1.0}[world.rank]
+    data = data._replace(reward=(q + away)[None].astype(np.float32), discount=np.zeros((1, 16), np.float32))
+    before = learner.online.variables[0].numpy()
+    assert learner.update(data, 0.01, np.array([False])).gradient_norm < 1e-6
+    # Adam takes whole steps on the sign of what is left by rounding, unless that is exactly zero.
+    assert np.abs(learner.online.variables[0].numpy() - before).max() <= 0.011
+
+
+def weights_stay_bit_equal(network, **settings):
+    learner = make(seed=world.rank, network=network, max_gradient_norm=10.0, **settings)
+    BroadcastHook(world, learner.variables)()
+    before = learner.online.variables[0].numpy()
+    for phase in range(5):
+        copies = np.arange(20) % 7 == 0
+        learner.update(batch(20, 8, seed=100 * phase + world.rank), 0.01, copies)  # different data on each rank
+    assert not np.array_equal(learner.online.variables[0].numpy(), before)
+    assert int(learner.optimizer.iterations.numpy()) == 100
+    assert_equal_on_all_ranks(learner)
+    check_drift(world, learner.variables, "in this test")
+
+
+def parameters_become_the_mean_of_ranks_that_learn_alone():
+    shared = make(sync="parameters")
+    data, copies = batch(4, 8, seed=world.rank), np.array([False, False, True, False])
+    alone = make(Solo())
+    alone.update(data, 0.01, np.zeros(4, bool))
+    shared.update(data, 0.01, copies)
+    expected = np.mean(world.gather(alone.online.variables[0].numpy()), axis=0)
+    np.testing.assert_allclose(shared.online.variables[0].numpy(), expected, rtol=1e-5, atol=1e-6)
+    # A copy that fell inside the phase happens after the average, so that the target is equal too.
+    assert np.array_equal(shared.target.variables[0].numpy(), shared.online.variables[0].numpy())
+
+
+def the_broadcast_hook_gives_all_ranks_the_chiefs_weights():
+    learner = make(seed=world.rank)
+    learner.update(batch(2, 8, seed=world.rank), 0.01, np.array([True, False]))
+    chiefs = world.gather(learner.state())[0]
+    BroadcastHook(world, learner.variables)()
+    assert all(np.array_equal(array, chiefs[name]) for name, array in learner.state().items())
+
+
+def the_drift_check_names_the_rank_and_the_variable():
+    learner = make()
+    check_drift(world, learner.variables, "before")
+    if world.rank == 1:
+        theta = learner.target.variables[0].numpy()
+        theta[7] += 1e-6
+        learner.target.variables[0].assign(theta)
+    try:
+        check_drift(world, learner.variables, "after 100 total steps")
+    except RunError as error:
+        assert "after 100 total steps" in str(error)
+        assert "on rank 1 the variables target/0 (theta:0)" in str(error), str(error)
+    else:
+        raise AssertionError("drift went unnoticed")
+
+
+def values_are_reduced():
+    assert world.sum(np.array([1.0, float(world.rank)])).tolist() == [2.0, 1.0]
+    assert world.max(np.array([-np.inf, -float(world.rank)])).tolist() == [-np.inf, 0.0]
+    assert world.any(world.rank == 1)
+    assert not world.any(False)
+    assert world.gather({"rank": world.rank}) == [{"rank": 0}, {"rank": 1}]
+
+
+def bad_input_of_one_rank_is_raised_on_all():
+    def action():
+        if world.rank == 1:
+            raise InputError("no such thing on rank 1")
+        return 5
+
+    try:
+        in_step(world, action)
+    except InputError as error:
+        assert str(error) == "no such thing on rank 1"
+    else:
+        raise AssertionError("went on")
+    assert in_step(world, lambda: world.rank) == world.rank
+
+
+def checks():
+    yield "values are reduced", values_are_reduced
+    yield "bad input of one rank is raised on all", bad_input_of_one_rank_is_raised_on_all
+    yield "broadcast", the_broadcast_hook_gives_all_ranks_the_chiefs_weights
+    yield "drift", the_drift_check_names_the_rank_and_the_variable
+    yield "average before clip", the_average_of_opposite_gradients_is_zero
+    yield "parameters are averaged", parameters_become_the_mean_of_ranks_that_learn_alone
+    for network in ("mlp", KERAS):
+        for norm in (None, 0.05):
+            yield (
+                f"batch 2x32 = 64, {network}, clip {norm}",
+                lambda n=network, c=norm: two_ranks_with_batch_32_are_one_with_batch_64(n, max_gradient_norm=c),
+            )
+    yield "batch 2x32 = 64, passes", lambda: two_ranks_with_batch_32_are_one_with_batch_64("mlp", passes=2)
+    combinations = itertools.product((False, True), (False, True), ("none", "fp16"), ("gradients", "parameters"))
+    for double, dueling, compression, sync in combinations:
+        settings = {"double": double, "dueling": dueling, "compression": compression, "sync": sync}
+        yield f"equal weights, mlp, {settings}", lambda s=settings: weights_stay_bit_equal("mlp", **s)
+    for compression, sync in itertools.product(("none", "fp16"), ("gradients", "parameters")):
+        settings = {"compression": compression, "sync": sync}
+        yield f"equal weights, keras, {settings}", lambda s=settings: weights_stay_bit_equal(KERAS, **s)
+
+
+def main() -> None:
+    outcomes = {}
+    for name, check in checks():
+        try:
+            check()
+            outcome = None
+        except Exception:  # the others go on: each check is a test of its own
+            outcome = traceback.format_exc()
+        failures = [text for text in world.gather(outcome) if text]
+        outcomes[name] = failures[0] if failures else "passed"
+    if world.rank == 0:
+        print("\n@@@" + json.dumps(outcomes) + "@@@", flush=True)
+
+
+main()

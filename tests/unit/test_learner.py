@@ -1,0 +1,148 @@
+"""The learner against a plain reimplementation of its update, alone and without Horovod."""
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from hvd_dqn.distributed import Solo
+from hvd_dqn.learner import Learner
+from hvd_dqn.networks import build_network
+from hvd_dqn.transition import Batch
+
+
+def make(hidden=(16,), seed=0, network="mlp", dueling=False, **settings) -> Learner:
+    rng = np.random.default_rng(seed)
+    build = lambda: build_network(network, (4,), None, 3, hidden=hidden, dueling=dueling, rng=rng)  # noqa: E731
+    return Learner(build, Solo(), **{"double": True, "loss": "huber", **settings})
+
+
+def batch(updates, size, seed=0) -> Batch:
+    rng = np.random.default_rng(seed)
+    return Batch(
+        rng.normal(size=(updates, size, 4)).astype(np.float32),
+        rng.integers(3, size=(updates, size)),
+        rng.normal(size=(updates, size)).astype(np.float32),
+        rng.choice([0.0, 0.9], size=(updates, size)).astype(np.float32),
+        rng.normal(size=(updates, size, 4)).astype(np.float32),
+    )
+
+
+def reference_gradient(learner: Learner, b: Batch, k: int, double: bool, huber: bool) -> np.ndarray:
+    """The gradient by finite arithmetic of our own: NumPy targets, TensorFlow only for the derivative of q."""
+    online_next, target_next = (
+        learner.online.q_values(b.next_observation[k]),
+        learner.target.q_values(b.next_observation[k]),
+    )
+    best = (online_next if double else target_next).argmax(axis=1)
+    y = b.reward[k] + b.discount[k] * target_next[np.arange(len(best)), best]
+    with tf.GradientTape() as tape:
+        q = tf.gather(learner.online(tf.constant(b.observation[k])), b.action[k], axis=1, batch_dims=1)
+    error = q.numpy() - y
+    slope = np.clip(error, -1, 1) if huber else error
+    return tape.gradient(q, learner.online.variables[0], output_gradients=tf.constant(slope / len(slope))).numpy()
+
+
+def adam(theta, gradients, rate, clip, epsilon=1e-7):
+    """Kingma & Ba 2015, Algorithm 1, with epsilon as Keras places it."""
+    m = v = np.zeros_like(theta)
+    for t, g in enumerate(gradients, 1):
+        g = g * min(1.0, clip / np.linalg.norm(g))
+        m, v = 0.9 * m + 0.1 * g, 0.999 * v + 0.001 * g * g
+        theta = theta - rate * np.sqrt(1 - 0.999**t) / (1 - 0.9**t) * m / (np.sqrt(v) + epsilon)
+    return theta
+
+
+@pytest.mark.parametrize("double", [False, True])
+@pytest.mark.parametrize("loss", ["huber", "squared"])
+def test_one_update_is_the_papers(double, loss):
+    learner = make(double=double, loss=loss, max_gradient_norm=0.05)
+    b = batch(1, 32)
+    before = learner.online.variables[0].numpy()
+    gradient = reference_gradient(learner, b, 0, double, loss == "huber")
+    phase = learner.update(b, 0.01, np.array([False]))
+    assert phase.gradient_norm == pytest.approx(np.linalg.norm(gradient), rel=1e-4)  # before clipping
+    expected = adam(before, [gradient], 0.01, 0.05)
+    np.testing.assert_allclose(learner.online.variables[0].numpy(), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_k_updates_in_one_call_are_k_calls():
+    together, apart = make(), make()
+    b, copies = batch(6, 8), np.array([False, True, False, False, True, False])
+    together.update(b, 0.01, copies)
+    for k in range(6):
+        apart.update(Batch(*(x[k : k + 1] for x in b)), 0.01, copies[k : k + 1])
+    for one, other in zip(together.variables.values(), apart.variables.values(), strict=True):
+        np.testing.assert_allclose(one.numpy(), other.numpy(), rtol=1e-5, atol=1e-6)
+
+
+def test_the_target_moves_only_when_it_is_copied():
+    learner = make()
+    before = learner.target.variables[0].numpy()
+    learner.update(batch(3, 8), 0.01, np.array([False, False, False]))
+    assert np.array_equal(learner.target.variables[0].numpy(), before)
+    learner.update(batch(3, 8), 0.01, np.array([False, True, False]))
+    target, online = learner.target.variables[0].numpy(), learner.online.variables[0].numpy()
+    assert not np.array_equal(target, before)
+    assert not np.array_equal(target, online)  # one more update came after the copy
+    learner.update(batch(1, 8), 0.01, np.array([True]))
+    assert np.array_equal(learner.target.variables[0].numpy(), learner.online.variables[0].numpy())
+
+
+def test_online_and_target_start_equal():
+    learner = make()
+    assert np.array_equal(learner.online.variables[0].numpy(), learner.target.variables[0].numpy())
+
+
+def test_two_passes_of_half_the_batch_are_one_of_the_whole():
+    whole, halves = make(max_gradient_norm=0.1), make(max_gradient_norm=0.1, passes=2)
+    b, copies = batch(5, 16), np.array([False, True, False, False, True])
+    one, two = whole.update(b, 0.01, copies), halves.update(b, 0.01, copies)
+    assert two == pytest.approx(one, rel=1e-4)
+    for a, c in zip(whole.variables.values(), halves.variables.values(), strict=True):
+        np.testing.assert_allclose(a.numpy(), c.numpy(), rtol=1e-4, atol=1e-5)
+
+
+def test_xla_computes_the_same():
+    plain, compiled = make(), make(xla=True)
+    assert compiled.compiled
+    b, copies = batch(4, 16), np.array([False, True, False, False])
+    assert compiled.update(b, 0.01, copies) == pytest.approx(plain.update(b, 0.01, copies), rel=1e-4)
+    for one, other in zip(plain.variables.values(), compiled.variables.values(), strict=True):
+        np.testing.assert_allclose(one.numpy(), other.numpy(), rtol=1e-4, atol=1e-5)
+
+
+def test_averaging_parameters_alone_changes_nothing():
+    gradients, parameters = make(), make(sync="parameters")
+    b, copies = batch(4, 16), np.array([False, False, False, True])
+    gradients.update(b, 0.01, copies)
+    parameters.update(b, 0.01, copies)
+    for one, other in zip(gradients.variables.values(), parameters.variables.values(), strict=True):
+        assert np.array_equal(one.numpy(), other.numpy())
+
+
+@pytest.mark.parametrize("network", ["mlp", "tests.unit.test_networks:keras_model"])
+def test_a_saved_state_goes_on_exactly(network):
+    first, second = make(network=network), make(network=network, seed=9)
+    first.update(batch(3, 8), 0.01, np.array([False, True, False]))
+    second.load_state(first.state())
+    for learner in (first, second):
+        learner.update(batch(3, 8, seed=5), 0.01, np.array([False, True, False]))
+    for one, other in zip(first.variables.values(), second.variables.values(), strict=True):
+        assert np.array_equal(one.numpy(), other.numpy())
+
+
+def test_a_state_of_another_shape_is_refused_and_changes_nothing():
+    learner, other = make(), make(hidden=(17,))
+    before = learner.state()
+    with pytest.raises(ValueError, match="expected arrays of shapes"):
+        learner.load_state(other.state())
+    assert all(np.array_equal(before[name], array) for name, array in learner.state().items())
+
+
+def test_learning_fits_the_targets():
+    learner = make(hidden=(64,), double=False, loss="squared")
+    b = batch(1, 32)._replace(discount=np.zeros((1, 32), np.float32))  # a regression on the rewards
+    many = Batch(*(np.repeat(x, 300, axis=0) for x in b))
+    first = learner.update(b, 0.01, np.array([False])).loss
+    learner.update(many, 0.01, np.zeros(300, bool))
+    assert learner.update(b, 0.01, np.array([False])).loss < 0.02 * first

@@ -1,0 +1,175 @@
+"""The lockstep arithmetic, by tables for 1, 2, 3 and 8 ranks."""
+
+import numpy as np
+import pytest
+
+from hvd_dqn.config import Config, load_preset, presets
+from hvd_dqn.errors import InputError
+from hvd_dqn.plan import Plan
+
+
+def config(**sections) -> Config:
+    """8 environments, batch 64, replay ratio 32: the numbers that the tables below are worked out for."""
+    base = {
+        "total_steps": 50_000,
+        "env": {"envs_per_rank": 8},
+        "learner": {
+            "batch_size": 64,
+            "replay_ratio": 32,
+            "learn_start": 1_000,
+            "train_period": 256,
+            "target_period": 512,
+        },
+    }
+    for name, values in sections.items():
+        base[name] = {**base.get(name, {}), **values} if isinstance(values, dict) else values
+    return Config.model_validate(base)
+
+
+def test_weak_scaling_keeps_the_share_of_a_rank_and_the_replay_ratio():
+    #     size  envs  batch  cycles  updates: 49,152 steps after warm-up x 32 / batch, to the last multiple of 256
+    for size, envs, batch, cycles in [(1, 8, 64, 6250), (2, 16, 128, 3125), (3, 24, 192, 2084), (8, 64, 512, 782)]:
+        plan = Plan(config(), size)
+        assert (plan.envs, plan.global_batch, plan.cycles) == (envs, batch, cycles)
+        updates = sum(plan.updates_at(cycle) for cycle in range(plan.cycles))
+        trained_on = updates * plan.global_batch
+        assert trained_on == pytest.approx(32 * (50_000 - 1_000), rel=0.02)
+        assert updates == plan.updates_after(plan.cycles - 1)
+
+
+def test_strong_scaling_takes_the_same_updates_in_the_same_cycles_at_any_size():
+    one = Plan(config(ranks={"scaling": "strong"}), 1)
+    for size in (2, 4, 8):
+        plan = Plan(config(ranks={"scaling": "strong"}), size)
+        assert (plan.envs_per_rank, plan.batch_per_rank) == (8 // size, 64 // size)
+        assert (plan.envs, plan.global_batch, plan.cycles) == (8, 64, 6250)
+        for cycle in range(one.cycles):
+            assert plan.updates_at(cycle) == one.updates_at(cycle)
+
+
+def test_strong_scaling_that_does_not_divide_is_refused_with_a_number_that_does():
+    with pytest.raises(InputError, match=r"`env.envs_per_rank`.*8 on 3 ranks.*--env.envs_per_rank 9"):
+        Plan(config(ranks={"scaling": "strong"}), 3)
+
+
+def test_phases_come_every_train_period_after_the_warm_up():
+    plan = Plan(config(), 2)
+    phases = [(plan.total_steps_after(c), plan.updates_at(c)) for c in range(plan.cycles) if plan.learns_at(c)]
+    # 1,024 - 1,000 = 24 steps are owed 24 * 32 / 128 = 6 updates, then 256 * 32 / 128 = 64.
+    assert phases[:3] == [(1_024, 6), (1_280, 64), (1_536, 64)]
+
+
+def test_a_cycle_longer_than_the_train_period_still_keeps_the_replay_ratio():
+    plan = Plan(config(learner={"train_period": 4}), 8)
+    learning = [plan.updates_at(cycle) for cycle in range(100, 200)]
+    assert sum(learning) * 512 == 100 * 64 * 32
+
+
+def test_the_target_is_copied_by_update_count_so_that_copies_are_target_period_steps_apart():
+    for size in (1, 2, 3, 8):
+        plan = Plan(config(), size)
+        copies = sum(int(plan.target_copies_at(cycle).sum()) for cycle in range(plan.cycles))
+        assert copies == pytest.approx((50_000 - 1_000) / 512, abs=1.5)
+        for cycle in range(0, plan.cycles, 7):
+            assert len(plan.target_copies_at(cycle)) == plan.updates_at(cycle)
+
+
+def test_a_target_period_shorter_than_an_update_copies_after_each():
+    plan = Plan(config(learner={"target_period": 1}), 1)
+    cycle = next(c for c in range(plan.cycles) if plan.learns_at(c))
+    assert plan.target_copies_at(cycle).all()
+
+
+def test_every_multiple_of_a_period_has_exactly_one_cycle():
+    for size in (1, 2, 3, 8):
+        plan = Plan(config(evaluation={"period": 5_000}, report={"period": 1_000}), size)
+        evaluated = [plan.total_steps_after(c) for c in range(plan.cycles) if plan.evaluates_at(c)]
+        assert [steps // 5_000 for steps in evaluated] == list(range(1, 11))
+        assert all(steps % 5_000 < plan.steps_per_cycle for steps in evaluated)
+
+
+def test_the_last_cycle_reports():
+    plan = Plan(config(total_steps=1_500, report={"period": 1_000}), 3)
+    assert [c for c in range(plan.cycles) if plan.reports_at(c)][-1] == plan.cycles - 1
+
+
+def test_epsilon_falls_with_total_steps_whatever_the_size():
+    agent = {"epsilon_start": 1.0, "epsilon_end": 0.1, "epsilon_steps": 9_000}
+    for size in (1, 2, 3, 8):
+        plan = Plan(config(agent=agent), size)
+        #             around step  epsilon
+        for steps, expected in [(500, 1.0), (4_500, 0.55), (9_000, 0.1), (40_000, 0.1)]:
+            assert plan.epsilon_at(steps // plan.steps_per_cycle) == pytest.approx(expected, abs=0.01)
+
+
+def test_the_epsilon_ladder_spans_the_environments_of_all_ranks():
+    plan = Plan(config(agent={"epsilon_end": 0.4, "epsilon_steps": 0, "epsilon_ladder": 7.0}), 2)
+    cycle = plan.cycles - 1
+    ladder = np.concatenate([plan.epsilons_at(cycle, rank) for rank in range(2)])
+    assert ladder == pytest.approx([0.4 ** (1 + 7 * i / 15) for i in range(16)])
+
+
+def test_the_learning_rate_is_scaled_only_as_asked_and_warmed_up():
+    #    scaling   size  factor
+    for scaling, size, factor in [("none", 8, 1.0), ("sqrt", 4, 2.0), ("linear", 8, 8.0), ("linear", 1, 1.0)]:
+        plan = Plan(config(ranks={"learning_rate_scaling": scaling, "warmup_steps": 10_000}), size)
+        at = lambda steps: plan.learning_rate_at(steps // plan.steps_per_cycle - 1) / 1e-3  # noqa: E731
+        assert at(960) == pytest.approx(1.0)  # before learning starts
+        assert at(5_952) == pytest.approx(1 + (factor - 1) * 0.4952)
+        assert at(48_000) == pytest.approx(factor)
+
+
+def test_strong_scaling_never_changes_the_learning_rate():
+    plan = Plan(config(ranks={"scaling": "strong", "learning_rate_scaling": "linear"}), 8)
+    assert plan.learning_rate_factor == 1.0
+
+
+def test_the_learning_rate_can_fall_to_a_fraction_at_the_end():
+    plan = Plan(config(learner={"learning_rate": 0.01, "learning_rate_end": 0.1}), 1)
+    assert plan.learning_rate_at(plan.cycles // 2 - 1) == pytest.approx(0.0055)
+    assert plan.learning_rate_at(plan.cycles - 1) == pytest.approx(0.001)
+
+
+def test_backward_passes_enlarge_the_batch_and_thin_out_the_updates():
+    one, two = Plan(config(), 2), Plan(config(ranks={"backward_passes_per_step": 2}), 2)
+    assert two.global_batch == 2 * one.global_batch
+    assert two.updates_after(two.cycles - 1) == one.updates_after(one.cycles - 1) // 2
+
+
+def test_evaluation_episodes_are_dealt_out_without_loss():
+    for size in (1, 2, 3, 8):
+        plan = Plan(config(), size)
+        dealt = sorted(i for rank in range(size) for i in plan.episodes_of(rank, 20))
+        assert dealt == list(range(20))
+
+
+def test_a_resumed_run_refills_its_replay_before_it_learns():
+    plan = Plan(config(), 2, resumed_at=10_000)
+    assert plan.first_cycle == 625
+    learning = [plan.total_steps_after(c) for c in range(plan.first_cycle, plan.cycles) if plan.learns_at(c)]
+    assert 11_000 <= learning[0] < 11_000 + 256 + 16
+
+
+@pytest.mark.parametrize(
+    ("sections", "message"),
+    [
+        ({"learner": {"learn_start": 32}}, r"more transitions than the warm-up collects.*learn_start 32.*batch 64"),
+        ({"agent": {"n_step": 200}}, r"n_step = 200.*at least 1600"),
+        ({"replay": {"capacity": 500}}, r"must hold what the warm-up collects.*capacity 500"),
+        ({"replay": {"capacity": 1_000}, "agent": {"n_step": 100}}, r"room for at least 206 transitions"),
+    ],
+)
+def test_settings_that_cannot_work_together_are_refused(sections, message):
+    with pytest.raises(InputError, match=message):
+        Plan(config(**sections), 1)
+
+
+@pytest.mark.parametrize("name", presets())
+@pytest.mark.parametrize("size", [1, 2, 4])
+@pytest.mark.parametrize("scaling", ["weak", "strong"])
+def test_every_preset_can_be_carried_out(name, size, scaling):
+    preset = load_preset(name)
+    ranks = preset.ranks.model_copy(update={"scaling": scaling})
+    plan = Plan(preset.model_copy(update={"ranks": ranks}), size)
+    assert sum(plan.learns_at(cycle) for cycle in range(plan.cycles)) > 10
+    assert plan.describe()
