@@ -274,8 +274,11 @@ def test_a_terminal_that_is_closed_in_the_middle_silences_the_display(monkeypatc
 
 
 def test_a_mistake_of_ours_is_not_taken_for_a_broken_stream():
-    with pytest.raises(KeyError):
-        Progress(1_000, io.StringIO()).update({"total_steps": 1.0, "seconds": 1.0, "steps_per_second": 1.0})
+    progress = Progress(1_000, io.StringIO())
+    with pytest.raises(ValueError, match="Cannot specify"):
+        progress.evaluation(EVALUATION | {"total_steps": "many"})
+    with pytest.raises(KeyError, match="loss"):
+        progress.update({name: value for name, value in row(100).items() if name != "loss"})
 
 
 def test_other_ranks_show_nothing(capsys):
