@@ -50,13 +50,13 @@ class Ledger:
     """Collects on each rank what happened since the last report, and reduces it over all ranks.
 
     Means are reduced as (sum, count): a rank that finished three episodes counts three times as much as one that
-    finished one. `seconds_before` is the wall time that the run had taken before this process continued it.
+    finished one.
     """
 
-    def __init__(self, world: Reducer, seconds_before: float = 0.0) -> None:
+    def __init__(self, world: Reducer) -> None:
         self._world = world
         self._timers = {name: Timer() for name in TIMED}
-        self._began = perf_counter() - seconds_before
+        self._began = perf_counter()
         self._total_steps = self._updates = 0  # at the last report
         self._start_window()
 

@@ -237,6 +237,7 @@ class _Live:
     def close(self) -> None:
         if self._row:
             self._draw(f"took {clock(self._row['seconds'])}")
+        self._row = {}  # so that a second call shows nothing
         self._live.stop()
 
     def give_up(self) -> None:

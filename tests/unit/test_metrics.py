@@ -206,7 +206,6 @@ def test_a_resumed_run_goes_on_counting_seconds_steps_and_updates():
     state = ledger.state()
     assert (state["total_steps"], state["updates"]) == (5100, 500)
     assert state["seconds"] >= row["seconds"]
-    assert 7 <= Ledger(Solo(), seconds_before=7.0).seconds < 8
 
 
 # CSV
