@@ -211,8 +211,10 @@ class Environments:
             if not isinstance(self._vector, AsyncVectorEnv) or self._vector.closed:
                 raise
             processes = self._vector.processes
-            multiprocessing.connection.wait([process.sentinel for process in processes], timeout=1)
-            failed = [i for i, process in enumerate(processes) if not process.is_alive()]
+            gone = multiprocessing.connection.wait([process.sentinel for process in processes], timeout=1)
+            failed = [i for i, process in enumerate(processes) if process.sentinel in gone]
+            for i in failed:
+                processes[i].join(1)  # the sentinel comes a moment before the exit code
             codes = [processes[i].exitcode for i in failed]
             _end_workers(self._vector, 0)
             which = ", ".join(str(self._first_index + i) for i in failed) or "unknown"

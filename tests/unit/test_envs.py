@@ -440,6 +440,16 @@ def test_a_vector_class_that_does_not_say_how_it_resets_is_not_used():
             assert isinstance(envs._vector, expected)
 
 
+def test_a_late_reset_earns_nothing_and_ends_nothing_whatever_the_vector_class_returns_with_it():
+    with made("OwnVector-v0", 2, kwargs={"mode": "NextStep"}) as envs:  # returns a reward and an end in every step
+        envs.reset([0, 1])
+        for expected in (True, False, True, False):
+            transition, episodes = envs.step(np.array([0, 0]))
+            for values in (transition.valid, transition.reward, transition.terminated, transition.truncated):
+                assert values.tolist() == [expected] * 2
+            assert episodes.returns.tolist() == [1] * 2 * expected
+
+
 def test_a_vector_class_that_keeps_the_final_observation_to_itself_stops_the_run():
     with made("OwnVector-v0", 2, kwargs={"mode": "SameStep"}) as envs:
         envs.reset([0, 1])
