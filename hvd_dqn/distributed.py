@@ -57,6 +57,10 @@ class World(Protocol):
 
     def barrier(self) -> None: ...
 
+    def describe(self) -> dict[str, Any]:
+        """What Horovod and MPI say about themselves on this rank, for the doctor; empty where they are not installed."""
+        ...
+
     def abort(self, reason: str) -> NoReturn:
         """Ends every rank of the job at once with exit code 1, after printing `reason` with this rank's name."""
         ...
@@ -93,6 +97,9 @@ class Solo:
 
     def barrier(self) -> None:
         pass
+
+    def describe(self) -> dict[str, Any]:
+        return _horovod_build()
 
     def abort(self, reason: str) -> NoReturn:
         print(f"hvd-dqn: {reason}", file=sys.stderr, flush=True)
@@ -188,6 +195,17 @@ class HorovodWorld:
     def barrier(self) -> None:
         self.sum(np.zeros(1))  # horovod.tensorflow has no barrier of its own
 
+    def describe(self) -> dict[str, Any]:
+        found = _horovod_build() | {"mpi_enabled": self._hvd.mpi_enabled(), "gloo_enabled": self._hvd.gloo_enabled()}
+        if self._comm is not None:
+            from mpi4py import MPI
+
+            levels = ("SINGLE", "FUNNELED", "SERIALIZED", "MULTIPLE")
+            found["mpi_library"] = MPI.Get_library_version().split(",")[0].strip()
+            found["mpi_thread_level"] = levels[MPI.Query_thread()]
+            found["mpi4py_rank"], found["mpi4py_size"] = self._comm.rank, self._comm.size
+        return found
+
     def abort(self, reason: str) -> NoReturn:
         name = f"[rank {self.rank}/{self.size} {self.hostname}]"
         print("\n".join(f"{name} {line}" for line in reason.splitlines()), file=sys.stderr, flush=True)
@@ -257,6 +275,17 @@ def connect() -> World:
             f"{size} ranks need Horovod, which is not installed: run launch/setup.sh, or start one process."
         )
     return HorovodWorld()
+
+
+def _horovod_build() -> dict[str, Any]:
+    """What Horovod was built with; its error where it is installed but cannot be loaded."""
+    if importlib.util.find_spec("horovod") is None:
+        return {}
+    try:
+        import horovod.tensorflow as hvd
+    except Exception as error:  # a library that no longer fits: of any kind
+        return {"horovod_error": " ".join(str(error).split())}
+    return {name: bool(getattr(hvd, name)()) for name in ("mpi_built", "gloo_built", "nccl_built", "cuda_built")}
 
 
 def _mpi_size() -> int:
