@@ -58,7 +58,7 @@ class World(Protocol):
     def barrier(self) -> None: ...
 
     def describe(self) -> dict[str, Any]:
-        """What Horovod and MPI say about themselves on this rank, for the doctor; empty where they are not installed."""
+        """What Horovod and MPI say about themselves on this rank, for the doctor; empty without them."""
         ...
 
     def abort(self, reason: str) -> NoReturn:
