@@ -1,0 +1,16 @@
+#!/usr/bin/env bash
+# Checks the code (ruff, mypy, shellcheck where installed), then runs all tests, those under `horovodrun -np 2` included.
+#   ./launch/test.sh [arguments of pytest...]
+set -euo pipefail
+
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+./launch/setup.sh
+export PATH=$PWD/.venv/bin:$PATH
+export TF_CPP_MIN_LOG_LEVEL=${TF_CPP_MIN_LOG_LEVEL:-2}
+
+set -x
+ruff check .
+ruff format --check .
+mypy
+if command -v shellcheck >/dev/null; then shellcheck launch/*.sh .ci/run; fi
+exec pytest "$@"

@@ -1,0 +1,155 @@
+"""The launch scripts: what they refuse, what they say, what they pass on. Nothing is installed here."""
+
+import configparser
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+SCRIPTS = [*sorted((ROOT / "launch").rglob("*.sh")), ROOT / ".ci" / "run"]
+
+
+def run(*command, env=None):
+    return subprocess.run(
+        [str(part) for part in command],
+        env={**os.environ, **(env or {})},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+def write_script(path, body):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f"#!/bin/bash\n{body}\n")
+    path.chmod(0o755)
+    return path
+
+
+@pytest.fixture
+def project(tmp_path):
+    """A copy of the scripts in a project that has no .venv, seen by an environment that asks for nothing special."""
+    root = tmp_path / "project"
+    shutil.copytree(ROOT / "launch", root / "launch")
+    shutil.copy(ROOT / "setup.cfg", root)
+    return root
+
+
+@pytest.fixture(autouse=True)
+def plain_environment(monkeypatch):
+    for name in ["PYTHON", "HVD_DQN_GPU", "HVD_DQN_TTY"]:
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+def test_script_parses_says_what_it_does_and_is_strict(script):
+    assert run("bash", "-n", script).stderr == ""
+    lines = script.read_text().splitlines()
+    assert lines[0] == "#!/usr/bin/env bash"
+    assert lines[1].startswith("# ")
+    assert "set -euo pipefail" in lines
+    assert os.access(script, os.X_OK)
+
+
+@pytest.mark.skipif(shutil.which("shellcheck") is None, reason="shellcheck is not installed")
+def test_shellcheck_finds_nothing():
+    found = run("shellcheck", *SCRIPTS)
+    assert found.returncode == 0, found.stdout
+
+
+def test_every_requirement_is_pinned_once():
+    pins = [line for line in (ROOT / "launch" / "constraints.txt").read_text().splitlines() if line and line[0] != "#"]
+    assert all(re.fullmatch(r"[a-z0-9-]+==[0-9a-z.]+", pin) for pin in pins), pins
+    names = [pin.split("==")[0] for pin in pins]
+    assert len(names) == len(set(names))
+
+    config = configparser.ConfigParser()
+    config.read(ROOT / "setup.cfg")
+    required = [config["options"]["install_requires"], *config["options.extras_require"].values()]
+    for requirement in "\n".join(required).split("\n"):
+        name = re.match(r"[\w.-]*", requirement).group().lower().replace("_", "-")
+        assert not name or name in names, f"setup.cfg asks for {requirement}, launch/constraints.txt does not pin it"
+
+
+def test_unsupported_python_is_answered_with_the_supported_ones(project, tmp_path):
+    for name in ["python3.10", "python3.11"]:  # as pyenv's shims do for versions that are not active
+        write_script(tmp_path / "bin" / name, f"echo '{name}: command not found' >&2; exit 127")
+    write_script(tmp_path / "bin" / "python3", "echo 3.12")
+    done = run(project / "launch" / "setup.sh", env={"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}"})
+    assert done.returncode == 1
+    assert "Python 3.10 and 3.11 are supported" in done.stderr
+    assert "python3 is 3.12" in done.stderr
+    assert not (project / ".venv").exists()
+
+
+def test_a_chosen_python_that_does_not_run_is_named(project):
+    done = run(project / "launch" / "setup.sh", env={"PYTHON": "/nowhere/python3.11"})
+    assert done.returncode == 1
+    assert "Python 3.10 and 3.11 are supported" in done.stderr
+    assert "/nowhere/python3.11 does not run" in done.stderr
+
+
+def test_a_failed_step_ends_with_the_reason_and_the_place_of_its_log(project, tmp_path):
+    fake = write_script(
+        tmp_path / "python",
+        'case "$*" in *print*) echo 3.11 ;; *ensurepip*) ;; *) echo "OSError: No space left"; exit 1 ;; esac',
+    )
+    done = run(project / "launch" / "setup.sh", env={"PYTHON": str(fake)})
+    assert done.returncode == 1
+    assert f"FAILED: {fake} -m venv" in done.stderr
+    assert "No space left" in done.stderr
+    log = project / ".venv" / "setup-logs" / "venv.log"
+    assert done.stderr.rstrip().endswith(str(log))
+    assert "No space left" in log.read_text()
+
+
+def test_a_second_setup_waits_for_the_first(project):
+    setup = project / "launch" / "setup.sh"
+    first = subprocess.Popen(["flock", str(setup), "sh", "-c", "echo locked; sleep 1"], stdout=subprocess.PIPE)
+    assert first.stdout.readline() == b"locked\n"
+    second = run(setup, env={"PYTHON": "/nowhere/python3.11"})
+    assert first.poll() == 0
+    assert "Another set-up is running here" in second.stderr
+    first.stdout.close()
+
+
+@pytest.mark.skipif(not (ROOT / ".venv" / ".ready").exists(), reason="no .venv made by launch/setup.sh")
+def test_setup_of_a_ready_venv_does_nothing():
+    before = (ROOT / ".venv" / ".ready").stat().st_mtime_ns
+    done = run(ROOT / "launch" / "setup.sh")
+    assert (done.returncode, done.stderr) == (0, "set-up: nothing to do, .venv is ready\n")
+    assert (ROOT / ".venv" / ".ready").stat().st_mtime_ns == before
+
+
+@pytest.mark.parametrize("arguments", [[], ["-np"], ["-np", "2"], ["-np", "0", "cartpole"], ["-np", "two", "cartpole"]])
+def test_train_without_preset_or_ranks_is_one_line_and_exit_code_2(arguments):
+    done = run(ROOT / "launch" / "train.sh", *arguments)
+    assert done.returncode == 2
+    assert len(done.stderr.splitlines()) == 1
+    assert "[-np N] PRESET" in done.stderr
+
+
+#  arguments                                           ranks  what `hvd-dqn train` receives
+@pytest.mark.parametrize(
+    ("arguments", "ranks", "passed"),
+    [
+        (["cartpole"],                                   "2", ["cartpole"]),
+        (["-np", "4", "cartpole", "--seed", "3"],        "4", ["cartpole", "--seed", "3"]),
+        (["cartpole", "--run-dir", "two words"],         "2", ["cartpole", "--run-dir", "two words"]),
+        (["-np", "1", "--config", "my.yaml"],            "1", ["--config", "my.yaml"]),
+    ],
+)  # fmt: skip
+def test_train_starts_the_ranks_and_returns_their_exit_code(project, arguments, ranks, passed):
+    write_script(project / "launch" / "setup.sh", "")
+    write_script(project / ".venv" / "bin" / "horovodrun", "printf '%s\\n' \"$@\"; exit 75")
+    done = run(project / "launch" / "train.sh", *arguments)
+    assert done.returncode == 75
+    received = done.stdout.splitlines()
+    assert received[:2] == ["-np", ranks]
+    assert received[received.index("hvd-dqn") :] == ["hvd-dqn", "train", *passed]
+    assert "+ exec horovodrun -np" in done.stderr
