@@ -49,7 +49,7 @@ run() {
     shift
     mkdir -p "$logs"
     say "      \$ ${*%%$'\n'*}"
-    setsid "$@" >"$log" 2>&1 </dev/null 9>&- &
+    setsid "$@" >"$log" 2>&1 </dev/null &
     child=$!
     while kill -0 "$child" 2>/dev/null; do
         elapsed=$(printf '%d:%02d' $(((SECONDS - start) / 60)) $(((SECONDS - start) % 60)))
@@ -101,8 +101,9 @@ done_already() { say "set-up: nothing to do, .venv is ready"; exit 0; }
 
 ! ready || done_already
 
-# One set-up at a time. The lock is on this file, because .venv may be deleted and made anew.
-exec 9>>"${BASH_SOURCE[0]}"
+# One set-up at a time. The lock is not in .venv, which may be deleted and made anew, and not on this script, which could not
+# be started while it is open for writing. A pip that outlives a killed set-up keeps it.
+exec 9>>"$root/launch/constraints.txt"
 if ! flock -n 9; then
     say "Another set-up is running here: waiting for it."
     flock 9

@@ -1,6 +1,7 @@
 """The launch scripts: what they refuse, what they say, what they pass on. Nothing is installed here."""
 
 import configparser
+import fcntl
 import os
 import re
 import shutil
@@ -109,13 +110,21 @@ def test_a_failed_step_ends_with_the_reason_and_the_place_of_its_log(project, tm
 
 
 def test_a_second_setup_waits_for_the_first(project):
-    setup = project / "launch" / "setup.sh"
-    first = subprocess.Popen(["flock", str(setup), "sh", "-c", "echo locked; sleep 1"], stdout=subprocess.PIPE)
-    assert first.stdout.readline() == b"locked\n"
-    second = run(setup, env={"PYTHON": "/nowhere/python3.11"})
-    assert first.poll() == 0
-    assert "Another set-up is running here" in second.stderr
-    first.stdout.close()
+    with (project / "launch" / "constraints.txt").open("a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        second = subprocess.Popen(
+            [project / "launch" / "setup.sh"],
+            env={**os.environ, "PYTHON": "/nowhere/python3.11"},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        try:
+            assert "Another set-up is running here" in second.stderr.readline()
+            assert second.poll() is None
+        finally:
+            fcntl.flock(lock, fcntl.LOCK_UN)
+            said = second.communicate(timeout=60)[1]
+    assert "/nowhere/python3.11 does not run" in said
 
 
 @pytest.mark.skipif(not (ROOT / ".venv" / ".ready").exists(), reason="no .venv made by launch/setup.sh")
