@@ -55,7 +55,7 @@ class Learner:
         self.optimizer.build(self.online.variables)
         # Horovod: XLA cannot compile a phase inside which ranks talk.
         self.compiled = xla and (world.size == 1 or self._averages_parameters)
-        self._updates = tf.function(self._take_updates, jit_compile=self.compiled, reduce_retracing=not self.compiled)
+        self._updates: Callable[..., tf.Tensor] | None = None  # made for the shapes of the first batch
         self._average = tf.function(self._average_parameters)
 
     @property
@@ -72,7 +72,15 @@ class Learner:
         """Takes K updates from a batch of leading dimensions [K, passes * B]; `target_copies` is [K] bool."""
         # Parameters are averaged after the phase, and only then may they become the target of all ranks.
         copies = np.zeros_like(target_copies) if self._averages_parameters else target_copies
-        sums = self._updates(*map(tf.constant, batch), tf.constant(learning_rate, tf.float32), tf.constant(copies))
+        arguments = (*batch, np.float32(learning_rate), copies)
+        if self._updates is None:
+            # K may differ from phase to phase: one graph serves them all.
+            self._updates = tf.function(
+                self._take_updates,
+                input_signature=[tf.TensorSpec([None, *x.shape[1:]] if x.ndim else [], x.dtype) for x in arguments],
+                jit_compile=self.compiled,
+            )
+        sums = self._updates(*arguments)
         if self._averages_parameters:
             self._average()
             if target_copies.any():

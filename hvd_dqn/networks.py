@@ -36,9 +36,8 @@ class FlatNetwork:
     """A network whose parameters all live in one vector `theta`.
 
     Horovod then averages one tensor per update, and broadcast, target copy, checksum and saving are one operation each.
-    `shapes` lists the weights in the order in which `forward(weights, observation)` takes them. A matrix [in, out] or a
-    kernel [height, width, in, out] starts uniform in +-1/sqrt(fan in) and a bias at 0 (LeCun et al. 1998, section 4.6,
-    with PyTorch's factor).
+    `shapes` lists the weights in the order in which `forward(weights, observation)` takes them: kernels [in, out] or
+    [height, width, in, out], each followed by its bias. All start uniform in +-1/sqrt(fan in), as in PyTorch.
     """
 
     def __init__(
@@ -50,7 +49,7 @@ class FlatNetwork:
     ) -> None:
         self._shapes, self._forward, self._categories = shapes, forward, categories
         self._sizes = [math.prod(shape) for shape in shapes]
-        self.theta = tf.Variable(np.concatenate([_initial(shape, rng).ravel() for shape in shapes]), name="theta")
+        self.theta = tf.Variable(_initial(shapes, rng), name="theta")
         self.variables = [self.theta]
         self._compiled = tf.function(self.__call__, reduce_retracing=True)
 
@@ -203,11 +202,15 @@ def _call_builder(name: str, observation_shape: tuple[int, ...], actions: int) -
     return model
 
 
-def _initial(shape: tuple[int, ...], rng: np.random.Generator) -> np.ndarray:
-    if len(shape) == 1:
-        return np.zeros(shape, np.float32)
-    bound = 1.0 / math.sqrt(math.prod(shape[:-1]))
-    return rng.uniform(-bound, bound, shape).astype(np.float32)
+def _initial(shapes: Sequence[tuple[int, ...]], rng: np.random.Generator) -> np.ndarray:
+    """Starting values of weights that come in pairs of a kernel and its bias, as one vector."""
+    parts = []
+    for kernel, bias in zip(shapes[::2], shapes[1::2], strict=True):
+        bound = 1.0 / math.sqrt(math.prod(kernel[:-1]))
+        # Biases too: without them all kinks of the first layer's ReLUs would pass through the origin, which is where
+        # low-dimensional control problems live.
+        parts += [rng.uniform(-bound, bound, math.prod(shape)) for shape in (kernel, bias)]
+    return np.concatenate(parts).astype(np.float32)
 
 
 def _flatten(x: Array) -> Array:

@@ -1,0 +1,81 @@
+"""Settings: layers over layers, and one line for whatever does not fit."""
+
+import pytest
+import yaml
+
+from hvd_dqn.config import Config, load_file, load_preset, parse, presets, setting_names
+from hvd_dqn.errors import InputError
+
+
+def test_a_file_lies_over_a_preset_which_lies_over_the_defaults(tmp_path):
+    file = tmp_path / "mine.yaml"
+    file.write_text("agent: {gamma: 0.5}\nenv: {kwargs: {sutton_barto_reward: true}}\n")
+    config = load_file(file, load_preset("cartpole"))
+    assert config.agent.gamma == 0.5  # the file's
+    assert config.env.kwargs == {"sutton_barto_reward": True}
+    assert config.learner.learning_rate == 2.3e-3  # the preset's
+    assert config.agent.n_step == Config().agent.n_step  # the default
+
+
+def test_what_is_written_is_read_back():
+    for name in presets():
+        config = load_preset(name)
+        assert parse(config.to_yaml(), "copy") == config
+
+
+def test_the_digest_tells_settings_apart():
+    assert Config().digest() == Config().digest()
+    assert Config().digest() != Config(seed=1).digest()
+
+
+def test_every_setting_says_what_it_means_and_where_it_comes_from():
+    assert len(setting_names()) > 40
+    for name, field in setting_names().items():
+        assert field.json_schema_extra["meaning"], name
+        assert field.json_schema_extra["source"], name
+
+
+def test_every_preset_opens_with_its_source_and_expected_result():
+    assert set(presets()) == {"acrobot", "cartpole", "identity", "lunarlander", "mountaincar"}
+    for text in presets().values():
+        assert text.startswith("#")
+        assert "\n# Expected: " in text
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("learner: {batch_sise: 3}", r"`learner.batch_sise`.*Did you mean `learner.batch_size`"),
+        ("lerner: {}", r"`lerner`.*Did you mean `learner"),
+        ("learner: {batch_size: 0}", r"`learner.batch_size`: .*greater than or equal to 1.*Received: 0"),
+        ("agent: {gamma: 1.5}", r"`agent.gamma`: .*less than or equal to 1.*Received: 1.5"),
+        ("agent: {loss: hubert}", r"`agent.loss`: .*'huber' or 'squared'.*'hubert'"),
+        ("learner: {learning_rate: .nan}", r"`learner.learning_rate`: .*nan"),
+        ("learner: 3", r"`learner`.*3"),
+        ("- a\n- b", r"mine: "),
+        ("a: b: c", r"mine is not YAML"),
+        ("!!python/object/apply:os.system ['true']", r"mine is not YAML"),
+    ],
+)
+def test_what_does_not_fit_is_said_in_one_line(text, message):
+    with pytest.raises(InputError, match=message) as error:
+        parse(text, "mine")
+    assert "\n" not in str(error.value)
+
+
+def test_an_unknown_preset_gets_the_nearest_one():
+    with pytest.raises(InputError, match=r"no preset 'cartpol'.*Did you mean `cartpole`.*Presets: acrobot"):
+        load_preset("cartpol")
+
+
+def test_an_unreadable_file_is_named(tmp_path):
+    with pytest.raises(InputError, match=r"nothing.yaml.*Expected: a YAML file"):
+        load_file(tmp_path / "nothing.yaml")
+    (tmp_path / "bytes.yaml").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(InputError, match=r"bytes.yaml"):
+        load_file(tmp_path / "bytes.yaml")
+
+
+def test_presets_are_valid_yaml_with_nothing_superfluous():
+    for name, text in presets().items():
+        assert isinstance(yaml.safe_load(text), dict), name
