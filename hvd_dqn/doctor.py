@@ -1,0 +1,278 @@
+"""Whether this machine, these libraries and these ranks fit together, and the cure where they do not."""
+
+import importlib.metadata
+import os
+import platform
+import time
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import groupby
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from hvd_dqn import __version__
+from hvd_dqn.distributed import World
+
+PACKAGES = ("tensorflow", "keras", "horovod", "mpi4py", "gymnasium", "numpy")
+TENSORFLOW_WHEELS = ("tensorflow-cpu", "tensorflow")
+# How many ranks the launcher says it started: Open MPI's, horovodrun's with Gloo, srun's, MPICH's.
+LAUNCHED_VARIABLES = ("OMPI_COMM_WORLD_SIZE", "HOROVOD_SIZE", "SLURM_STEP_NUM_TASKS", "PMI_SIZE")
+SETTINGS = ("HOROVOD_", "OMPI_MCA_", "OMP_", "TF_", "MALLOC_", "CUDA_VISIBLE_DEVICES", "SLURM_CPUS_PER_TASK")
+# What launchers tell their own processes: addresses and keys, nothing that anybody set.
+INTERNAL = ("OMPI_MCA_orte_", "OMPI_MCA_ess", "OMPI_MCA_pmix", "OMPI_MCA_shmem_", "OMPI_MCA_initial_wdir", "TF2_")
+INTERNAL_PARTS = ("SECRET", "KEY", "_ADDR", "_PORT", "RANK", "SIZE", "HOSTNAME", "CLI_CONFIG")
+# Floats in the gradients of the 64-64 MLP, 4 * 64 + 64 + 64 * 64 + 64 + 64 * 2 + 2, and of the Nature CNN, 1.7e6.
+ALLREDUCES = {4_610: 200, 1_687_206: 20}  # number of floats: times measured
+PER_CALL = 10  # all-reduces in one graph, as the updates of a phase follow each other
+
+
+def examine(world: World) -> dict[str, Any]:
+    """Asks every rank and times all-reduces. All ranks call it, and all get the whole answer."""
+    ranks = world.gather(_ask(world))
+    messages = ALLREDUCES.items() if world.size > 1 else ()
+    return {
+        "hvd_dqn": __version__,
+        "ranks": ranks,
+        "allreduce": [_time_allreduce(world, floats, times) for floats, times in messages],
+        "problems": problems(ranks),
+    }
+
+
+def _ask(world: World) -> dict[str, Any]:
+    """What one rank knows of itself."""
+    return {
+        "rank": world.rank,
+        "size": world.size,
+        "local_rank": world.local_rank,
+        "local_size": world.local_size,
+        "host": world.hostname,
+        "launched": launched(os.environ),
+        "cores": sorted(os.sched_getaffinity(0)),
+        "threads": int(os.environ.get("TF_NUM_INTRAOP_THREADS", 0)) or len(os.sched_getaffinity(0)),
+        "gpus": gpus([gpu.name for gpu in tf.config.get_visible_devices("GPU")], os.environ),
+        "versions": versions(),
+        "horovod": world.describe(),
+        "settings": settings(os.environ),
+    }
+
+
+def launched(environ: Mapping[str, str]) -> int:
+    """The number of ranks that the launcher says it started; 1 without a launcher."""
+    return next((int(environ[name]) for name in LAUNCHED_VARIABLES if name in environ), 1)
+
+
+def gpus(names: Sequence[str], environ: Mapping[str, str]) -> list[str]:
+    """The host's own numbers or ids of TensorFlow's devices, which count only what CUDA_VISIBLE_DEVICES leaves."""
+    numbers = [int(name.rsplit(":", 1)[1]) for name in names]
+    visible = [word.strip() for word in environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if word.strip()]
+    return [visible[number] if number < len(visible) else str(number) for number in numbers]
+
+
+def versions() -> dict[str, str]:
+    """Of Python and of what is installed, without importing it."""
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        for name in TENSORFLOW_WHEELS if package == "tensorflow" else (package,):
+            try:
+                found[package] = importlib.metadata.version(name)
+                break
+            except importlib.metadata.PackageNotFoundError:
+                continue
+    return found
+
+
+def settings(environ: Mapping[str, str]) -> dict[str, str]:
+    """The variables in force that steer threads, Horovod and Open MPI."""
+    return {
+        name: value
+        for name, value in sorted(environ.items())
+        if name.startswith(SETTINGS)
+        and not name.startswith(INTERNAL)
+        and not any(part in name for part in INTERNAL_PARTS)
+    }
+
+
+def _time_allreduce(world: World, floats: int, times: int) -> dict[str, float]:
+    """Microseconds of one all-reduce inside a graph, as the learner does them; the slowest rank counts."""
+
+    @tf.function
+    def several(values: tf.Tensor) -> tf.Tensor:
+        for _ in tf.range(PER_CALL):
+            values = world.average([values])[0]
+        return values
+
+    values = tf.ones([floats])
+    several(values)  # traces, and lets Horovod meet the tensor's name
+    seconds = []
+    for _ in range(max(1, times // PER_CALL)):
+        start = time.perf_counter()
+        several(values).numpy()
+        seconds.append((time.perf_counter() - start) / PER_CALL)
+    low, median, high = 1e6 * np.percentile(world.max(np.array(seconds)), [25, 50, 75])
+    return {"bytes": 4 * floats, "median": float(median), "low": float(low), "high": float(high)}
+
+
+Ranks = Sequence[dict[str, Any]]
+
+
+def problems(ranks: Ranks) -> list[str]:
+    """Everything wrong in what the ranks say of themselves, each with its cure."""
+    return list(dict.fromkeys(complaint for check in CHECKS for complaint in check(ranks)))
+
+
+def _alone_in_company(ranks: Ranks) -> Iterator[str]:
+    for rank in ranks:
+        if rank["size"] == 1 and rank["launched"] > 1:
+            yield (
+                f"The launcher started {rank['launched']} ranks, but this one finds itself alone: mpi4py and Horovod were "
+                "built for another MPI than the launcher's. Run launch/setup.sh with one mpirun on PATH and start with "
+                "that one; srun needs --mpi=pmix."
+            )
+
+
+def _no_horovod(ranks: Ranks) -> Iterator[str]:
+    missing = [name for name in ("horovod", "mpi4py") if name not in ranks[0]["versions"]]
+    if missing:
+        yield f"One process works; several ranks need {' and '.join(missing)}: run launch/setup.sh."
+    elif "horovod_error" in ranks[0]["horovod"]:
+        yield (
+            "Horovod is installed but cannot be loaded: it must be built after TensorFlow and against it. "
+            f"Run launch/setup.sh. The reason: {ranks[0]['horovod']['horovod_error']}"
+        )
+
+
+def _mpi_disagrees(ranks: Ranks) -> Iterator[str]:
+    for rank in ranks:
+        seen = rank["horovod"].get("mpi4py_rank"), rank["horovod"].get("mpi4py_size")
+        if seen not in ((None, None), (rank["rank"], rank["size"])):
+            yield (
+                f"Rank {rank['rank']} of {rank['size']} for Horovod is rank {seen[0]} of {seen[1]} for mpi4py: "
+                "they were built against different MPIs. Run launch/setup.sh with one mpirun on PATH."
+            )
+
+
+def _thread_level(ranks: Ranks) -> Iterator[str]:
+    level = ranks[0]["horovod"].get("mpi_thread_level", "MULTIPLE")
+    if level != "MULTIPLE":
+        yield (
+            f"MPI granted MPI_THREAD_{level}, but Horovod's background thread needs MPI_THREAD_MULTIPLE: "
+            "use Open MPI 4.0 or later."
+        )
+
+
+def _shared_cores(ranks: Ranks) -> Iterator[str]:
+    for host, neighbours in _by_host(ranks):
+        threads = sum(rank["threads"] for rank in neighbours)
+        cores = len({core for rank in neighbours for core in rank["cores"]})
+        if threads > cores and len(neighbours) > 1:
+            share = max(1, cores // len(neighbours))
+            yield (
+                f"{len(neighbours)} ranks on {host} run {threads} threads on {cores} {_plural(cores, 'core')} and so wait "
+                f"for each other: set OMP_NUM_THREADS and TF_NUM_INTRAOP_THREADS to {share}"
+                + (", start fewer ranks" if cores < len(neighbours) else "")
+                + ", or let the launcher give more cores (mpirun --bind-to none, srun --cpus-per-task)."
+            )
+
+
+def _shared_gpu(ranks: Ranks) -> Iterator[str]:
+    for host, neighbours in _by_host(ranks):
+        owners = defaultdict(list)
+        for rank in neighbours:
+            for gpu in rank["gpus"]:
+                owners[gpu].append(str(rank["rank"]))
+        for gpu, names in owners.items():
+            if len(names) > 1:
+                yield (
+                    f"Ranks {', '.join(names)} share GPU {gpu} on {host}, which NCCL does not do: start one rank per "
+                    "GPU, and give each its own (srun --gpus-per-task=1) or let all see all of them."
+                )
+
+
+def _no_nccl(ranks: Ranks) -> Iterator[str]:
+    if len(ranks) > 1 and any(rank["gpus"] for rank in ranks) and not ranks[0]["horovod"].get("nccl_built", False):
+        yield (
+            "There are GPUs, but Horovod was built without NCCL, so every gradient goes through the host's memory: "
+            "run launch/setup.sh --gpu, which builds with HOROVOD_GPU_OPERATIONS=NCCL."
+        )
+
+
+def _different_versions(ranks: Ranks) -> Iterator[str]:
+    for name in sorted({name for rank in ranks for name in rank["versions"]}):
+        counts = Counter(rank["versions"].get(name, "none") for rank in ranks)
+        if len(counts) > 1:
+            usual = counts.most_common(1)[0][0]
+            odd = next(rank for rank in ranks if rank["versions"].get(name, "none") != usual)
+            here = odd["versions"].get(name, "none")
+            yield (
+                f"The ranks have different versions of {name}: {here} on {odd['host']} and {usual} elsewhere. "
+                "Let all hosts use one .venv, or run launch/setup.sh on each."
+            )
+
+
+CHECKS: tuple[Callable[[Ranks], Iterator[str]], ...] = (
+    _alone_in_company,
+    _no_horovod,
+    _mpi_disagrees,
+    _thread_level,
+    _shared_cores,
+    _shared_gpu,
+    _no_nccl,
+    _different_versions,
+)
+
+
+def _by_host(ranks: Ranks) -> Iterator[tuple[str, list[dict[str, Any]]]]:
+    for host, group in groupby(sorted(ranks, key=lambda rank: rank["host"]), key=lambda rank: rank["host"]):
+        yield host, list(group)
+
+
+def render(report: dict[str, Any]) -> RenderableType:
+    """The report for people: what is installed and built, a row per rank, the all-reduces, and the problems."""
+    chief = report["ranks"][0]
+    about = Table.grid(padding=(0, 2))
+    about.add_row("versions", _pairs({"hvd_dqn": report["hvd_dqn"], **chief["versions"]}))
+    build = {name.replace("_", " "): value for name, value in chief["horovod"].items()}
+    about.add_row("Horovod", _pairs(build) if build else "not installed")
+    about.add_row("settings", _pairs(chief["settings"], "="))
+    for row in report["allreduce"]:
+        spread = f"{row['median']:,.0f} µs (quartiles {row['low']:,.0f} and {row['high']:,.0f})"
+        about.add_row("all-reduce", f"{row['bytes'] / 1e3:,.0f} kB in {spread}")
+    ranks = Table("rank", "host", "local rank", "cores", "threads", "GPU")
+    for rank in report["ranks"]:
+        ranks.add_row(
+            f"{rank['rank']} of {rank['size']}",
+            rank["host"],
+            f"{rank['local_rank']} of {rank['local_size']}",
+            _ranges(rank["cores"]),
+            str(rank["threads"]),
+            ", ".join(rank["gpus"]) or "none",
+        )
+    complaints = Table.grid(padding=(0, 1))
+    for complaint in report["problems"]:
+        complaints.add_row("!", Text(complaint))
+    return Group(about, ranks, complaints if report["problems"] else "No problem found.")
+
+
+def _pairs(values: Mapping[str, Any], between: str = " ") -> Text:
+    words = {True: "yes", False: "no"}
+    return Text(", ".join(f"{k}{between}{words[v] if isinstance(v, bool) else v}" for k, v in values.items()))
+
+
+def _ranges(numbers: Sequence[int]) -> str:
+    """[0, 1, 2, 5] as "0-2, 5"."""
+    parts: list[list[int]] = []
+    for number in numbers:
+        if parts and number == parts[-1][-1] + 1:
+            parts[-1].append(number)
+        else:
+            parts.append([number])
+    return ", ".join(str(part[0]) if len(part) == 1 else f"{part[0]}-{part[-1]}" for part in parts)
+
+
+def _plural(number: int, noun: str) -> str:
+    return noun if number == 1 else f"{noun}s"

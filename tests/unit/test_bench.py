@@ -1,0 +1,101 @@
+"""The benchmark of the learner, on networks small enough for a test."""
+
+import json
+import subprocess
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from hvd_dqn import __version__, bench
+from hvd_dqn.distributed import Solo
+
+TINY = {
+    "mlp": bench.Case("mlp", (8,), (4,), 2, batch=4, updates=3, phases=2, transitions=64),
+    "cnn": bench.Case("cnn", (8,), (36, 36, 2), 3, batch=2, updates=2, phases=1, transitions=160),
+}
+
+
+@pytest.fixture(autouse=True)
+def tiny(monkeypatch):
+    monkeypatch.setattr(bench, "CASES", TINY)
+
+
+def test_every_network_gets_positive_times_and_the_numbers_they_must_be_told_with():
+    result = json.loads(json.dumps(bench.learner(Solo(), networks=("mlp", "cnn"), repeats=3)))
+    assert result["benchmark"] == "learner"
+    assert (result["ranks"], result["repeats"]) == (1, 3)
+    assert result["machine"]["cores"] >= 1
+    assert result["threads"] >= 1
+    assert all(result[name] for name in ("commit", "command"))
+    assert [row["network"] for row in result["results"]] == ["mlp", "cnn"]
+    for row in result["results"]:
+        case = TINY[row["network"]]
+        assert (row["batch"], row["updates_per_phase"]) == (case.batch, case.updates)
+        for name in ("microseconds_per_update", "microseconds_with_sampling"):
+            spread = row[name]
+            assert 0 < spread["low"] <= spread["median"] <= spread["high"] < 1e6
+        assert row["updates_per_second"] == pytest.approx(1e6 / row["microseconds_per_update"]["median"])
+
+
+def test_a_measurement_is_divided_by_all_updates_it_took_and_the_slowest_rank_counts(monkeypatch):
+    class SlowNeighbour(Solo):
+        size = 2
+
+        def max(self, values):
+            return np.maximum(values, neighbour)
+
+    # Two jobs, with and without sampling, of 2 phases * 3 updates; the third repeat is slow on this rank.
+    mine = iter([1.0, 2.0, 3.0, 4.0, 30.0, 40.0])
+    neighbour = np.array([[6.0, 1.0], [1.0, 1.0], [1.0, 1.0]])
+    monkeypatch.setattr(bench, "_seconds", lambda job, world: next(mine))
+    row = bench.learner(SlowNeighbour(), networks=("mlp",), repeats=3)["results"][0]
+    #                                                       slowest rank's seconds: 6, 3, 30 and 2, 4, 40
+    assert row["microseconds_per_update"] == pytest.approx({"low": 4.5e6 / 6, "median": 6e6 / 6, "high": 18e6 / 6})
+    assert row["microseconds_with_sampling"]["median"] == pytest.approx(4e6 / 6)
+
+
+def test_people_see_a_row_per_network_within_80_columns():
+    spread = {"median": 78_879.4, "low": 75_854.0, "high": 83_325.0}
+    row = {"batch": 32, "updates_per_phase": 4, "updates_per_second": 12.68}
+    times = {"microseconds_per_update": spread, "microseconds_with_sampling": spread}
+    result = {
+        "machine": {"cpu": "a CPU", "cores": 2, "gpus": []},
+        "threads": 1,
+        "commit": "0123456789",
+        "command": "hvd-dqn bench learner",
+        "ranks": 2,
+        "repeats": 7,
+        "results": [{"network": name, **row, **times} for name in ("nature-cnn", "mlp-256-256")],
+    }
+    console = Console(width=80)
+    with console.capture() as capture:
+        console.print(bench.table(result))
+    lines = capture.get().splitlines()
+    assert "2 ranks of 1 thread on a CPU (2 cores)" in lines[0]
+    for name in ("nature-cnn", "mlp-256-256"):
+        # 100 * (83,325 - 75,854) / 2 / 78,879.4 = 4.7
+        assert any(f"{name} " in line and line.count("78,879 ± 5 %") == 2 and "12.68" in line for line in lines)
+
+
+def test_the_revision_is_the_commit_of_our_own_checkout_and_never_a_strangers(tmp_path, monkeypatch):
+    def git(*arguments):
+        name = ("-c", "user.name=n", "-c", "user.email=e@example.org", "-c", "commit.gpgsign=false")
+        return subprocess.run(["git", *name, *arguments], cwd=tmp_path, check=True, capture_output=True, text=True)
+
+    package = tmp_path / "hvd_dqn"
+    package.mkdir()
+    monkeypatch.setattr(bench, "__file__", str(package / "bench.py"))
+    (package / "bench.py").write_text("")
+    assert bench.revision() == __version__  # in no checkout
+    git("init")
+    (tmp_path / "other.py").write_text("")
+    git("add", "other.py")
+    git("commit", "-m", "A stranger's")
+    assert bench.revision() == __version__  # in a checkout that does not track the package
+    git("add", "hvd_dqn/bench.py")
+    git("commit", "-m", "Ours")
+    commit = git("rev-parse", "--short=10", "HEAD").stdout.strip()
+    assert bench.revision() == commit
+    (package / "bench.py").write_text("changed = True")
+    assert bench.revision() == f"{commit}-dirty"
