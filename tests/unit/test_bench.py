@@ -45,14 +45,28 @@ def test_a_measurement_is_divided_by_all_updates_it_took_and_the_slowest_rank_co
         def max(self, values):
             return np.maximum(values, neighbour)
 
-    # Two jobs, with and without sampling, of 2 phases * 3 updates; the third repeat is slow on this rank.
-    mine = iter([1.0, 2.0, 3.0, 4.0, 30.0, 40.0])
-    neighbour = np.array([[6.0, 1.0], [1.0, 1.0], [1.0, 1.0]])
+    # Two networks with two jobs each, with and without sampling; in the first repeat the neighbour is slow.
+    mine = iter([1.0, 2.0, 1.0, 1.0, 3.0, 4.0, 1.0, 1.0, 30.0, 40.0, 1.0, 1.0])
+    neighbour = np.array([[6.0, 1.0, 1.0, 8.0], [1.0, 1.0, 1.0, 8.0], [1.0, 1.0, 1.0, 8.0]])
     monkeypatch.setattr(bench, "_seconds", lambda job, world: next(mine))
-    row = bench.learner(SlowNeighbour(), networks=("mlp",), repeats=3)["results"][0]
-    #                                                       slowest rank's seconds: 6, 3, 30 and 2, 4, 40
-    assert row["microseconds_per_update"] == pytest.approx({"low": 4.5e6 / 6, "median": 6e6 / 6, "high": 18e6 / 6})
-    assert row["microseconds_with_sampling"]["median"] == pytest.approx(4e6 / 6)
+    mlp, cnn = bench.learner(SlowNeighbour(), networks=("mlp", "cnn"), repeats=3)["results"]
+    # The slowest rank took 6, 3 and 30 seconds alone, and 2, 4 and 40 with sampling, for 2 phases of 3 updates.
+    assert mlp["microseconds_per_update"] == pytest.approx({"low": 4.5e6 / 6, "median": 6e6 / 6, "high": 18e6 / 6})
+    assert mlp["microseconds_with_sampling"]["median"] == pytest.approx(4e6 / 6)
+    assert cnn["microseconds_per_update"]["median"] == pytest.approx(1e6 / 2)  # 1 phase of 2 updates
+    assert cnn["microseconds_with_sampling"]["median"] == pytest.approx(8e6 / 2)
+
+
+def test_only_the_second_job_draws_its_batches():
+    drawn = []
+    sample = bench.Replay.sample
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(bench.Replay, "sample", lambda *arguments: drawn.append(1) or sample(*arguments))
+        train, sample_and_train = bench._jobs(TINY["mlp"], Solo())
+        for job, expected in [(train, 0), (sample_and_train, TINY["mlp"].phases)]:
+            drawn.clear()
+            job()
+            assert len(drawn) == expected
 
 
 def test_people_see_a_row_per_network_within_80_columns():

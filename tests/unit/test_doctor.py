@@ -73,6 +73,11 @@ def test_healthy_ranks_have_no_problem():
         ([rank(0, cores=[1]), rank(1, cores=[1])], "run 2 threads on 1 core ", "start fewer ranks"),
         ([rank(0, threads=2), rank(1, threads=1)], "run 3 threads on 2 cores", "mpirun --bind-to none"),
         (
+            [rank(0, threads=2), rank(1, threads=2, host="two"), rank(2)],  # dealt out host by host
+            "2 ranks on one run 3 threads on 2 cores",
+            "INTRAOP_THREADS to 1",
+        ),
+        (
             [rank(i, gpus=["3"], horovod={"nccl_built": True}) for i in range(2)],
             "Ranks 0, 1 share GPU 3 on one",
             "one rank per GPU",
