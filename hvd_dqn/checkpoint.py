@@ -74,7 +74,7 @@ class Checkpoints:
             if not (target / MANIFEST).exists():
                 target.mkdir(parents=True, exist_ok=True)
                 content = io.BytesIO()
-                np.savez(content, **arrays)  # type: ignore[arg-type]  # numpy's stub takes the names for allow_pickle
+                np.savez(content, **arrays)
                 files = {"model.npz": content.getvalue(), "state.json": json.dumps(state, indent=1).encode()}
                 for name, data in files.items():
                     write(target / name, data)

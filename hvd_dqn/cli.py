@@ -18,7 +18,7 @@ from hvd_dqn.checkpoint import Checkpoints, Snapshot
 from hvd_dqn.config import Config, load_file, load_preset, nearest, presets, setting_names
 from hvd_dqn.distributed import World, connect, in_step, set_thread_defaults
 from hvd_dqn.errors import InputError, RunError
-from hvd_dqn.run import Run, default_path, differing
+from hvd_dqn.run import Run, default_path
 
 T = TypeVar("T")
 
@@ -47,7 +47,7 @@ class TrainOptions:
     """Where the run is kept; by default runs/PRESET-DATE-TIME."""
     resume: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Go on from the newest checkpoint in --run-dir."""
-    settings: Annotated[Config, tyro.conf.arg(name="")] = field(default_factory=Config)
+    settings: Annotated[Config, tyro.conf.arg(name=""), tyro.conf.FlagConversionOff] = field(default_factory=Config)
 
 
 @dataclass
@@ -88,13 +88,15 @@ class JsonOptions:
 
 def main() -> None:
     """The console script. Exit codes: 0 done, 1 failed, 2 bad input."""
-    sys.path.insert(0, os.getcwd())  # for the user's own `module:EnvId` and `module:function`
+    sys.path.insert(
+        0, os.getcwd()
+    )  # a console script does not have it: for the user's own `module:EnvId` and `module:function`
     world: World | None = None
     try:
         set_thread_defaults()
         world = connect()
         if world.rank != 0:
-            sys.stdout = open(os.devnull, "w")  # results are the chief's to print
+            sys.stdout = open(os.devnull, "w")  # noqa: SIM115  # results are the chief's to print
         argv = sys.argv[1:]
         command = in_step(world, lambda: find_command(argv))
         command(argv[1:], world)
@@ -119,7 +121,9 @@ def parse(kind: type[T], arguments: Sequence[str], prog: str, default: T | None 
     complaint = io.StringIO()
     try:
         with contextlib.redirect_stderr(complaint):
-            options, unknown = tyro.cli(kind, args=arguments, prog=prog, default=default, return_unknown_args=True)
+            options, unknown = tyro.cli(
+                kind, args=arguments, prog=prog, default=default, return_unknown_args=True, use_underscores=True
+            )
     except SystemExit as stop:
         if not stop.code:
             raise  # --help, printed
@@ -127,7 +131,7 @@ def parse(kind: type[T], arguments: Sequence[str], prog: str, default: T | None 
     if unknown:
         known = [f"--{name}" for name in setting_names()] if kind is TrainOptions else []
         raise InputError(f"There is no option {unknown[0]!r}.{nearest(unknown[0], known)} See `{prog} --help`.")
-    return options
+    return options  # type: ignore[return-value]  # tyro cannot tell a default of None
 
 
 def one_line(box: str) -> str:
@@ -138,7 +142,7 @@ def one_line(box: str) -> str:
     )
     if pydantic:
         section, name, reason, value = pydantic.groups()
-        return f"`{section}.{name}`: {reason}. Received: {value}."
+        return f"`{section.removeprefix('settings.')}.{name}`: {reason}. Received: {value}."
     return text
 
 
@@ -156,7 +160,7 @@ def read_settings(arguments: Sequence[str]) -> tuple[TrainOptions, str, Config]:
         base = _settings_of_run(Run(where.run_dir), preset)
     elif not preset and not {"-h", "--help"} & set(rest):
         raise InputError(f"What shall be trained? Name a preset ({', '.join(presets())}) or a --config FILE.")
-    options = parse(TrainOptions, rest, prog, TrainOptions(where.config, where.run_dir, where.resume, base))
+    options = parse(TrainOptions, rest, prog, TrainOptions(settings=base))
     if options.resume and not options.run_dir:
         raise InputError("--resume needs --run-dir DIR, the run to go on with.")
     name = preset or (where.config.stem if where.config else "run")

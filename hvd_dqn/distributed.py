@@ -116,7 +116,8 @@ class HorovodWorld:
         pin_gpu()  # before MPI starts: CUDA must not see the other ranks' devices
         import horovod.tensorflow as hvd
 
-        self._hvd, self._comm = hvd, None
+        self._hvd = hvd
+        self._comm: Any = None  # mpi4py's communicator, where MPI is in charge
         if "HOROVOD_GLOO_RENDEZVOUS_ADDR" in os.environ:
             hvd.init()
         else:
@@ -229,7 +230,7 @@ def check_drift(world: World, variables: Mapping[str, Any], when: str) -> None:
 
     The error goes to the ranks whose values differ from the chief's. `when` says at which point of the run.
     """
-    sums = np.array([zlib.crc32(np.ascontiguousarray(variable.numpy())) for variable in variables.values()], np.float64)
+    sums = np.array([zlib.crc32(variable.numpy().tobytes()) for variable in variables.values()], np.float64)
     largest = world.max(np.concatenate([sums, -sums]))
     if np.array_equal(largest[: len(sums)], -largest[len(sums) :]):
         return
@@ -264,10 +265,8 @@ def connect() -> World:
     """The world this process was started into; alone, neither Horovod, mpi4py nor TensorFlow is imported."""
     if not any(name in os.environ for name in LAUNCHER_VARIABLES):
         return Solo()
-    if "HOROVOD_GLOO_RENDEZVOUS_ADDR" in os.environ:
-        size = int(os.environ["HOROVOD_SIZE"])
-    else:
-        size = _mpi_size()
+    under_gloo = "HOROVOD_GLOO_RENDEZVOUS_ADDR" in os.environ
+    size = int(os.environ["HOROVOD_SIZE"]) if under_gloo else _mpi_size()
     if size == 1:
         return Solo()
     if importlib.util.find_spec("horovod") is None:

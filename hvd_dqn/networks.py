@@ -1,6 +1,7 @@
 """Networks from observations to action values: pure functions of one flat parameter vector, or the user's Keras model."""
 
 import importlib
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
@@ -225,7 +226,7 @@ def _dense_shapes(inputs: int, hidden: Sequence[int], actions: int, dueling: boo
     if dueling:
         widths[-1] *= 2
     shapes: list[tuple[int, ...]] = []
-    for fan_in, fan_out in zip(widths, widths[1:], strict=False):
+    for fan_in, fan_out in itertools.pairwise(widths):
         shapes += [(fan_in, fan_out), (fan_out,)]
     if dueling:
         return [*shapes, (hidden[-1], 1), (1,), (hidden[-1], actions), (actions,)]

@@ -3,11 +3,11 @@
 import contextlib
 from types import TracebackType
 
+from hvd_dqn.checkpoint import Snapshot
 from hvd_dqn.errors import InputError
 from hvd_dqn.evaluation import COLUMNS as EVALUATION_COLUMNS
-from hvd_dqn.metrics import COLUMNS, CsvWriter, NullWriter, Row, TensorBoardWriter, Writer, Writers
+from hvd_dqn.metrics import COLUMNS, CsvWriter, Row, TensorBoardWriter, Writer, Writers
 from hvd_dqn.plots import plot
-from hvd_dqn.checkpoint import Snapshot
 from hvd_dqn.progress import Progress, open_stream
 from hvd_dqn.run import Run, differing, now
 from hvd_dqn.trainer import Progress as Record
@@ -36,14 +36,14 @@ class Session:
 
     def _finish(self, row: Row) -> None:
         self.close()
-        self._run.note(ended="finished", finished=now(), result=row, best=self._trainer.best)
+        trainer, size = self._trainer, self._trainer.world.size
+        best_return, best_steps = trainer.best or (row["return_mean"], int(row["total_steps"]))
+        self._run.note(ended="finished", finished=now(), result=row, best=(best_return, best_steps))
         plot([self._run.path], self._run.path / "curve.png")
-        size = self._trainer.world.size
         print(
             f"{self._run.about()['preset']}: return {row['return_mean']:.1f} ± {row['return_std']:.1f} over "
             f"{row['episodes']:.0f} episodes after {row['total_steps']:,.0f} total steps and {row['seconds']:.0f} s on "
-            f"{size} rank{'s' * (size > 1)}; best evaluation {self._trainer.best[0]:.1f} at {self._trainer.best[1]:,}; "
-            f"see {self._run.path}",
+            f"{size} rank{'s' * (size > 1)}; best evaluation {best_return:.1f} at {best_steps:,}; see {self._run.path}",
             flush=True,
         )
 

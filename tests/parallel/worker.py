@@ -5,6 +5,7 @@ import json
 import traceback
 
 import numpy as np
+import pytest
 
 from hvd_dqn.distributed import BroadcastHook, Solo, check_drift, connect, in_step, set_thread_defaults
 from hvd_dqn.errors import InputError, RunError
@@ -111,13 +112,8 @@ def the_drift_check_names_the_rank_and_the_variable():
         theta = learner.target.variables[0].numpy()
         theta[7] += 1e-6
         learner.target.variables[0].assign(theta)
-    try:
+    with pytest.raises(RunError, match=r"after 100 total steps: on rank 1 the variables target/0 \(theta:0\)"):
         check_drift(world, learner.variables, "after 100 total steps")
-    except RunError as error:
-        assert "after 100 total steps" in str(error)
-        assert "on rank 1 the variables target/0 (theta:0)" in str(error), str(error)
-    else:
-        raise AssertionError("drift went unnoticed")
 
 
 def values_are_reduced():
@@ -134,12 +130,8 @@ def bad_input_of_one_rank_is_raised_on_all():
             raise InputError("no such thing on rank 1")
         return 5
 
-    try:
+    with pytest.raises(InputError, match="no such thing on rank 1"):
         in_step(world, action)
-    except InputError as error:
-        assert str(error) == "no such thing on rank 1"
-    else:
-        raise AssertionError("went on")
     assert in_step(world, lambda: world.rank) == world.rank
 
 

@@ -113,10 +113,10 @@ def test_the_learning_rate_is_scaled_only_as_asked_and_warmed_up():
     #    scaling   size  factor
     for scaling, size, factor in [("none", 8, 1.0), ("sqrt", 4, 2.0), ("linear", 8, 8.0), ("linear", 1, 1.0)]:
         plan = Plan(config(ranks={"learning_rate_scaling": scaling, "warmup_steps": 10_000}), size)
-        at = lambda steps: plan.learning_rate_at(steps // plan.steps_per_cycle - 1) / 1e-3  # noqa: E731
-        assert at(960) == pytest.approx(1.0)  # before learning starts
-        assert at(5_952) == pytest.approx(1 + (factor - 1) * 0.4952)
-        assert at(48_000) == pytest.approx(factor)
+        #                      before learning, halfway, at the end
+        for steps, expected in [(960, 1.0), (5_952, 1 + (factor - 1) * 0.4952), (48_000, factor)]:
+            cycle = steps // plan.steps_per_cycle - 1
+            assert plan.learning_rate_at(cycle) == pytest.approx(1e-3 * expected)
 
 
 def test_strong_scaling_never_changes_the_learning_rate():

@@ -80,7 +80,10 @@ def play(config: Config, world, path: Path, snapshot=None):
 
     trainer.learner.update = recorded
     trainer.played, count = [], trainer.ledger.episodes
-    trainer.ledger.episodes = lambda returns, lengths: (count(returns, lengths), trainer.played.extend(lengths.tolist()))
+    trainer.ledger.episodes = lambda returns, lengths: (
+        count(returns, lengths),
+        trainer.played.extend(lengths.tolist()),
+    )
     records = list(trainer.train(Checkpoints(path, world)))
     trainer.close()
     return records, trainer
