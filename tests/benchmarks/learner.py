@@ -103,6 +103,8 @@ def summary(rounds: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return {
         "benchmark": "learner against Stable-Baselines3",
         **provenance(),
+        # Several where somebody changed the code while this ran.
+        "commit": ", ".join(sorted({r[job]["commit"] for r in rounds for job in ("one", "two")})),
         "threads": 1,
         "command": " ".join(["python -m tests.benchmarks.learner", *sys.argv[1:]]),
         "peers": rounds[0]["sb3"]["versions"],
