@@ -14,6 +14,29 @@ from hvd_dqn.transition import Batch
 LOSSES = {"huber": huber, "squared": squared}
 
 
+class Adam(tf.keras.optimizers.Adam):
+    """Keras's Adam with its update as one operation instead of a dozen: the same formula (Kingma & Ba 2015)."""
+
+    def update_step(self, gradient: tf.Tensor, variable: tf.Variable) -> None:
+        if isinstance(gradient, tf.IndexedSlices):  # of an embedding in a user's own model
+            super().update_step(gradient, variable)
+            return
+        index = self._index_dict[self._var_key(variable)]
+        step = tf.cast(self.iterations + 1, variable.dtype)
+        tf.raw_ops.ResourceApplyAdam(
+            var=variable.handle,
+            m=self._momentums[index].handle,
+            v=self._velocities[index].handle,
+            beta1_power=tf.pow(self.beta_1, step),
+            beta2_power=tf.pow(self.beta_2, step),
+            lr=tf.cast(self.learning_rate, variable.dtype),
+            beta1=self.beta_1,
+            beta2=self.beta_2,
+            epsilon=self.epsilon,
+            grad=gradient,
+        )
+
+
 class Phase(NamedTuple):
     """Sums over the updates of one phase, of this rank's minibatches; the gradient's is of the averaged gradient."""
 
@@ -49,7 +72,8 @@ class Learner:
         self._copy_target()
         self._world, self._double, self._loss, self._passes = world, double, LOSSES[loss], passes
         self._averages_parameters = sync == "parameters"
-        optimizer = tf.keras.optimizers.Adam(epsilon=adam_epsilon, global_clipnorm=max_gradient_norm, jit_compile=False)
+        self._max_gradient_norm = max_gradient_norm
+        optimizer = Adam(epsilon=adam_epsilon, jit_compile=False)
         # Horovod: the wrapper makes a new optimizer, so wrap first and build then; slots exist before they are broadcast.
         self.optimizer = optimizer if self._averages_parameters else world.wrap(optimizer, compression)
         self.optimizer.build(self.online.variables)
@@ -124,7 +148,11 @@ class Learner:
         # `apply_gradients` would average nothing, silently.
         averaged = self.optimizer.compute_gradients(objective, variables, tape)
         norm = tf.linalg.global_norm([gradient for gradient, _ in averaged])
-        self.optimizer.apply_gradients(averaged)  # clips to the global norm: after the average, as it must be
+        if self._max_gradient_norm is not None:
+            # Average first, then clip: only so are N ranks x batch b one rank x batch N * b.
+            shrink = self._max_gradient_norm / tf.maximum(norm, self._max_gradient_norm)
+            averaged = [(gradient * shrink, variable) for gradient, variable in averaged]
+        self.optimizer.apply_gradients(averaged)
         return tf.stack([loss, mean_q, norm])
 
     def _accumulate(self, minibatch: Batch) -> tuple[list[tf.Tensor], tf.Tensor, tf.Tensor]:

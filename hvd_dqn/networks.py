@@ -241,7 +241,10 @@ def _dense(weights: list[Array], x: Array, dueling: bool) -> Array:
     xp = np if isinstance(x, np.ndarray) else tf
     heads = 4 if dueling else 2
     for layer in range(0, len(weights) - heads, 2):
-        x = xp.maximum(x @ weights[layer] + weights[layer + 1], 0.0)
+        if xp is np:
+            x = np.maximum(x @ weights[layer] + weights[layer + 1], 0.0)
+        else:  # these three operations TensorFlow fuses into one
+            x = tf.nn.relu(tf.nn.bias_add(x @ weights[layer], weights[layer + 1]))
     if not dueling:
         return x @ weights[-2] + weights[-1]
     value_features, advantage_features = xp.split(x, 2, axis=1)

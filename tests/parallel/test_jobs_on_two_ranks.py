@@ -1,0 +1,130 @@
+"""Whole jobs on two real ranks: they learn, refuse, stop and resume together."""
+
+import json
+import re
+import time
+
+import pytest
+
+from tests.ranks import ROOT, horovodrun, run
+
+
+@pytest.fixture(scope="module")
+def identity(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs") / "identity"
+    done = horovodrun(2, "hvd-dqn", "train", "identity", "--run_dir", folder, "--evaluation.target_return", "None")
+    assert done.returncode == 0, done.stdout + done.stderr
+    return folder, done
+
+
+def test_two_ranks_train_as_one_job(identity):
+    folder, done = identity
+    assert done.stdout.count("identity: return") == 1  # the chief alone speaks
+    assert re.search(r"on 2 ranks", done.stdout)
+    about = json.loads((folder / "run.json").read_text())
+    assert about["size"] == 2
+    assert about["result"]["return_mean"] == 10.0
+    assert about["result"]["episodes"] == 20
+
+
+def test_weights_of_two_ranks_are_evaluated_alike_by_one_and_by_two(identity):
+    folder, _ = identity
+    command = ["hvd-dqn", "evaluate", folder, "--episodes", "7", "--json"]
+    alone, together = run(command), horovodrun(2, *command)
+    text = re.sub(r"\[[\d,]+\]<std\w+>:", "", together.stdout)
+    assert json.loads(alone.stdout) == json.loads(re.search(r"\{.*\}", text).group(0))
+
+
+def test_a_job_is_resumed_with_two_ranks(identity):
+    folder, _ = identity
+    done = horovodrun(2, "hvd-dqn", "train", "--run_dir", folder, "--resume", "--total_steps", "3000")
+    assert done.returncode == 0, done.stdout + done.stderr
+    steps = [int(line.split(",")[0]) for line in (folder / "metrics.csv").read_text().splitlines()[1:]]
+    assert steps == sorted(set(steps))
+    assert steps[-1] == 3000
+
+
+def test_one_seed_gives_one_run_on_two_ranks(tmp_path):
+    texts = []
+    for name in ("first", "second"):
+        done = horovodrun(2, "hvd-dqn", "train", "identity", "--seed", "3", "--run_dir", tmp_path / name)
+        assert done.returncode == 0, done.stderr
+        rows = [line.split(",") for line in (tmp_path / name / "metrics.csv").read_text().splitlines()]
+        kept = [i for i, column in enumerate(rows[0]) if not column.startswith("time") and "second" not in column]
+        texts.append([[row[i] for i in kept] for row in rows])
+    assert texts[0] == texts[1]
+
+
+#                             words                                                             the line says
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        (["train", "identity", "--learner.batch_sise", "3"], r"Did you mean `--learner.batch_size`"),
+        (
+            ["train", "identity", "--ranks.scaling", "strong", "--env.envs_per_rank", "3"],
+            r"multiple of their number.*3 on 2",
+        ),
+        (["train", "identity", "--run_dir", "/proc/no/run"], r"Cannot write the run directory"),
+        (["evaluate", "nothing"], r"nothing is no run"),
+    ],
+)
+def test_bad_input_is_said_once_and_ends_every_rank(words, line):
+    done = horovodrun(2, "hvd-dqn", *words)
+    assert done.returncode == 2, done.stderr
+    said = [text for text in (done.stdout + done.stderr).splitlines() if "hvd-dqn: " in text]
+    assert len(said) == 1, done.stdout + done.stderr
+    assert re.search(line, said[0])
+
+
+def test_ranks_started_with_different_settings_are_refused(tmp_path):
+    # mpirun's `:` starts the ranks of one job with different commands.
+    command = ["hvd-dqn", "train", "identity", "--run_dir", tmp_path / "run", "--seed"]
+    done = run(["mpirun", "--allow-run-as-root", "-np", "1", *command, "1", ":", "-np", "1", *command, "2"])
+    assert done.returncode == 2, done.stderr
+    assert re.search(r"hvd-dqn: The ranks were started with different settings: ranks \[1\] differ", done.stderr)
+    assert not (tmp_path / "run").exists()
+
+
+BREAKING = """
+import sys
+from hvd_dqn import cli, trainer
+from hvd_dqn.distributed import LAUNCHER_VARIABLES
+import os
+rank = int(next(os.environ[name] for name in LAUNCHER_VARIABLES if name in os.environ))
+learn = trainer.Trainer._learn
+def broken(self, cycle):
+    learn(self, cycle)
+    if rank == 1 and self.updates > 100:
+        {what}
+trainer.Trainer._learn = broken
+sys.argv = ["hvd-dqn", "train", "identity", "--evaluation.target_return", "None", "--total_steps", "100000",
+            "--ranks.drift_check_period", "1000", "--evaluation.period", "100000", "--run_dir", sys.argv[1]]
+cli.main()
+"""
+
+
+@pytest.mark.parametrize("gloo", [False, True], ids=["mpi", "gloo"])
+@pytest.mark.parametrize(
+    ("what", "line"),
+    [
+        ("raise ZeroDivisionError('broken on purpose')", r"\[rank 1/2 \S+\] ZeroDivisionError: broken on purpose"),
+        (
+            "self.learner.online.theta.assign_add(0 * self.learner.online.theta + 1e-3)",
+            r"\[rank [01]/2 \S+\] The ranks have drifted apart after [\d,]+ total steps: on rank 1 the variables online/0",
+        ),
+        (
+            "import threading; threading.Thread(target=lambda: 1 / 0).start(); import time; time.sleep(600)",
+            r"\[rank 1/2 \S+\] ZeroDivisionError: division by zero",
+        ),
+    ],
+    ids=["exception", "drift", "thread"],
+)
+def test_a_rank_that_fails_takes_the_job_with_it(what, line, gloo, tmp_path):
+    script = tmp_path / "broken.py"
+    script.write_text(BREAKING.format(what=what))
+    began = time.monotonic()
+    done = horovodrun(2, "python", script, tmp_path / "run", gloo=gloo, PYTHONPATH=str(ROOT))
+    assert done.returncode not in (0, 2)
+    # Gloo's launcher keeps the ranks' streams apart by file; its own output has them all.
+    assert re.search(line, done.stdout + done.stderr), done.stdout + done.stderr
+    assert time.monotonic() - began < 240  # far less than the 100,000 steps or the sleep; a hang would be killed at 300
