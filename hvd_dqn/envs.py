@@ -50,6 +50,7 @@ class Environments:
     actions: int
     categories: int | None  # number of states of a Discrete observation
     observation: np.ndarray  # [E, *observation_shape]: what the agent sees now
+    returns: np.ndarray  # [E] float64: of the episodes under way, as in Episodes
 
     def __init__(
         self,
@@ -103,7 +104,7 @@ class Environments:
     def _start(self, frame: np.ndarray) -> None:
         self._frame = frame  # [E, *frame]: the newest frame
         self.observation = self._filled(frame)
-        self._returns = np.zeros(self.copies, dtype=np.float64)
+        self.returns = np.zeros(self.copies, dtype=np.float64)
         self._lengths = np.zeros(self.copies, dtype=np.int64)
         self._ended = np.zeros(self.copies, dtype=np.bool_)  # [E]: in the last step
         self._any_ended = False
@@ -131,12 +132,12 @@ class Environments:
         self._check_finite("reward", reward, f"in step {self._steps}")
         self._check_finite("observation", next_frame, f"in step {self._steps}")
 
-        self._returns += reward
+        self.returns += reward
         self._lengths += valid
         episodes = NO_EPISODES
         if any_ended:
-            episodes = Episodes(self._returns[ended], self._lengths[ended])
-            self._returns[ended] = 0
+            episodes = Episodes(self.returns[ended], self._lengths[ended])
+            self.returns[ended] = 0
             self._lengths[ended] = 0
 
         learned = reward * self._reward_scale

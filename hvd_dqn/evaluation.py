@@ -7,7 +7,6 @@ import numpy as np
 
 from hvd_dqn.distributed import World
 from hvd_dqn.envs import Environments
-from hvd_dqn.errors import RunError
 
 COLUMNS = ("total_steps", "seconds", "episodes", "return_mean", "return_std", "return_min", "return_max", "length_mean")
 
@@ -16,7 +15,8 @@ class Evaluator:
     """Plays episodes with `act`, a function from observations [E, ...] to actions [E], in environments of its own.
 
     Episode i is seeded by (seed, round, i) and by nothing else, so that the result depends neither on the number of
-    ranks nor on the number of copies. An episode that is longer than `max_length` steps ends there.
+    ranks nor on the number of copies. An episode that has not ended after `max_length` steps counts as it is then: an
+    environment without a time limit, and a policy that goes in circles, must not hold up all ranks for ever.
     """
 
     def __init__(
@@ -57,12 +57,6 @@ class Evaluator:
         running = np.arange(self._envs.copies) < len(episodes)
         returns, lengths = np.zeros(self._envs.copies), np.zeros(self._envs.copies)
         while running.any():
-            if lengths.max() >= self._max_length:
-                raise RunError(
-                    f"An evaluation episode of {self._envs.id} did not end within {self._max_length:,} steps. Give the "
-                    "environment a time limit (max_episode_steps when it is registered) or raise "
-                    "--evaluation.max_episode_steps."
-                )
             transition, ended = self._envs.step(self._act(self._envs.observation))
             lengths += running
             # The results of a step come in the order of the copies that ended; a copy counts once.
@@ -70,6 +64,9 @@ class Evaluator:
             first = running[done]
             returns[done[first]] = ended.returns[first]
             running[done] = False
+            cut = running & (lengths >= self._max_length)
+            returns[cut] = self._envs.returns[cut]
+            running[cut] = False
         return returns[: len(episodes)], lengths[: len(episodes)]
 
     def close(self) -> None:

@@ -124,7 +124,9 @@ BAD_INPUT = [
 ]
 
 
-@pytest.mark.parametrize(("words", "line"), BAD_INPUT, ids=lambda value: " ".join(value) if isinstance(value, list) else "")
+@pytest.mark.parametrize(
+    ("words", "line"), BAD_INPUT, ids=lambda value: " ".join(value) if isinstance(value, list) else ""
+)
 def test_bad_input_gets_one_clear_line_and_exit_code_2(words, line, tmp_path):
     done = hvd_dqn(*words, cwd=tmp_path)
     assert done.returncode == 2, done.stderr

@@ -1,0 +1,71 @@
+"""Evaluation: each episode counts once, with a seed of its own, however many ranks and copies share them."""
+
+import numpy as np
+import pytest
+
+from hvd_dqn.distributed import Solo
+from hvd_dqn.envs import Environments
+from hvd_dqn.evaluation import Evaluator
+
+
+class OneOf(Solo):
+    """A rank of several whose sums are collected and added up by hand."""
+
+    def __init__(self, rank, size):
+        super().__init__()
+        self.rank, self.size = rank, size
+
+
+def lean(observation):
+    """A policy whose episodes have very different lengths: pushes the cart towards the side the pole leans to."""
+    return (observation[:, 2] > 0).astype(np.int64)
+
+
+def evaluator(copies, world=None, max_length=1_000, id="CartPole-v1", act=lean):
+    envs = Environments(id, copies, vectorization="sync")
+    return Evaluator(envs, act, world or Solo(), seed=7, max_length=max_length)
+
+
+def test_the_result_does_not_depend_on_the_number_of_copies():
+    results = []
+    for copies in (1, 3, 10):
+        one = evaluator(copies)
+        results.append(one.evaluate(10, round=4))
+        one.close()
+    assert results[0]["return_std"] > 0  # or equal results would show nothing
+    for result in results[1:]:
+        assert result == pytest.approx(results[0])
+    assert results[0]["episodes"] == 10
+    assert results[0]["return_min"] < results[0]["return_mean"] < results[0]["return_max"]
+    assert results[0]["length_mean"] == pytest.approx(results[0]["return_mean"])  # a reward of 1 per step
+
+
+@pytest.mark.parametrize("size", [2, 3, 4])
+def test_episodes_are_shared_out_without_loss_even_to_a_rank_that_gets_none(size):
+    alone = evaluator(3).evaluate(3, round=0)
+    played = []
+    for rank in range(size):
+        one = evaluator(2, OneOf(rank, size))
+        world, vectors = one._world, []
+        world.sum = lambda values, kept=vectors: (kept.append(values), np.array([1.0, 0, 0][: len(values)]))[1]
+        one.evaluate(3, round=0)
+        played.append(vectors[0])  # count, sum of returns, sum of lengths
+    count, total, length = np.sum(played, axis=0)
+    assert count == 3
+    assert total / count == pytest.approx(alone["return_mean"])
+    assert length / count == pytest.approx(alone["length_mean"])
+
+
+def test_another_round_has_other_episodes_and_the_same_round_the_same():
+    one = evaluator(5)
+    first, again, other = (one.evaluate(5, round=round) for round in (1, 1, 2))
+    assert first == again
+    assert first != other
+
+
+def test_an_episode_without_end_counts_as_it_is_at_the_longest_length():
+    result = evaluator(2, max_length=30, id="MountainCar-v0", act=lambda o: np.ones(len(o), np.int64)).evaluate(
+        4, round=0
+    )
+    assert result["length_mean"] == 30
+    assert result["return_mean"] == -30
