@@ -25,7 +25,7 @@ if [ -t 2 ]; then HVD_DQN_TTY=$(tty <&2) && export HVD_DQN_TTY; fi
 
 # Only rank 0 prints, so drop Open MPI's [1,0]<stdout>: before every line, which horovodrun asks for.
 untagged=()
-if mpirun --version 2>&1 | grep -q 'Open MPI'; then untagged=(--mpi-args='-mca orte_tag_output 0'); fi
+if [[ $(mpirun --version) == *'Open MPI'* ]]; then untagged=(--mpi-args='-mca orte_tag_output 0'); fi
 
 set -x
 exec horovodrun -np "$ranks" "${untagged[@]}" hvd-dqn train "$@"
