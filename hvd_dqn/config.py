@@ -85,6 +85,12 @@ class Agent(Section):
     epsilon_start: float = setting(1.0, "first probability of a random action", source=NATURE, ge=0, le=1)
     epsilon_end: float = setting(0.05, "last probability of a random action", source="Stable-Baselines3", ge=0, le=1)
     epsilon_steps: int = setting(10_000, "length of the way from first to last", unit="total steps", source=OURS, ge=0)
+    epsilon_zeta: float | None = setting(
+        None,
+        "hold a random action for n steps with a probability proportional to n**-x; none holds it for one step",
+        source="Dabney et al. 2021, arXiv:2006.01782 (there 2)",
+        gt=1,
+    )
     epsilon_ladder: float = setting(
         0.0,
         "exponent that spreads epsilon over the environments; 0 gives all the same",

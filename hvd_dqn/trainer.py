@@ -40,7 +40,7 @@ class Trainer:
         self.envs = make_environments(config, world, self.plan.envs_per_rank, config.env.vectorization)
         self.normalizer = make_normalizer(config, self.envs)
         self.learner = make_learner(config, self.plan, self.envs, world, self._rng(WEIGHTS))
-        self.actor = Actor(self._q_values, self.envs.actions, self._rng(ACTING))
+        self.actor = Actor(self._q_values, self.envs.actions, self._rng(ACTING), config.agent.epsilon_zeta)
         self.replay = Replay(
             self.plan.slots_per_env,
             self.plan.envs_per_rank,
