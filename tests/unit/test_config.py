@@ -13,8 +13,8 @@ def test_a_file_lies_over_a_preset_which_lies_over_the_defaults(tmp_path):
     config = load_file(file, load_preset("cartpole"))
     assert config.agent.gamma == 0.5  # the file's
     assert config.env.kwargs == {"sutton_barto_reward": True}
-    assert config.learner.learning_rate == 2.3e-3  # the preset's
-    assert config.agent.n_step == Config().agent.n_step  # the default
+    assert config.agent.epsilon_steps == 8_000  # the preset's
+    assert config.agent.dueling == Config().agent.dueling  # the default
 
 
 def test_what_is_written_is_read_back():
