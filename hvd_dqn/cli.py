@@ -104,9 +104,9 @@ def main() -> None:
         if world is None or world.rank == 0:
             print(f"hvd-dqn: {error}", file=sys.stderr, flush=True)
         sys.exit(2)
-    except RunError as error:
+    except (RunError, KeyboardInterrupt) as error:
         assert world is not None
-        world.abort(str(error))
+        world.abort(str(error) or "interrupted")
 
 
 def find_command(argv: Sequence[str]) -> Callable[[Sequence[str], World], None]:
@@ -213,6 +213,11 @@ def _find_snapshot(checkpoints: Checkpoints, run: Run) -> Snapshot:
 
 def evaluate(arguments: Sequence[str], world: World) -> None:
     options = in_step(world, lambda: parse(EvaluateOptions, arguments, "hvd-dqn evaluate"))
+    if options.episodes < 1 or not 0 <= options.epsilon <= 1 or options.seed < 0:
+        raise InputError(
+            "--episodes must be at least 1, --seed at least 0 and --epsilon between 0 and 1. "
+            f"Received: {options.episodes}, {options.seed}, {options.epsilon}."
+        )
     run = Run(options.run_dir)
     checkpoints = Checkpoints(run.path, world)
     config = world.gather(in_step(world, lambda: run.config() if world.rank == 0 else None))[0]
@@ -221,7 +226,8 @@ def evaluate(arguments: Sequence[str], world: World) -> None:
 
     from hvd_dqn.trainer import evaluate_snapshot
 
-    row = evaluate_snapshot(config, world, snapshot, options.episodes, options.seed, options.epsilon)
+    evaluation = config.evaluation.model_copy(update={"episodes": options.episodes, "epsilon": options.epsilon})
+    row = evaluate_snapshot(config.model_copy(update={"evaluation": evaluation, "seed": options.seed}), world, snapshot)
     if options.json:
         print(json.dumps(row))
     else:

@@ -47,6 +47,11 @@ class Plan:
         return amount // self.size
 
     def _check(self) -> None:
+        if self.first_cycle >= self.cycles:
+            raise InputError(
+                f"There is nothing left to train: the run has already taken {self.resumed_at:,} total steps. "
+                f"Raise --total_steps above that. Received: {self.config.total_steps:,}."
+            )
         learner, n_step, stack = self.config.learner, self.config.agent.n_step, self.config.env.frame_stack
         if learner.learn_start < self.global_batch // self.passes:
             raise InputError(

@@ -1,7 +1,7 @@
 """The training loop: the same program on one rank and on many."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -39,7 +39,7 @@ class Trainer:
         self.plan = Plan(config, world.size, resumed_at=snapshot.total_steps if snapshot else 0)
         self.envs = make_environments(config, world, self.plan.envs_per_rank, config.env.vectorization)
         self.normalizer = make_normalizer(config, self.envs)
-        self.learner = make_learner(config, self.plan, self.envs, world, self._rng(WEIGHTS))
+        self.learner = make_learner(config, self.envs, world, self._rng(WEIGHTS))
         self.actor = Actor(self._q_values, self.envs.actions, self._rng(ACTING), config.agent.epsilon_zeta)
         self.replay = Replay(
             self.plan.slots_per_env,
@@ -58,7 +58,7 @@ class Trainer:
         if snapshot:
             self._restore(snapshot)
         self.broadcast = BroadcastHook(world, self.learner.variables)
-        self.evaluator = self._make_evaluator()
+        self.evaluator = make_evaluator(config, world, self._q_values, self._rng(EVALUATING))
 
     def _rng(self, stream: int) -> np.random.Generator:
         # A resumed run draws new numbers instead of the first ones again.
@@ -67,21 +67,6 @@ class Trainer:
 
     def _q_values(self, observation: np.ndarray) -> np.ndarray:
         return self.learner.online.q_values(self.normalizer(observation))
-
-    def _make_evaluator(self) -> Evaluator:
-        settings, copies = self.config.evaluation, -(-self.config.evaluation.episodes // self.world.size)
-        # One by one, not the environment's own vector class: that takes one seed for all its copies.
-        mode = "async" if self.config.env.vectorization == "async" else "sync"
-        envs = make_environments(self.config, self.world, copies, mode)
-        actor = Actor(self._q_values, envs.actions, self._rng(EVALUATING))
-        epsilons = np.full(copies, settings.epsilon)
-        return Evaluator(
-            envs,
-            lambda observation: actor.act(observation, epsilons),
-            self.world,
-            seed=self.config.seed,
-            max_length=settings.max_episode_steps,
-        )
 
     def train(self, checkpoints: Checkpoints) -> Iterator[Progress]:
         """Runs to the end, yielding a record per report and per evaluation and, last, the result."""
@@ -219,7 +204,7 @@ def make_normalizer(config: Config, envs: Environments) -> Normalizer | NullNorm
     return Normalizer(envs.frame_shape)
 
 
-def make_learner(config: Config, plan: Plan, envs: Environments, world: World, rng: np.random.Generator) -> Learner:
+def make_learner(config: Config, envs: Environments, world: World, rng: np.random.Generator) -> Learner:
     agent, learner = config.agent, config.learner
     return Learner(
         lambda: build_network(
@@ -236,7 +221,7 @@ def make_learner(config: Config, plan: Plan, envs: Environments, world: World, r
         loss=agent.loss,
         sync=config.ranks.sync,
         compression=config.ranks.compression,
-        passes=plan.passes,
+        passes=config.ranks.backward_passes_per_step,
         adam_epsilon=learner.adam_epsilon,
         max_gradient_norm=learner.max_gradient_norm,
         xla=learner.xla,
@@ -252,14 +237,35 @@ def restore_weights(learner: Learner, normalizer: Normalizer | NullNormalizer, s
         raise InputError(f"The checkpoint {snapshot.path} does not fit these settings: {error}.") from None
 
 
-def evaluate_snapshot(
-    config: Config, world: World, snapshot: Snapshot, episodes: int, seed: int, epsilon: float
-) -> Row:
-    """Plays `episodes` episodes over all ranks with the weights of a checkpoint. A collective."""
-    evaluation = config.evaluation.model_copy(update={"episodes": episodes, "epsilon": epsilon})
-    trainer = in_step(
-        world, lambda: Trainer(config.model_copy(update={"evaluation": evaluation, "seed": seed}), world, snapshot)
+def make_evaluator(
+    config: Config, world: World, q_values: Callable[[np.ndarray], np.ndarray], rng: np.random.Generator
+) -> Evaluator:
+    settings, copies = config.evaluation, -(-config.evaluation.episodes // world.size)
+    # One by one, not the environment's own vector class: that takes one seed for all its copies.
+    mode = "async" if config.env.vectorization == "async" else "sync"
+    envs = make_environments(config, world, copies, mode)
+    actor, epsilons = Actor(q_values, envs.actions, rng), np.full(copies, settings.epsilon)
+    return Evaluator(
+        envs,
+        lambda observation: actor.act(observation, epsilons),
+        world,
+        seed=config.seed,
+        max_length=settings.max_episode_steps,
     )
-    trainer.broadcast()
-    with contextlib.closing(trainer):
-        return {"total_steps": snapshot.total_steps, **trainer.evaluator.evaluate(episodes, round=0)}
+
+
+def evaluate_snapshot(config: Config, world: World, snapshot: Snapshot) -> Row:
+    """Plays the evaluation that `config` describes with the weights of a checkpoint. A collective."""
+    rng = np.random.default_rng(np.random.SeedSequence(config.seed, spawn_key=(world.rank, EVALUATING)))
+
+    def build() -> tuple[Learner, Evaluator]:
+        with contextlib.closing(make_environments(config, world, 1, "sync")) as envs:
+            normalizer = make_normalizer(config, envs)
+            learner = make_learner(config, envs, world, rng)
+        restore_weights(learner, normalizer, snapshot)
+        return learner, make_evaluator(config, world, lambda o: learner.online.q_values(normalizer(o)), rng)
+
+    learner, evaluator = in_step(world, build)
+    BroadcastHook(world, learner.variables)()
+    with contextlib.closing(evaluator):
+        return {"total_steps": snapshot.total_steps, **evaluator.evaluate(config.evaluation.episodes, round=0)}

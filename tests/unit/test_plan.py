@@ -150,6 +150,11 @@ def test_a_resumed_run_refills_its_replay_before_it_learns():
     assert 11_000 <= learning[0] < 11_000 + 256 + 16
 
 
+def test_a_run_that_is_at_its_end_cannot_be_resumed():
+    with pytest.raises(InputError, match=r"nothing left to train.*50,000 total steps.*--total_steps"):
+        Plan(config(), 2, resumed_at=50_000)
+
+
 @pytest.mark.parametrize(
     ("sections", "message"),
     [
