@@ -10,8 +10,7 @@ from hvd_dqn.metrics import COLUMNS, CsvWriter, Row, TensorBoardWriter, Writer, 
 from hvd_dqn.plots import plot
 from hvd_dqn.progress import Progress, open_stream
 from hvd_dqn.run import Run, differing, now
-from hvd_dqn.trainer import Progress as Record
-from hvd_dqn.trainer import Trainer
+from hvd_dqn.trainer import Record, Trainer
 
 
 class Session:

@@ -24,7 +24,7 @@ from hvd_dqn.replay import Replay
 ACTING, SAMPLING, ENVIRONMENTS, WEIGHTS, EVALUATING = range(5)
 
 
-class Progress(NamedTuple):
+class Record(NamedTuple):
     """One record of the run; equal on all ranks."""
 
     kind: Literal["report", "evaluation", "result"]
@@ -68,7 +68,7 @@ class Trainer:
     def _q_values(self, observation: np.ndarray) -> np.ndarray:
         return self.learner.online.q_values(self.normalizer(observation))
 
-    def train(self, checkpoints: Checkpoints) -> Iterator[Progress]:
+    def train(self, checkpoints: Checkpoints) -> Iterator[Record]:
         """Runs to the end, yielding a record per report and per evaluation and, last, the result."""
         plan, world, ledger = self.plan, self.world, self.ledger
         self.broadcast()
@@ -87,14 +87,14 @@ class Trainer:
             if plan.checks_drift_at(cycle):
                 check_drift(world, self.learner.variables, f"after {plan.total_steps_after(cycle):,} total steps")
             if plan.reports_at(cycle):
-                yield Progress("report", self._report(cycle))
+                yield Record("report", self._report(cycle))
             if plan.evaluates_at(cycle):
                 row = self._evaluate(cycle, self.config.evaluation.episodes)
-                yield Progress("evaluation", row)
+                yield Record("evaluation", row)
                 self._remember(row, cycle, checkpoints)
                 if world.any(self._reaches_target(row)):
                     row = self._evaluate(cycle, self.config.evaluation.final_episodes)
-                    yield Progress("evaluation", row)
+                    yield Record("evaluation", row)
                     if world.any(self._reaches_target(row)):
                         reached = row
                         break
@@ -103,10 +103,10 @@ class Trainer:
         check_drift(world, self.learner.variables, "at the end of the run")
         if reached is None:
             reached = self._evaluate(cycle, self.config.evaluation.final_episodes)
-            yield Progress("evaluation", reached)
+            yield Record("evaluation", reached)
         self._remember(reached, cycle, checkpoints)
         self._save(cycle, checkpoints)
-        yield Progress("result", reached)
+        yield Record("result", reached)
 
     def describe(self) -> dict[str, str]:
         """The plan and what only the environment tells: for people."""
