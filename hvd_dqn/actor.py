@@ -52,4 +52,5 @@ class Actor:
 
     def load_state(self, state: dict[str, Any]) -> None:
         self._rng.bit_generator.state = state["rng"]
-        self._held, self._left = state["held"], state["left"]
+        held, left = state["held"], state["left"]
+        self._held, self._left = (None if x is None else np.array(x, np.int64) for x in (held, left))

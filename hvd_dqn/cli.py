@@ -16,16 +16,19 @@ import tyro
 from hvd_dqn import __version__
 from hvd_dqn.checkpoint import Checkpoints, Snapshot
 from hvd_dqn.config import Config, load_file, load_preset, nearest, presets, setting_names
-from hvd_dqn.distributed import World, connect, in_step, set_thread_defaults
-from hvd_dqn.errors import InputError, RunError
+from hvd_dqn.distributed import World, connect, in_step, is_elastic, set_thread_defaults
+from hvd_dqn.errors import InputError, JobError, RunError
 from hvd_dqn.run import Run, default_path
+from hvd_dqn.signals import StopRequest
 
 T = TypeVar("T")
+# sysexits.h's EX_TEMPFAIL: come again. Batch systems requeue on it.
+STOPPED = 75
 
 USAGE = """\
 usage: hvd-dqn COMMAND ...
 
-  train PRESET | --config FILE  [--section.setting VALUE ...] [--run-dir DIR] [--resume]
+  train PRESET | --config FILE  [--section.setting VALUE ...] [--run-dir DIR] [--resume] [--elastic]
   evaluate RUN_DIR              [--episodes 100] [--seed S] [--epsilon E] [--best] [--json]
   plot RUN_DIR...               [-o FILE.png]
   bench learner                 [--json]
@@ -47,6 +50,8 @@ class TrainOptions:
     """Where the run is kept; by default runs/PRESET-DATE-TIME."""
     resume: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Go on from the newest checkpoint in --run-dir."""
+    elastic: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Go on without ranks that die, and with those that join; under horovodrun's --host-discovery-script."""
     settings: Annotated[Config, tyro.conf.arg(name=""), tyro.conf.FlagConversionOff] = field(default_factory=Config)
 
 
@@ -87,7 +92,7 @@ class JsonOptions:
 
 
 def main() -> None:
-    """The console script. Exit codes: 0 done, 1 failed, 2 bad input."""
+    """The console script. Exit codes: 0 done, 1 failed, 2 bad input, 75 stopped on request after a checkpoint."""
     sys.path.insert(
         0, os.getcwd()
     )  # a console script does not have it: for the user's own `module:EnvId` and `module:function`
@@ -104,6 +109,11 @@ def main() -> None:
         if world is None or world.rank == 0:
             print(f"hvd-dqn: {error}", file=sys.stderr, flush=True)
         sys.exit(2)
+    except JobError as error:
+        assert world is not None
+        if world.rank == 0:
+            print(f"hvd-dqn: {error}", file=sys.stderr, flush=True)
+        sys.exit(1)
     except (RunError, KeyboardInterrupt) as error:
         assert world is not None
         world.abort(str(error) or "interrupted")
@@ -185,30 +195,43 @@ def _settings_of_run(run: Run, preset: str | None) -> Config:
 
 def train(arguments: Sequence[str], world: World) -> None:
     options, name, config = in_step(world, lambda: read_settings(arguments))
-    digests = world.gather(config.digest())
-    if len(set(digests)) > 1:
-        odd = [rank for rank, digest in enumerate(digests) if digest != digests[0]]
-        raise InputError(f"The ranks were started with different settings: ranks {odd} differ from rank 0.")
-    run = Run(Path(world.gather(str(options.run_dir or default_path(name)))[0]))
-    checkpoints = Checkpoints(run.path, world, config.report.keep)
-    snapshot = in_step(world, lambda: _find_snapshot(checkpoints, run) if options.resume and world.rank == 0 else None)
-    snapshot = world.gather(snapshot)[0]  # the chief chooses and hands out, so that no other rank needs the files
+    _check_elastic(options, config)
+    stop = StopRequest()
+    # An elastic job's launcher ends single ranks by SIGTERM.
+    stop.install(for_all=not options.elastic)
 
-    from hvd_dqn.session import open_session  # these import TensorFlow, which bad input should not have to wait for
-    from hvd_dqn.trainer import Trainer
+    from hvd_dqn import job  # imports TensorFlow, which bad input should not have to wait for
 
-    trainer = in_step(world, lambda: Trainer(config, world, snapshot))
-    session = in_step(world, lambda: open_session(run, name, trainer, snapshot))
-    with contextlib.closing(trainer), session:
-        for progress in trainer.train(checkpoints):
-            session.show(progress)
+    if options.elastic:
+        assert options.run_dir is not None
+        stopped = job.train_elastically(config, name, Run(options.run_dir), stop, resume=options.resume)
+    else:
+        digests = world.gather(config.digest())
+        if len(set(digests)) > 1:
+            odd = [rank for rank, digest in enumerate(digests) if digest != digests[0]]
+            raise InputError(f"The ranks were started with different settings: ranks {odd} differ from rank 0.")
+        run = Run(Path(world.gather(str(options.run_dir or default_path(name)))[0]))
+        stopped = job.train(config, name, run, world, stop, resume=options.resume)
+        world.barrier()  # nobody's files are half-written when the launcher sees the first rank end
+    if stopped:
+        stop.ignore()
+        sys.exit(STOPPED)
 
 
-def _find_snapshot(checkpoints: Checkpoints, run: Run) -> Snapshot:
-    snapshot = checkpoints.newest(lambda text: print(f"hvd-dqn: {text}", file=sys.stderr))
-    if snapshot is None:
-        raise InputError(f"There is nothing to resume in {run.path}: it has no complete checkpoint.")
-    return snapshot
+def _check_elastic(options: TrainOptions, config: Config) -> None:
+    if options.elastic != is_elastic():
+        raise InputError(
+            "--elastic and horovodrun's --host-discovery-script belong together. Received: "
+            + ("only --elastic." if options.elastic else "only the script: add --elastic to the training.")
+        )
+    if options.elastic and config.ranks.scaling == "strong":
+        raise InputError(
+            "--elastic needs --ranks.scaling weak: under strong scaling a lost rank takes its share of environments with it."
+        )
+    if options.elastic and not options.run_dir:
+        raise InputError(
+            "--elastic needs --run-dir DIR, which all hosts share: any rank may become the one that writes."
+        )
 
 
 def evaluate(arguments: Sequence[str], world: World) -> None:
@@ -221,7 +244,7 @@ def evaluate(arguments: Sequence[str], world: World) -> None:
     run = Run(options.run_dir)
     checkpoints = Checkpoints(run.path, world)
     config = world.gather(in_step(world, lambda: run.config() if world.rank == 0 else None))[0]
-    snapshot = in_step(world, lambda: _chosen_snapshot(checkpoints, run, options.best) if world.rank == 0 else None)
+    snapshot = in_step(world, lambda: _chosen_weights(checkpoints, run, options.best) if world.rank == 0 else None)
     snapshot = world.gather(snapshot)[0]
 
     from hvd_dqn.trainer import evaluate_snapshot
@@ -238,11 +261,17 @@ def evaluate(arguments: Sequence[str], world: World) -> None:
         )
 
 
-def _chosen_snapshot(checkpoints: Checkpoints, run: Run, best: bool) -> Snapshot:
-    snapshot = _find_snapshot(checkpoints, run)
-    if best and snapshot.state["best"]:
-        return checkpoints.at(snapshot.state["best"][1])
+def _chosen_weights(checkpoints: Checkpoints, run: Run, best: bool) -> Snapshot:
+    snapshot = checkpoints.weights(None, tell)
+    if best and snapshot is not None and snapshot.state["best"]:
+        snapshot = checkpoints.weights(snapshot.state["best"][1], tell)
+    if snapshot is None:
+        raise InputError(f"There is nothing to evaluate in {run.path}: it has no usable checkpoint.")
     return snapshot
+
+
+def tell(text: str) -> None:
+    print(f"hvd-dqn: {text}", file=sys.stderr, flush=True)
 
 
 def plot(arguments: Sequence[str], world: World) -> None:

@@ -62,6 +62,12 @@ class Env(Section):
         "shift and scale observations by running mean and deviation over all ranks",
         source="OpenAI Baselines, VecNormalize",
     )
+    restart_failed_envs: int = setting(
+        0,
+        "how often a rank builds its copies anew after one has raised, died or returned a value that is not finite",
+        source=OURS,
+        ge=0,
+    )
 
 
 class Agent(Section):
@@ -144,6 +150,9 @@ class Learner(Section):
     max_gradient_norm: float | None = setting(
         10.0, "global norm to which the averaged gradient is clipped", source="Stable-Baselines3", gt=0
     )
+    on_nonfinite: Literal["stop", "skip"] = setting(
+        "stop", "what a loss or gradient that is not finite does: stop the job, or skip that update", source=OURS
+    )
     xla: bool = setting(False, "compile a phase with XLA, where ranks do not talk inside it", source=OURS)
 
 
@@ -174,6 +183,23 @@ class Ranks(Section):
     drift_check_period: int = setting(
         10_000, "between comparisons of the weights of all ranks", unit="total steps", source=OURS, ge=1
     )
+    vote_period: int = setting(
+        500,
+        "between votes on stopping, which any rank's SIGTERM, SIGINT or SIGUSR1 wins",
+        unit="total steps",
+        source=OURS,
+        ge=1,
+    )
+    silence_seconds: float | None = setting(
+        60.0,
+        "end the job when a rank has not been heard for this long; none watches nobody",
+        unit="s",
+        source=OURS,
+        ge=1,
+    )
+    stall_seconds: float = setting(
+        1800.0, "end the job when a rank has finished no step for this long", unit="s", source=OURS, ge=1
+    )
 
 
 class Evaluation(Section):
@@ -199,8 +225,22 @@ class Report(Section):
     """What is written during the run."""
 
     period: int = setting(1_000, "between rows of metrics.csv", unit="total steps", source=OURS, ge=1)
-    checkpoint_period: int = setting(25_000, "between checkpoints", unit="total steps", source=OURS, ge=1)
-    keep: int = setting(3, "newest checkpoints kept; the best is kept besides", unit="checkpoints", source=OURS, ge=1)
+
+
+class Checkpoint(Section):
+    """What is kept to go on from."""
+
+    period: int = setting(25_000, "between checkpoints", unit="total steps", source=OURS, ge=1)
+    keep: int = setting(
+        3, "newest checkpoints kept; the weights of the best evaluation besides", unit="checkpoints", source=OURS, ge=1
+    )
+    save_replay: bool = setting(
+        True, "keep the replay too, so that a resumed run goes on exactly; without it, it is filled anew", source=OURS
+    )
+    compress: bool = setting(False, "compress the replay by zlib, level 1", source=OURS)
+    on_failure: Literal["stop", "continue"] = setting(
+        "stop", "what a checkpoint that cannot be written does: stop the job, or go on without it", source=OURS
+    )
 
 
 class Config(Section):
@@ -217,6 +257,7 @@ class Config(Section):
     ranks: Ranks = Ranks()
     evaluation: Evaluation = Evaluation()
     report: Report = Report()
+    checkpoint: Checkpoint = Checkpoint()
 
     def digest(self) -> str:
         """A short fingerprint, equal on ranks that were started with equal settings."""

@@ -23,13 +23,18 @@ LOCAL_SIZE_VARIABLES = ("OMPI_COMM_WORLD_LOCAL_SIZE", "HOROVOD_LOCAL_SIZE", "MPI
 
 
 class World(Protocol):
-    """All ranks of a job, as one of them sees them. Every method but `abort` is a collective: all ranks call it or none."""
+    """All ranks of a job, as one of them sees them.
+
+    Every method but `abort` and `recovers_from` is a collective: all ranks call it or none.
+    """
 
     rank: int
     size: int
     local_rank: int
     local_size: int
     hostname: str
+    elastic: bool  # the ranks may become fewer or more while the job runs
+    changed: bool  # and this one has heard that they will
 
     def wrap(self, optimizer: Any, compression: str) -> Any:
         """A Keras optimizer whose `compute_gradients` averages over ranks. Wrap before `build`."""
@@ -61,6 +66,10 @@ class World(Protocol):
         """What Horovod and MPI say about themselves on this rank, for the doctor; empty without them."""
         ...
 
+    def recovers_from(self, error: Exception) -> bool:
+        """Whether the error is the loss of other ranks, without which this job goes on."""
+        ...
+
     def abort(self, reason: str) -> NoReturn:
         """Ends every rank of the job at once with exit code 1, after printing `reason` with this rank's name."""
         ...
@@ -70,8 +79,10 @@ class Solo:
     """A process alone: every collective is the identity, and nothing outside the standard library is needed."""
 
     rank, size, local_rank, local_size = 0, 1, 0, 1
+    elastic = changed = False
 
-    def __init__(self) -> None:
+    def __init__(self, rank: int = 0) -> None:
+        self.rank = rank  # of many that each work alone
         self.hostname = socket.gethostname()
 
     def wrap(self, optimizer: Any, compression: str) -> Any:
@@ -101,6 +112,9 @@ class Solo:
     def describe(self) -> dict[str, Any]:
         return _horovod_build()
 
+    def recovers_from(self, error: Exception) -> bool:
+        return False
+
     def abort(self, reason: str) -> NoReturn:
         print(f"hvd-dqn: {reason}", file=sys.stderr, flush=True)
         sys.exit(1)
@@ -111,6 +125,8 @@ class HorovodWorld:
 
     Raises RunError where mpi4py and Horovod do not see the same job.
     """
+
+    elastic = changed = False
 
     def __init__(self) -> None:
         pin_gpu()  # before MPI starts: CUDA must not see the other ranks' devices
@@ -126,12 +142,16 @@ class HorovodWorld:
             self._comm = MPI.COMM_WORLD
             # Horovod: joining mpi4py's communicator makes the two one job by construction.
             hvd.init(comm=self._comm)
-        self.rank, self.size = hvd.rank(), hvd.size()
-        self.local_rank, self.local_size = hvd.local_rank(), hvd.local_size()
+        self._ask_places()
         self.hostname = socket.gethostname()
         if self._comm is not None:
             self._check_mpi()
         self._abort_on_uncaught_exceptions()
+
+    def _ask_places(self) -> None:
+        hvd = self._hvd
+        self.rank, self.size = hvd.rank(), hvd.size()
+        self.local_rank, self.local_size = hvd.local_rank(), hvd.local_size()
 
     def _check_mpi(self) -> None:
         from mpi4py import MPI
@@ -207,6 +227,9 @@ class HorovodWorld:
             found["mpi4py_rank"], found["mpi4py_size"] = self._comm.rank, self._comm.size
         return found
 
+    def recovers_from(self, error: Exception) -> bool:
+        return False
+
     def abort(self, reason: str) -> NoReturn:
         name = f"[rank {self.rank}/{self.size} {self.hostname}]"
         print("\n".join(f"{name} {line}" for line in reason.splitlines()), file=sys.stderr, flush=True)
@@ -265,6 +288,9 @@ def connect() -> World:
     """The world this process was started into; alone, neither Horovod, mpi4py nor TensorFlow is imported."""
     if not any(name in os.environ for name in LAUNCHER_VARIABLES):
         return Solo()
+    if is_elastic():
+        # A collective would meet the ones in which the others are training: until it joins them, each works alone.
+        return Solo(int(os.environ["HOROVOD_RANK"]))
     under_gloo = "HOROVOD_GLOO_RENDEZVOUS_ADDR" in os.environ
     size = int(os.environ["HOROVOD_SIZE"]) if under_gloo else _mpi_size()
     if size == 1:
@@ -274,6 +300,11 @@ def connect() -> World:
             f"{size} ranks need Horovod, which is not installed: run launch/setup.sh, or start one process."
         )
     return HorovodWorld()
+
+
+def is_elastic() -> bool:
+    """Whether horovodrun started this process with a host discovery script."""
+    return os.environ.get("HOROVOD_ELASTIC") == "1"
 
 
 def _horovod_build() -> dict[str, Any]:

@@ -1,30 +1,25 @@
-"""One rank's copies of a Gymnasium environment, stepped together; the only file that knows Gymnasium."""
+"""One rank's copies of a Gymnasium environment: stepped together, saved where they stand, made anew after failures."""
 
-import contextlib
-import difflib
 import functools
-import importlib
-import multiprocessing.connection
-import os
-import re
-import signal
 import sys
-import time
-import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import traceback
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import gymnasium
 import numpy as np
 from gymnasium import spaces
-from gymnasium.envs.registration import EnvSpec
-from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, VectorEnv
+from gymnasium.vector import AsyncVectorEnv, AutoresetMode, VectorEnv
 
+from hvd_dqn import vectors, workers
+from hvd_dqn.copies import Failure, line
 from hvd_dqn.errors import InputError, RunError
 from hvd_dqn.transition import Transition
 
-# How long worker processes may take to close their environments before they are killed.
+# How long environments and their processes may take to close before they are left or killed.
 CLOSING_SECONDS = 5.0
+# Streams of seeds that follow from those of the last reset.
+RESTARTED, RESUMED = range(2)
 
 
 class Episodes(NamedTuple):
@@ -42,6 +37,10 @@ class Environments:
     observation becomes the int32 number of its state, counted from 0. Arrays handed out are never written again and
     must not be written by others. `first_index` is the global index of the first copy and, with `rank`, names a copy
     in errors. Raises InputError where the environment cannot be made or cannot be learned by DQN.
+
+    A copy fails by raising, by the end of its process, and by a value that is not finite. After the first `restarts`
+    failures all copies are closed, made anew and reset with seeds that follow from those of the last `reset`. After the
+    next, `step` and `reset` raise RunError, which names the copy and contains the environment's traceback.
     """
 
     frame_shape: tuple[int, ...]  # [D] or [H, W, C]
@@ -51,6 +50,8 @@ class Environments:
     categories: int | None  # number of states of a Discrete observation
     observation: np.ndarray  # [E, *observation_shape]: what the agent sees now
     returns: np.ndarray  # [E] float64: of the episodes under way, as in Episodes
+    restorable: bool  # whether `load_state` can put copies back where they stood; False until `probe`
+    restarted: int  # how often the copies were made anew, also in the runs before this one was resumed
 
     def __init__(
         self,
@@ -64,6 +65,7 @@ class Environments:
         reward_clip: float | None = None,
         first_index: int = 0,
         rank: int = 0,
+        restarts: int = 0,
     ) -> None:
         self.id = id
         self.copies = copies
@@ -72,7 +74,13 @@ class Environments:
         self._reward_clip = reward_clip
         self._first_index = first_index
         self._rank = rank
-        self._vector = build(id, copies, dict(kwargs or {}), vectorization, first_index)
+        self._restarts = restarts
+        kwargs = dict(kwargs or {})
+        self._settings = f"{id}, {copies} copies of {sorted(kwargs.items())} in stacks of {frame_stack}"
+        self._build: Callable[[], VectorEnv] = functools.partial(
+            vectors.build, id, copies, kwargs, vectorization, first_index
+        )
+        self._vector = self._build()
 
         space, action_space = self._vector.single_observation_space, self._vector.single_action_space
         assert isinstance(action_space, spaces.Discrete)
@@ -86,20 +94,29 @@ class Environments:
 
         # Such a class resets an environment in the step after the one that ended its episode.
         self._resets_late = AutoresetMode(self._vector.metadata["autoreset_mode"]) == AutoresetMode.NEXT_STEP
+        self._native = vectors.is_native(self._vector)
         self._all = np.ones(copies, dtype=np.bool_)
         self._all.flags.writeable = False
+        self.restorable = self._probed = False
+        self.restarted = 0
+        self._seeds: list[int] = []
         self._steps = 0
         self._start(np.zeros((copies, *self.frame_shape), self.frame_dtype))
 
     def reset(self, seeds: Sequence[int]) -> None:
         """Starts an episode in every copy, from its own seed; an environment's vector class takes only the first."""
         assert len(seeds) == self.copies
-        numbers = [int(seed) for seed in seeds]
-        native = not isinstance(self._vector, SyncVectorEnv | AsyncVectorEnv)
-        raw, _ = self._ask(self._vector.reset, seed=numbers[0] if native else numbers)
+        self._seeds = [int(seed) for seed in seeds]
+        try:
+            self._start(self._first_frames(self._seeds))
+        except Failure as failure:
+            self._recover(failure, "at its reset")
+
+    def _first_frames(self, seeds: list[int], **options: Any) -> np.ndarray:
+        raw, _ = self._ask("reset", seed=seeds[0] if self._native else seeds, **options)
         frame = self._frames(raw)
-        self._check_finite("observation", frame, "at its reset")
-        self._start(frame)
+        self._check_finite("observation", frame)
+        return frame
 
     def _start(self, frame: np.ndarray) -> None:
         self._frame = frame  # [E, *frame]: the newest frame
@@ -110,9 +127,22 @@ class Environments:
         self._any_ended = False
 
     def step(self, action: np.ndarray) -> tuple[Transition, Episodes]:
-        """Takes `action`, [E] integers from 0, in all copies. Raises RunError at values that are not finite."""
-        raw, raw_reward, raw_terminated, raw_truncated, info = self._ask(self._vector.step, action + self._first_action)
+        """Takes `action`, [E] integers from 0, in all copies.
+
+        Where one has failed and all are made anew, no row is valid, and those whose episode was cut off are truncated.
+        """
         self._steps += 1
+        try:
+            return self._step(action)
+        except Failure as failure:
+            frame, cut = self._frame, self._lengths > 0
+            self._recover(failure, f"in step {self._steps}")
+        none = np.zeros(self.copies, np.bool_)
+        reward = np.zeros(self.copies, np.float32)
+        return Transition(frame, np.array(action, np.int64), reward, none, cut, self._frame, none), NO_EPISODES
+
+    def _step(self, action: np.ndarray) -> tuple[Transition, Episodes]:
+        raw, raw_reward, raw_terminated, raw_truncated, info = self._ask("step", action + self._first_action)
         frame = self._frames(raw)
         reward = np.array(raw_reward, dtype=np.float64)
         terminated = np.array(raw_terminated, dtype=np.bool_)
@@ -128,9 +158,9 @@ class Environments:
         next_frame = frame
         if any_ended and not self._resets_late:
             next_frame = self._with_final(frame, ended, info)
-            self._check_finite("observation", frame, "at its reset")
-        self._check_finite("reward", reward, f"in step {self._steps}")
-        self._check_finite("observation", next_frame, f"in step {self._steps}")
+            self._check_finite("observation at its reset", frame)
+        self._check_finite("reward", reward)
+        self._check_finite("observation", next_frame)
 
         self.returns += reward
         self._lengths += valid
@@ -157,10 +187,121 @@ class Environments:
         self._ended, self._any_ended = ended, any_ended
         return transition, episodes
 
+    def probe(self) -> bool:
+        """Finds out, by about a hundred steps and some resets of the first copy, whether the copies are `restorable`.
+
+        To be called before `reset`, which then begins as if there had been no probe, unless the environment carries
+        something over a seeded reset; such a one is not restorable. From then on restorable copies remember what they
+        need for it. An environment that fails here is not restorable.
+        """
+        self._probed = True
+        try:
+            if self._native:
+                self.restorable = vectors.probe(self._vector)
+            else:
+                self.restorable = any(self._ask("call", "probe", self._first_index))
+                self._remember()
+        except Failure:
+            self.restorable = False
+            vectors.end(self._vector, CLOSING_SECONDS)
+            self._vector = self._build()
+        return self.restorable
+
+    def _remember(self) -> None:
+        if not self._native:
+            self._ask("set_attr", "remembers", self.restorable)
+
+    def state(self) -> dict[str, Any]:
+        """Where the copies stand: arrays, and what `json` can write.
+
+        Where they are not `restorable`, only the seeds of new episodes follow from it.
+        """
+        state = {
+            "settings": self._settings,
+            "seeds": self._seeds,
+            "steps": self._steps,
+            "restarted": self.restarted,
+            **{name: mine.copy() for name, mine in self._episodes().items()},
+        }
+        if not self.restorable:
+            return state
+        if self._native:
+            return state | vectors.attributes(self._vector)
+        try:
+            traces = self._ask("call", "trace")
+        except Failure:  # the next step will find it, too
+            return state
+        actions = [np.empty(0, np.int64) if trace is None else trace.pop("actions") for trace in traces]
+        counts = [len(each) for each in actions]
+        return state | {"traces": list(traces), "counts": counts, "actions": np.concatenate(actions)}
+
+    def _episodes(self) -> dict[str, np.ndarray]:
+        return {
+            "frame": self._frame,
+            "observation": self.observation,
+            "returns": self.returns,
+            "lengths": self._lengths,
+            "ended": self._ended,
+        }
+
+    def load_state(self, state: Mapping[str, Any]) -> np.ndarray:
+        """Puts copies back where they stood, and returns [E] bool: which of them now stand there.
+
+        Their episodes go on bit by bit as those saved would have. The others, all of them where the settings have
+        changed, begin new episodes, from seeds that follow from those saved and the number of steps.
+        """
+        if not self._probed:
+            self.probe()
+        self._seeds = [int(seed) for seed in state["seeds"]]
+        self._steps, self.restarted = int(state["steps"]), int(state["restarted"])
+        seeds = self._fresh_seeds(RESUMED, self._steps)
+        try:
+            self._start(self._first_frames(seeds))
+            restored = np.zeros(self.copies, np.bool_)
+            if self.restorable and state["settings"] == self._settings:
+                restored = self._put_back(state, seeds)
+        except Failure as failure:
+            self._recover(failure, "while it was put back where it stood")
+            return np.zeros(self.copies, np.bool_)
+        return restored
+
+    def _put_back(self, state: Mapping[str, Any], seeds: list[int]) -> np.ndarray:
+        restored = self._set_attributes(state) if self._native else self._retrace(state)
+        if not restored.all():
+            partly = {} if self._native else {"options": {"reset_mask": ~restored}}
+            self._start(self._first_frames(seeds, **partly))
+        for name, mine in self._episodes().items():
+            mine[restored] = state[name][restored]
+        self._any_ended = bool(self._ended.any())
+        return restored
+
+    def _set_attributes(self, state: Mapping[str, Any]) -> np.ndarray:
+        try:
+            vectors.set_attributes(self._vector, state)
+        except Exception:
+            return np.zeros(self.copies, np.bool_)
+        return np.ones(self.copies, np.bool_)
+
+    def _retrace(self, state: Mapping[str, Any]) -> np.ndarray:
+        if "traces" not in state:
+            return np.zeros(self.copies, np.bool_)
+        actions = np.split(state["actions"], np.cumsum(state["counts"])[:-1])
+        traces = [t and {**t, "actions": a} for t, a in zip(state["traces"], actions, strict=True)]
+        self._ask("set_attr", "goal", traces)
+        arrived = self._ask("call", "retrace")
+        return np.array(
+            [
+                place is not None
+                and self._frames([place[0]]).tobytes() == state["frame"][i].tobytes()
+                and place[1] == state["returns"][i]
+                for i, place in enumerate(arrived)
+            ]
+        )
+
     def close(self) -> None:
         """Ends the environments and their processes; a second call does nothing."""
         if isinstance(self._vector, AsyncVectorEnv):
-            _end_workers(self._vector, CLOSING_SECONDS)
+            workers.end(self._vector, CLOSING_SECONDS)
         else:
             self._vector.close()
 
@@ -168,7 +309,7 @@ class Environments:
         """Copies: vector classes use their arrays again."""
         if self.categories is not None:
             raw = np.asarray(raw) - self._first_state
-        return np.array(raw, dtype=self.frame_dtype).reshape(-1, *self.frame_shape)
+        return np.array(raw, dtype=self.frame_dtype, order="C").reshape(-1, *self.frame_shape)
 
     def _with_final(self, frame: np.ndarray, ended: np.ndarray, info: dict[str, Any]) -> np.ndarray:
         """`frame`, with the last one of the episode that has ended instead of the first of the next."""
@@ -194,36 +335,68 @@ class Environments:
     def _filled(self, frame: np.ndarray) -> np.ndarray:
         return frame if self._stack == 1 else np.concatenate((frame,) * self._stack, axis=-1)
 
-    def _check_finite(self, what: str, values: np.ndarray, when: str) -> None:
+    def _check_finite(self, what: str, values: np.ndarray) -> None:
         if values.dtype.kind != "f" or np.count_nonzero(np.isfinite(values)) == values.size:
             return
         place = np.argwhere(~np.isfinite(values))[0].tolist()
         where = f" at index {place[1:]}" if place[1:] else ""
-        raise RunError(
-            f"Environment {self._first_index + place[0]} ({self.id}) on rank {self._rank} returned a non-finite {what} "
-            f"{when}: {values[tuple(place)]}{where}. Mend the environment: it would spread to all weights."
+        raise Failure(
+            [self._first_index + place[0]],
+            f"returned a non-finite {what}",
+            f"{values[tuple(place)]}{where}, which would spread to all weights",
         )
 
-    def _ask(self, method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Calls the vector environment. A worker that failed becomes one line; Gymnasium has printed its traceback."""
+    def _ask(self, method: str, *args: Any, **kwargs: Any) -> Any:
+        """Calls a method of the vector environment. Raises Failure."""
         try:
-            return method(*args, **kwargs)
+            return getattr(self._vector, method)(*args, **kwargs)
+        except Failure:
+            raise
         except Exception as error:
-            if not isinstance(self._vector, AsyncVectorEnv) or self._vector.closed:
+            if self._vector.closed:
                 raise
-            processes = self._vector.processes
-            gone = multiprocessing.connection.wait([process.sentinel for process in processes], timeout=1)
-            failed = [i for i, process in enumerate(processes) if process.sentinel in gone]
-            for i in failed:
-                processes[i].join(1)  # the sentinel comes a moment before the exit code
-            codes = [processes[i].exitcode for i in failed]
-            _end_workers(self._vector, 0)
-            which = ", ".join(str(self._first_index + i) for i in failed) or "unknown"
-            died = isinstance(error, EOFError | OSError)
-            raise RunError(
-                f"Environment {which} ({self.id}) on rank {self._rank} failed in step {self._steps + 1}: "
-                + (f"its process ended with exit code {codes}" if died else f"{type(error).__name__}: {_line(error)}")
-            ) from error
+            if isinstance(self._vector, AsyncVectorEnv):
+                raise workers.failure(self._vector, error, self._first_index) from error
+            text = "".join(traceback.format_exception(error)).rstrip()
+            raise Failure(self._numbers(), "failed", f"{type(error).__name__}: {line(error)}", text) from error
+
+    def _numbers(self) -> range:
+        return range(self._first_index, self._first_index + self.copies)
+
+    def _fresh_seeds(self, *key: int) -> list[int]:
+        stream = np.random.SeedSequence(self._seeds, spawn_key=key)
+        return (stream.generate_state(self.copies) % 2**31).tolist()
+
+    def _recover(self, failure: Failure, when: str) -> None:
+        """Makes all copies anew and begins their episodes. Raises RunError where no restart is left for that."""
+        while True:
+            which = ", ".join(map(str, failure.numbers))
+            if failure.numbers == self._numbers() and self.copies > 2:
+                which = f"{failure.numbers[0]} to {failure.numbers[-1]}"
+            told = f"Environment {which} ({self.id}) on rank {self._rank} {failure.did} {when}: {failure.why}"
+            trace = f"\n{failure.trace}" if failure.trace else ""
+            vectors.end(self._vector, CLOSING_SECONDS)
+            if self.restarted >= self._restarts:
+                raise RunError(
+                    f"{told}. Mend it, or let the copies be made anew after a failure: --env.restart_failed_envs "
+                    f"(now {self._restarts}).{trace}"
+                ) from failure
+            self.restarted += 1
+            left = self._restarts - self.restarted
+            print(
+                f"hvd-dqn: {told}. All copies of this rank are made anew; restarts left: {left}.{trace}",
+                file=sys.stderr,
+                flush=True,
+            )
+            try:
+                self._vector = self._build()
+                self._remember()
+                self._start(self._first_frames(self._fresh_seeds(RESTARTED, self.restarted)))
+                return
+            except Failure as again:
+                failure = again
+            except InputError as error:
+                failure = Failure(self._numbers(), "could not be made anew", line(error))
 
 
 NO_EPISODES = Episodes(np.empty(0, np.float64), np.empty(0, np.int64))
@@ -236,196 +409,6 @@ def frame_of(space: gymnasium.Space) -> tuple[tuple[int, ...], np.dtype]:
     assert isinstance(space, spaces.Box)
     shape = {0: (1,), 1: space.shape, 2: (*space.shape, 1), 3: space.shape}[len(space.shape)]
     return shape, np.dtype(np.uint8 if space.dtype == np.uint8 else np.float32)
-
-
-def build(id: str, copies: int, kwargs: dict[str, Any], vectorization: str, first_index: int) -> VectorEnv:
-    """The copies in Gymnasium's vector environment, whose spaces DQN can learn; InputError where that cannot be."""
-    spec = find(id)
-    try:
-        native = None
-        if vectorization == "auto" and spec.vector_entry_point is not None and not spec.additional_wrappers:
-            native = _native(id, spec, copies, kwargs)
-        if native is not None:
-            check_spaces(id, native.single_observation_space, native.single_action_space)
-            return native
-        makers: list[Callable[[], gymnasium.Env]] = [
-            functools.partial(_make, spec, kwargs, check=first_index + i == 0) for i in range(copies)
-        ]
-        first = makers[0]()
-        check_spaces(id, first.observation_space, first.action_space)
-        if vectorization != "async":
-            # copy=False saves a deep copy: each array is copied or converted here anyway.
-            return SyncVectorEnv([lambda: first, *makers[1:]], copy=False, autoreset_mode=AutoresetMode.SAME_STEP)
-        first.close()
-        with _plain_children():
-            return AsyncVectorEnv(
-                [functools.partial(_make_in_worker, maker) for maker in makers],
-                copy=False,
-                # Spawned, because a forked child would share the parent's MPI and TensorFlow threads.
-                context="spawn",
-                autoreset_mode=AutoresetMode.SAME_STEP,
-            )
-    except InputError:
-        raise
-    except Exception as error:
-        raise refusal(id, kwargs, error) from error
-
-
-def _native(id: str, spec: EnvSpec, copies: int, kwargs: dict[str, Any]) -> VectorEnv | None:
-    """The environment's own vector class; None where it cannot take `kwargs` or does not say how it resets."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about what is decided here: a missing autoreset mode
-            vector = gymnasium.make_vec(spec, copies, vectorization_mode="vector_entry_point", **kwargs)
-    except TypeError:
-        return None
-    except (ImportError, gymnasium.error.DependencyNotInstalled) as error:
-        package = getattr(error, "name", None)
-        missing = (
-            f"the package `{package}`, which is not installed" if package else f"a missing package: {_line(error)}"
-        )
-        raise InputError(
-            f"The vector class of the environment `{id}` needs {missing}. "
-            "Install it, or step the copies one by one with --env.vectorization sync."
-        ) from error
-    mode = vector.metadata.get("autoreset_mode")
-    if mode in (AutoresetMode.NEXT_STEP, AutoresetMode.SAME_STEP, "NextStep", "SameStep"):
-        return vector
-    vector.close()
-    return None
-
-
-class _KeepFinal(gymnasium.Wrapper[Any, Any, Any, Any]):
-    """Copies an episode's last observation: an environment may write the first of the next into the same array."""
-
-    def step(self, action: Any) -> tuple[Any, Any, bool, bool, dict[str, Any]]:
-        result = self.env.step(action)
-        if result[2] or result[3]:
-            return (np.array(result[0]), *result[1:])
-        return result
-
-
-def _make(spec: EnvSpec, kwargs: dict[str, Any], check: bool) -> gymnasium.Env:
-    # Gymnasium's checker warns about wrong observations and rewards; in one copy of the whole job that is enough.
-    return _KeepFinal(gymnasium.make(spec, **{"disable_env_checker": None if check else True, **kwargs}))
-
-
-def _make_in_worker(maker: Callable[[], gymnasium.Env]) -> gymnasium.Env:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole terminal: the rank decides how to end.
-    return maker()
-
-
-@contextlib.contextmanager
-def _plain_children() -> Iterator[None]:
-    """Lets processes start as bare Python: they neither run the main module again nor see that their parent is a rank.
-
-    The main module would import TensorFlow and Horovod in every worker; an `import mpi4py` in an environment would take
-    the worker for the rank itself.
-    """
-    main = sys.modules["__main__"]
-    names = {name: getattr(main, name, None) for name in ("__file__", "__spec__")}
-    ranked = {k: v for k, v in os.environ.items() if k.startswith(("OMPI_", "PMI_", "PMIX_", "HOROVOD_"))}
-    for name in names:
-        setattr(main, name, None)
-    for name in ranked:
-        del os.environ[name]
-    try:
-        yield
-    finally:
-        os.environ.update(ranked)
-        for name, value in names.items():
-            setattr(main, name, value)
-
-
-def _end_workers(vector: AsyncVectorEnv, seconds: float) -> None:
-    """Ends worker processes within `seconds`. Gymnasium's own `close` waits forever for one that hangs or has died."""
-    if vector.closed:
-        return
-    vector.closed = True
-    deadline = time.monotonic() + seconds
-    if seconds:
-        for pipe in vector.parent_pipes:
-            with contextlib.suppress(OSError, AttributeError):  # None stands for a worker that has failed
-                pipe.send(("close", None))
-        for process in vector.processes:
-            process.join(max(deadline - time.monotonic(), 0))
-    for process in vector.processes:
-        if process.is_alive():
-            process.kill()
-        process.join()
-    for pipe in vector.parent_pipes:
-        if pipe is not None:
-            pipe.close()
-
-
-def find(id: str) -> EnvSpec:
-    """Gymnasium's record of `id`; `module:EnvId-v0` imports `module` first."""
-    module, _, name = id.rpartition(":")
-    if module:
-        try:
-            importlib.import_module(module)
-        except Exception as error:
-            if isinstance(error, ModuleNotFoundError) and f"{module}.".startswith(f"{error.name}."):
-                raise InputError(
-                    f"There is no module `{error.name}` to import for the environment `{id}`. "
-                    "Install it, or put its folder on PYTHONPATH."
-                ) from error
-            raise InputError(
-                f"The module `{module}` of the environment `{id}` cannot be imported: "
-                f"{type(error).__name__}: {_line(error)}"
-            ) from error
-    try:
-        return gymnasium.spec(name)
-    except (gymnasium.error.VersionNotFound, gymnasium.error.DeprecatedEnv) as error:
-        raise InputError(f"There is no environment `{id}`. {_line(error)}") from error
-    except gymnasium.error.Error as error:
-        known = {key.lower(): key for key in gymnasium.registry}
-        close = [known[key] for key in difflib.get_close_matches(name.lower(), known, n=3, cutoff=0.6)]
-        prefix = f"{module}:" if module else ""
-        nearest = f" Nearest: {', '.join(f'`{prefix}{key}`' for key in close)}." if close else ""
-        other = "" if module else " One that another package registers is written `package:EnvId-v0`."
-        raise InputError(f"There is no environment `{id}`.{nearest}{other}") from error
-
-
-def check_spaces(id: str, observation: gymnasium.Space, action: gymnasium.Space) -> None:
-    """Raises InputError unless observations are one Box of at most three axes or Discrete, and actions Discrete."""
-    wrapper = "register an id of your own whose entry point wraps it in"
-    if not isinstance(action, spaces.Discrete):
-        kind = "continuous" if isinstance(action, spaces.Box) else type(action).__name__
-        raise InputError(
-            f"The environment `{id}` has {kind} actions, and DQN needs a Discrete action space. Received: {action}. "
-            f"Take another environment, or {wrapper} gymnasium.wrappers.DiscretizeAction."
-        )
-    if not isinstance(observation, spaces.Box | spaces.Discrete):
-        kind = {"Dict": "dictionary", "Tuple": "tuple"}.get(name := type(observation).__name__, name)
-        raise InputError(
-            f"The environment `{id}` has {kind} observations, and hvd_dqn needs one Box or Discrete. "
-            f"Received: {observation}. To flatten them, {wrapper} gymnasium.wrappers.FlattenObservation."
-        )
-    if len(observation.shape or ()) > 3:
-        raise InputError(
-            f"The observations of `{id}` must be [D], [H, W] or [H, W, C]. Received: a shape of {observation.shape}. "
-            f"To change it, {wrapper} gymnasium.wrappers.ReshapeObservation."
-        )
-
-
-def refusal(id: str, kwargs: dict[str, Any], error: Exception) -> InputError:
-    """Says in one line why an environment could not be made, and the way out."""
-    text = _line(error)
-    unknown = re.search(r"unexpected keyword argument '(\w+)'", text)
-    if isinstance(error, ImportError | gymnasium.error.DependencyNotInstalled):
-        if "box2d" in text.lower():
-            return InputError(f"The environment `{id}` needs Box2D: pip install 'hvd_dqn[box2d]'")
-        if isinstance(error, ModuleNotFoundError):
-            return InputError(f"The environment `{id}` needs the package `{error.name}`, which is not installed.")
-        return InputError(f"The environment `{id}` needs a package that is not installed: {text}")
-    if unknown and unknown[1] in kwargs:
-        return InputError(f"The environment `{id}` takes no argument `{unknown[1]}`. Received: --env.kwargs {kwargs}.")
-    return InputError(f"The environment `{id}` cannot be made with arguments {kwargs}: {type(error).__name__}: {text}")
-
-
-def _line(error: BaseException) -> str:
-    return " ".join(str(error).split())
 
 
 class Identity(gymnasium.Env[Any, Any]):

@@ -1,4 +1,4 @@
-"""The two ways in which hvd_dqn refuses to go on, each printed as one line instead of a traceback."""
+"""The ways in which hvd_dqn refuses to go on, each printed as a message instead of a traceback."""
 
 
 class InputError(ValueError):
@@ -6,4 +6,15 @@ class InputError(ValueError):
 
 
 class RunError(RuntimeError):
-    """The running job cannot go on, for a reason that lies outside this program: exit code 1."""
+    """The running job cannot go on, for a reason that lies outside this program: exit code 1.
+
+    Raised on one rank, which takes the others with it.
+    """
+
+
+class JobError(RunError):
+    """A RunError that all ranks raise alike, so that the chief says it and each ends by itself."""
+
+
+class RanksChanged(Exception):
+    """Hosts have joined or will leave, and all ranks agreed to group anew: not an error, but the end of a generation."""

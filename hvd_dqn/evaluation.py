@@ -2,9 +2,11 @@
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
+from hvd_dqn.actor import Actor
 from hvd_dqn.distributed import World
 from hvd_dqn.envs import Environments
 
@@ -12,7 +14,7 @@ COLUMNS = ("total_steps", "seconds", "episodes", "return_mean", "return_std", "r
 
 
 class Evaluator:
-    """Plays episodes with `act`, a function from observations [E, ...] to actions [E], in environments of its own.
+    """Plays episodes with `actor`, random with probability `epsilon`, in environments of its own.
 
     Episode i is seeded by (seed, round, i) and by nothing else, so that the result depends neither on the number of
     ranks nor on the number of copies. An episode that has not ended after `max_length` steps counts as it is then: an
@@ -22,25 +24,35 @@ class Evaluator:
     def __init__(
         self,
         envs: Environments,
-        act: Callable[[np.ndarray], np.ndarray],
+        actor: Actor,
         world: World,
         *,
+        epsilon: float,
         seed: int,
         max_length: int,
+        stop: Callable[[], bool] = lambda: False,
     ) -> None:
-        self._envs, self._act, self._world = envs, act, world
-        self._seed, self._max_length = seed, max_length
+        self._envs, self._actor, self._world = envs, actor, world
+        self._epsilons = np.full(envs.copies, epsilon)
+        self._seed, self._max_length, self._stop = seed, max_length, stop
 
-    def evaluate(self, episodes: int, round: int) -> dict[str, float]:
-        """The statistics of `episodes` episodes over all ranks, without `total_steps` and `seconds`. A collective."""
+    def evaluate(self, episodes: int, round: int) -> dict[str, float] | None:
+        """The statistics of `episodes` episodes over all ranks, without `total_steps` and `seconds`. A collective.
+
+        None, on all ranks, where `stop()` became true on one of them, which broke off.
+        """
         mine = range(self._world.rank, episodes, self._world.size)
         played = [self._play(mine[i : i + self._envs.copies], round) for i in range(0, len(mine), self._envs.copies)]
         returns = np.concatenate([r for r, _ in played]) if played else np.zeros(0)
         lengths = np.concatenate([n for _, n in played]) if played else np.zeros(0)
         count, total, length = self._world.sum(np.array([len(returns), returns.sum(), lengths.sum()]))
-        mean = total / count
+        mean = total / max(count, 1)
         (squares,) = self._world.sum(np.array([np.square(returns - mean).sum()]))
-        highest, lowest = self._world.max(np.array([returns.max(initial=-np.inf), (-returns).max(initial=-np.inf)]))
+        highest, lowest, stopped = self._world.max(
+            np.array([returns.max(initial=-np.inf), (-returns).max(initial=-np.inf), float(self._stop())])
+        )
+        if stopped:
+            return None
         return {
             "episodes": int(count),
             "return_mean": mean,
@@ -56,8 +68,8 @@ class Evaluator:
         self._envs.reset([self._seed_of(round, episode) for episode in keys])
         running = np.arange(self._envs.copies) < len(episodes)
         returns, lengths = np.zeros(self._envs.copies), np.zeros(self._envs.copies)
-        while running.any():
-            transition, ended = self._envs.step(self._act(self._envs.observation))
+        while running.any() and not self._stop():
+            transition, ended = self._envs.step(self._actor.act(self._envs.observation, self._epsilons))
             lengths += running
             # The results of a step come in the order of the copies that ended; a copy counts once.
             done = np.flatnonzero(transition.terminated | transition.truncated)
@@ -68,6 +80,12 @@ class Evaluator:
             returns[cut] = self._envs.returns[cut]
             running[cut] = False
         return returns[: len(episodes)], lengths[: len(episodes)]
+
+    def state(self) -> dict[str, Any]:
+        return self._actor.state()
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        self._actor.load_state(state)
 
     def close(self) -> None:
         self._envs.close()

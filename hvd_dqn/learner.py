@@ -1,5 +1,6 @@
 """The network, its target and its optimizer: everything that changes when the agent learns."""
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -38,12 +39,18 @@ class Adam(tf.keras.optimizers.Adam):
 
 
 class Phase(NamedTuple):
-    """Sums over the updates of one phase, of this rank's minibatches; the gradient's is of the averaged gradient."""
+    """Sums over the updates of one phase, of this rank's minibatches; the gradient's is of the averaged gradient.
+
+    Updates whose averaged gradient is not finite are skipped, and only counted; `culprits` of them had a loss or values
+    on this rank that were not finite.
+    """
 
     updates: int
     loss: float
     mean_q: float
     gradient_norm: float
+    skipped: int
+    culprits: int
 
 
 class Learner:
@@ -109,7 +116,9 @@ class Learner:
             self._average()
             if target_copies.any():
                 self._copy_target()
-        return Phase(len(target_copies), *map(float, sums.numpy()))
+        loss, mean_q, gradient_norm, skipped, culprits = sums.numpy().tolist()
+        updates = len(target_copies) - round(skipped)
+        return Phase(updates, loss, mean_q, gradient_norm, round(skipped), round(culprits))
 
     def _take_updates(
         self,
@@ -122,7 +131,7 @@ class Learner:
         copies: tf.Tensor,  # [K]
     ) -> tf.Tensor:
         self.optimizer.learning_rate.assign(learning_rate)
-        sums = tf.zeros([3])
+        sums = tf.zeros([5])
         for k in tf.range(tf.shape(action)[0]):
             sums += self._take_update(
                 Batch(observation[k], action[k], reward[k], discount[k], next_observation[k]),
@@ -132,13 +141,13 @@ class Learner:
         return sums
 
     def _take_update(self, minibatch: Batch) -> tf.Tensor:
-        """Returns [loss, mean q, gradient norm]."""
+        """Returns [loss, mean q, gradient norm, whether it was skipped, whether this rank was the reason]."""
         variables = self.online.variables
         if self._passes == 1:
             target = self._bootstrap(minibatch)
             with tf.GradientTape() as tape:
                 loss, mean_q = self._evaluate(minibatch, target)
-                objective = loss
+                objective = _spoilt_unless_finite(loss)
         else:
             gradients, loss, mean_q = self._accumulate(minibatch)
             with tf.GradientTape() as tape:
@@ -152,8 +161,12 @@ class Learner:
             # Average first, then clip: only so are N ranks x batch b one rank x batch N * b.
             shrink = self._max_gradient_norm / tf.maximum(norm, self._max_gradient_norm)
             averaged = [(gradient * shrink, variable) for gradient, variable in averaged]
-        self.optimizer.apply_gradients(averaged)
-        return tf.stack([loss, mean_q, norm])
+        # Horovod: the average has the same norm on all ranks, so all of them apply it or none does: no vote is needed.
+        sums = tf.stack([0.0, 0.0, 0.0, 1.0, tf.cast(~tf.math.is_finite(loss), tf.float32)])
+        if tf.math.is_finite(norm):
+            self.optimizer.apply_gradients(averaged)
+            sums = tf.stack([loss, mean_q, norm, 0.0, 0.0])
+        return sums
 
     def _accumulate(self, minibatch: Batch) -> tuple[list[tf.Tensor], tf.Tensor, tf.Tensor]:
         """The mean gradient, loss and q of `passes` minibatches, one after the other to save memory.
@@ -168,7 +181,8 @@ class Learner:
             target = self._bootstrap(part)
             with tf.GradientTape() as tape:
                 part_loss, part_q = self._evaluate(part, target)
-            part_gradients = tape.gradient(part_loss, variables)
+                part_objective = _spoilt_unless_finite(part_loss)
+            part_gradients = tape.gradient(part_objective, variables)
             gradients = [total + share * g for total, g in zip(gradients, part_gradients, strict=True)]
             loss, mean_q = loss + share * part_loss, mean_q + share * part_q
         return gradients, loss, mean_q
@@ -207,3 +221,8 @@ class Learner:
             raise ValueError(f"expected arrays of shapes {expected}, received {received}")
         for name, variable in self.variables.items():
             variable.assign(state[name])
+
+
+def _spoilt_unless_finite(loss: tf.Tensor) -> tf.Tensor:
+    """The loss, such that its gradient is not finite either where it is not: an infinite Huber loss has a finite one."""
+    return loss * tf.where(tf.math.is_finite(loss), 1.0, math.nan)

@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from time import perf_counter
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -15,7 +15,7 @@ from hvd_dqn.errors import InputError
 TIMED = ("act", "env", "sample", "update")
 COLUMNS = (
     "total_steps", "cycle", "updates", "seconds", "steps_per_second", "updates_per_second", "epsilon", "learning_rate",
-    "loss", "mean_q", "gradient_norm", "episodes", "return_mean", "return_max", "length_mean", "replay_size",
+    "loss", "mean_q", "gradient_norm", "episodes", "return_mean", "return_max", "length_mean", "replay_size", "skipped_updates",
     *(f"time_{name}" for name in TIMED),
 )  # fmt: skip
 
@@ -65,6 +65,7 @@ class Ledger:
         self._episodes = np.zeros(3)  # count, sum of returns, sum of lengths
         self._return_max = -math.inf
         self._phases = np.zeros(4)  # updates, sum of losses, of mean q, of gradient norms
+        self._skipped = 0
         for timer in self._timers.values():
             timer.seconds = 0.0
 
@@ -83,24 +84,29 @@ class Ledger:
             self._episodes += (len(returns), np.sum(returns, dtype=np.float64), np.sum(lengths, dtype=np.float64))
             self._return_max = max(self._return_max, float(np.max(returns)))
 
-    def phase(self, updates: int, loss_sum: float, q_sum: float, gradient_norm_sum: float) -> None:
-        """One phase of this rank: the number of updates, and sums over them."""
+    def phase(self, updates: int, loss_sum: float, q_sum: float, gradient_norm_sum: float, skipped: int = 0) -> None:
+        """One phase of this rank: the number of updates, sums over them, and how many more were skipped."""
         self._phases += (updates, loss_sum, q_sum, gradient_norm_sum)
+        self._skipped += skipped
 
     def report(
         self, *, total_steps: int, cycle: int, updates: int, epsilon: float, learning_rate: float, replay_size: int
     ) -> Row:
         """A row with `COLUMNS`, the same on all ranks, about the time since the last one. A collective.
 
-        `replay_size` is this rank's, the row has the sum; `episodes` are those of the window; `time_*` are a rank's
-        mean seconds.
+        `replay_size` is this rank's, the row has the sum; `episodes` are those of the window; `skipped_updates` are the
+        mean of the ranks (all skip the same where they average gradients); `time_*` are a rank's mean seconds.
         """
         # Horovod: the vectors have the same length on every rank, whatever happened there (law 1).
         times = [timer.seconds for timer in self._timers.values()]
-        sums = self._world.sum(np.concatenate([self._episodes, self._phases, [float(replay_size)], times]))
+        sums = self._world.sum(
+            np.concatenate([self._episodes, self._phases, [float(replay_size), float(self._skipped)], times])
+        )
         highest = self._world.max(np.array([self._return_max, self.seconds, perf_counter() - self._window_began]))
 
-        episodes, return_sum, length_sum, phase_updates, loss_sum, q_sum, norm_sum, replay_sum, *times = sums.tolist()
+        episodes, return_sum, length_sum, phase_updates, loss_sum, q_sum, norm_sum, replay_sum, skipped, *times = (
+            sums.tolist()
+        )
         return_max, seconds, window = highest.tolist()
         values = (
             total_steps,
@@ -119,6 +125,7 @@ class Ledger:
             return_max if episodes else math.nan,
             _ratio(length_sum, episodes),
             round(replay_sum),
+            round(skipped / self._world.size),
             *(time / self._world.size for time in times),
         )
         self._total_steps, self._updates = total_steps, updates
@@ -126,13 +133,32 @@ class Ledger:
         return dict(zip(COLUMNS, values, strict=True))
 
     def state(self) -> dict[str, float]:
-        """What a resumed run goes on counting from; an unreported window is not part of it."""
+        """What all ranks share; see `window_state` for what has not been reported yet."""
         return {"seconds": self.seconds, "total_steps": self._total_steps, "updates": self._updates}
 
     def load_state(self, state: dict[str, float]) -> None:
         self._began = perf_counter() - state["seconds"]
         self._total_steps, self._updates = int(state["total_steps"]), int(state["updates"])
         self._start_window()
+
+    def window_state(self) -> dict[str, Any]:
+        """What this rank has collected since the last report."""
+        return {
+            "seconds": perf_counter() - self._window_began,
+            "episodes": self._episodes,
+            "return_max": None if math.isinf(self._return_max) else self._return_max,
+            "phases": self._phases,
+            "skipped": self._skipped,
+            "timers": {name: timer.seconds for name, timer in self._timers.items()},
+        }
+
+    def load_window_state(self, state: dict[str, Any]) -> None:
+        self._window_began = perf_counter() - float(state["seconds"])
+        self._episodes, self._phases = np.array(state["episodes"], np.float64), np.array(state["phases"], np.float64)
+        self._return_max = -math.inf if state["return_max"] is None else float(state["return_max"])
+        self._skipped = int(state["skipped"])
+        for name, timer in self._timers.items():
+            timer.seconds = float(state["timers"][name])
 
 
 def _ratio(total: float, count: float) -> float:

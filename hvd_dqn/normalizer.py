@@ -77,6 +77,15 @@ class Normalizer:
         """What all ranks share; sums not yet merged are left out."""
         return {"count": self._count, "mean": self._mean.ravel().tolist(), "squares": self._squares.ravel().tolist()}
 
+    def pending_state(self) -> dict[str, Any]:
+        """This rank's sums that are not yet merged."""
+        return {"count": self._new_count, "sum": self._new_sum, "squares": self._new_squares}
+
+    def load_pending_state(self, state: dict[str, Any]) -> None:
+        self._new_count = int(state["count"])
+        self._new_sum = np.array(state["sum"], np.float64).reshape(self.shape)
+        self._new_squares = np.array(state["squares"], np.float64).reshape(self.shape)
+
     def load_state(self, state: dict[str, Any]) -> None:
         self._count = float(state["count"])
         self._mean = np.array(state["mean"], dtype=np.float64).reshape(self.shape)
@@ -100,4 +109,10 @@ class NullNormalizer:
         return {}
 
     def load_state(self, state: dict[str, Any]) -> None:
+        pass
+
+    def pending_state(self) -> dict[str, Any]:
+        return {}
+
+    def load_pending_state(self, state: dict[str, Any]) -> None:
         pass

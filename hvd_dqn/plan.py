@@ -2,6 +2,7 @@
 
 import math
 from fractions import Fraction
+from typing import Literal
 
 import numpy as np
 
@@ -15,11 +16,13 @@ class Plan:
 
     Cycle c (0, 1, ...) takes `total_steps_after(c) - total_steps_after(c - 1)` total steps: one step in each environment
     of each rank. A period of p total steps has its event in the cycle in which the total steps reach or pass a multiple of p.
-    A run resumed at `resumed_at` total steps starts with an empty replay. Raises InputError where the settings cannot be
-    carried out by `size` ranks.
+    A run that goes on from `resumed_at` total steps may do so with empty replays, on all ranks or on those that `joined`,
+    which are filled before it learns. Raises InputError where the settings cannot be carried out by `size` ranks.
     """
 
-    def __init__(self, config: Config, size: int, resumed_at: int = 0) -> None:
+    def __init__(
+        self, config: Config, size: int, resumed_at: int = 0, empty: Literal["no", "all", "joined"] = "no"
+    ) -> None:
         self.config = config
         self.size = size
         self.resumed_at = resumed_at
@@ -35,6 +38,9 @@ class Plan:
         # One update trains on `global_batch` transitions, and each step is to be trained on `replay_ratio` times.
         self._updates_per_step = Fraction(config.learner.replay_ratio).limit_denominator(10**6) / self.global_batch
         self._check()
+        # A rank that joins learns as soon as it holds a batch: the others do not wait for more.
+        batch = self.envs * max(config.agent.n_step, math.ceil(self.batch_per_rank / self.envs_per_rank))
+        self._learns_from = resumed_at + {"no": 0, "all": config.learner.learn_start, "joined": batch}[empty]
 
     def _share(self, amount: int, name: str) -> int:
         if self.config.ranks.scaling == "weak":
@@ -47,11 +53,6 @@ class Plan:
         return amount // self.size
 
     def _check(self) -> None:
-        if self.first_cycle >= self.cycles:
-            raise InputError(
-                f"There is nothing left to train: the run has already taken {self.resumed_at:,} total steps. "
-                f"Raise --total_steps above that. Received: {self.config.total_steps:,}."
-            )
         learner, n_step, stack = self.config.learner, self.config.agent.n_step, self.config.env.frame_stack
         if learner.learn_start < self.global_batch // self.passes:
             raise InputError(
@@ -94,8 +95,8 @@ class Plan:
         return self._updates_by(last_phase)
 
     def updates_at(self, cycle: int) -> int:
-        """K, the number of updates in this cycle's phase; 0 where there is none, as while a resumed run refills its replay."""
-        if self.resumed_at and self.total_steps_after(cycle) < self.resumed_at + self.config.learner.learn_start:
+        """K, the number of updates in this cycle's phase; 0 where there is none, as while an empty replay is filled."""
+        if self.total_steps_after(cycle) < self._learns_from:
             return 0
         return self.updates_after(cycle) - self.updates_after(cycle - 1)
 
@@ -142,7 +143,10 @@ class Plan:
         return self._passes_multiple(cycle, self.config.report.period) or cycle == self.cycles - 1
 
     def checkpoints_at(self, cycle: int) -> bool:
-        return self._passes_multiple(cycle, self.config.report.checkpoint_period)
+        return self._passes_multiple(cycle, self.config.checkpoint.period)
+
+    def votes_at(self, cycle: int) -> bool:
+        return self._passes_multiple(cycle, self.config.ranks.vote_period)
 
     def checks_drift_at(self, cycle: int) -> bool:
         return self._passes_multiple(cycle, self.config.ranks.drift_check_period)
@@ -154,8 +158,8 @@ class Plan:
     def describe(self) -> dict[str, str]:
         """What the settings amount to on this many ranks, for people."""
         config, learner = self.config, self.config.learner
-        updates = self.updates_after(self.cycles - 1)
-        phases = sum(self.learns_at(cycle) for cycle in range(self.cycles))
+        each = [self.updates_at(cycle) for cycle in range(self.first_cycle, self.cycles)]
+        updates, phases = sum(each), sum(k > 0 for k in each)
         factor = self.learning_rate_factor
         return {
             "environment": f"{config.env.id}, {self.size} ranks x {self.envs_per_rank} = {self.envs} copies",

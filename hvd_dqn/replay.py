@@ -85,15 +85,22 @@ class Replay:
         return envs * (slots * (frame + 8 + 4 + 1 + 4) + 8)
 
     @property
+    def slots(self) -> int:
+        return self._slots
+
+    @property
     def nbytes(self) -> int:
-        return sum(array.nbytes for array in self._arrays().values()) + self._heads.nbytes
+        return sum(array.nbytes for array in self.arrays().values()) + self._heads.nbytes
 
     def __len__(self) -> int:
         """Transitions stored, a few of which may not be starts: see the class."""
         return int(np.count_nonzero(self._kinds))
 
     def add(self, transition: Transition) -> None:
-        """Stores one cycle of all environments; rows that are not valid leave their streams as they are."""
+        """Stores one cycle of all environments.
+
+        Rows that are not valid leave their streams as they are, except that a truncated one ends the episode under way.
+        """
         assert transition.observation.shape == transition.next_observation.shape == self._frames[:, 0].shape
         rows = np.flatnonzero(transition.valid)
         head = self._heads[rows] % self._slots
@@ -108,15 +115,17 @@ class Replay:
         head = self._advance(rows, age)
         self._frames[rows, head] = transition.next_observation[rows]
         self._advance(rows[terminated | truncated], 0)
+        if len(rows) < self._envs:
+            self.truncate_episodes(transition.truncated & ~transition.valid)
 
-    def truncate_episodes(self) -> None:
-        """Ends the episodes under way as truncated.
+    def truncate_episodes(self, where: np.ndarray | None = None) -> None:
+        """Ends the episodes under way as truncated: `where`, [E] bool, says so, or in all environments.
 
         To be called when environments are reset from outside, as after a restore: what they show next does not follow
         from the last observation stored.
         """
-        rows = np.arange(self._envs)
-        rows = rows[self._ages[rows, self._heads % self._slots] > 0]
+        rows = np.arange(self._envs) if where is None else np.flatnonzero(where)
+        rows = rows[self._ages[rows, self._heads[rows] % self._slots] > 0]
         self._kinds[rows, (self._heads[rows] - 1) % self._slots] = TRUNCATED
         self._advance(rows, 0)
 
@@ -213,7 +222,8 @@ class Replay:
             stacks[..., i * depth : (i + 1) * depth] = frames.take(self._moved(at, -back), axis=0)
         return stacks.reshape(*shape, *stacks.shape[1:])
 
-    def _arrays(self) -> dict[str, np.ndarray]:
+    def arrays(self) -> dict[str, np.ndarray]:
+        """The rings themselves, [E, slots, ...] each."""
         return {
             "frames": self._frames,
             "actions": self._actions,
@@ -228,14 +238,14 @@ class Replay:
         The arrays are views of the slots in use: write them before the next `add`, or copy them.
         """
         used = min(int(self._heads.max()) + 1, self._slots)
-        arrays = {name: array[:, :used] for name, array in self._arrays().items()}
+        arrays = {name: array[:, :used] for name, array in self.arrays().items()}
         return arrays | {"heads": self._heads, "slots": self._slots, "rng": self._rng.bit_generator.state}
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Takes over what `state()` returned; `n_step`, `gamma` and `frame_stack` may have changed since.
 
-        Raises InputError where the rings have other sizes. The environments of the new process start new episodes:
-        see `truncate_episodes`.
+        The arrays [E, used, ...] may be anything that has a shape and dtype and yields rows, so that a big one need not be
+        in memory twice. Raises InputError where the rings have other sizes.
         """
         saved, mine = state["frames"], self._frames
         expected = (self._slots, self._envs, mine.shape[2:], mine.dtype)
@@ -243,12 +253,13 @@ class Replay:
         if received != expected:
             raise InputError(
                 "The saved replay has another size than this one. Expected: {} slots in {} environments with "
-                "observations {} {}. Received: {}, {}, {} {}. Resume with the settings and the number of ranks "
-                "that the run began with.".format(*expected, *received)
+                "observations {} {}. Received: {}, {}, {} {}.".format(*expected, *received)
             )
         used = saved.shape[1]
-        for name, array in self._arrays().items():
-            array[:, :used] = state[name]
+        for name, array in self.arrays().items():
+            for row, saved_row in zip(array, state[name], strict=True):
+                row[:used] = saved_row
         self._kinds[:, used:] = NOTHING
-        self._heads[:] = state["heads"]
+        for i, head in enumerate(state["heads"]):
+            self._heads[i] = head
         self._rng.bit_generator.state = state["rng"]

@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from hvd_dqn.checkpoint import write
+from hvd_dqn.arrays import write
 from hvd_dqn.config import Config, load_file
 from hvd_dqn.errors import InputError
 

@@ -30,8 +30,21 @@ class Session:
         elif record.kind == "evaluation":
             self._evaluations.write(record.row)
             self._display.evaluation(record.row)
+        elif record.kind == "message":
+            self._display.message(record.text)
+        elif record.kind == "stopped":
+            self._stop(record.row)
         else:
             self._finish(record.row)
+
+    def _stop(self, row: Row) -> None:
+        self.close()
+        self._run.note(ended="stopped", finished=now(), stopped_at=row["total_steps"])
+        print(
+            f"{self._run.about()['preset']}: stopped on request after {row['total_steps']:,.0f} total steps and "
+            f"{row['seconds']:.0f} s; go on with: hvd-dqn train --run-dir {self._run.path} --resume",
+            flush=True,
+        )
 
     def _finish(self, row: Row) -> None:
         self.close()
@@ -89,28 +102,31 @@ def open_session(run: Run, name: str, trainer: Trainer, snapshot: Snapshot | Non
         "scaling": config.ranks.scaling,
     }
     about |= {"target_return": config.evaluation.target_return, "host": world.hostname, "plan": trainer.describe()}
-    resumed_at = None
+    reported = evaluated = None
     if snapshot is None:
         run.create(config, about)
     else:
-        resumed_at = snapshot.total_steps
+        reported = snapshot.total_steps
+        # An evaluation that was broken off is made again.
+        evaluated = reported - bool(snapshot.state.get("evaluation_due"))
         changed = differing(run.config(), config)
-        run.resume(config, about, resumed_at)
+        run.resume(config, about, reported)
     path = run.path
     reports = Writers(
-        [CsvWriter(path / "metrics.csv", COLUMNS, resumed_at), TensorBoardWriter(path / "tensorboard/training")]
+        [
+            CsvWriter(path / "metrics.csv", COLUMNS, reported),
+            TensorBoardWriter(path / "tensorboard/training"),
+        ]
     )
     evaluations = Writers(
         [
-            CsvWriter(path / "evaluations.csv", EVALUATION_COLUMNS, resumed_at),
+            CsvWriter(path / "evaluations.csv", EVALUATION_COLUMNS, evaluated),
             TensorBoardWriter(path / "tensorboard/evaluation"),
         ]
     )
     display = Progress(config.total_steps, open_stream())
     display.plan(trainer.describe())
     if snapshot is not None:
-        display.message(
-            f"Going on from {snapshot.path} with an empty replay: it is refilled before learning goes on."
-            + (f" Changed settings: {', '.join(changed)}." if changed else "")
-        )
+        where = snapshot.path if snapshot.path.name else "the memory of the ranks that are left"
+        display.message(f"Going on from {where}." + (f" Changed settings: {', '.join(changed)}." if changed else ""))
     return Session(run, trainer, reports, evaluations, display)

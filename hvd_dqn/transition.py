@@ -9,7 +9,9 @@ class Transition(NamedTuple):
     """One step of each of a rank's E environments.
 
     `next_observation` is the true last observation of an episode where one ended, not the first of the next episode.
-    `valid` is False where an environment only reset itself in this step (vector classes that reset one step late).
+    `valid` is False where an environment only reset itself in this step (vector classes that reset one step late), and
+    where environments failed and were made anew. A row that is not valid but truncated: the episode was cut off without
+    a transition.
     """
 
     observation: np.ndarray  # [E, *frame]

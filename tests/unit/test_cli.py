@@ -67,7 +67,7 @@ def test_evaluate_plays_the_newest_or_the_best_weights(identity):
 
 def test_a_run_is_resumed_in_its_own_files(tmp_path):
     folder = tmp_path / "run"
-    settings = ["--evaluation.target_return", "None", "--report.checkpoint_period", "500"]
+    settings = ["--evaluation.target_return", "None", "--checkpoint.period", "500"]
     assert hvd_dqn("train", "identity", "--run_dir", folder, "--total_steps", "1000", *settings).returncode == 0
     done = hvd_dqn("train", "identity", "--run_dir", folder, "--resume", "--total_steps", "2000")
     assert done.returncode == 0, done.stderr

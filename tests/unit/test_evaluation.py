@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from hvd_dqn.actor import Actor
 from hvd_dqn.distributed import Solo
 from hvd_dqn.envs import Environments
 from hvd_dqn.evaluation import Evaluator
@@ -21,9 +22,10 @@ def lean(observation):
     return (observation[:, 2] > 0).astype(np.int64)
 
 
-def evaluator(copies, world=None, max_length=1_000, id="CartPole-v1", act=lean):
+def evaluator(copies, world=None, max_length=1_000, id="CartPole-v1", act=lean, stop=lambda: False):
     envs = Environments(id, copies, vectorization="sync")
-    return Evaluator(envs, act, world or Solo(), seed=7, max_length=max_length)
+    actor = Actor(lambda o: np.eye(envs.actions)[act(o)], envs.actions, np.random.default_rng(0))
+    return Evaluator(envs, actor, world or Solo(), epsilon=0.0, seed=7, max_length=max_length, stop=stop)
 
 
 def test_the_result_does_not_depend_on_the_number_of_copies():
@@ -69,3 +71,13 @@ def test_an_episode_without_end_counts_as_it_is_at_the_longest_length():
     )
     assert result["length_mean"] == 30
     assert result["return_mean"] == -30
+
+
+def test_all_ranks_break_off_when_one_of_them_is_to_stop():
+    steps = []
+    asked = evaluator(2, act=lambda o: (steps.append(1), lean(o))[1], stop=lambda: len(steps) >= 5)
+    assert asked.evaluate(4, round=0) is None
+    assert len(steps) == 5
+    other = evaluator(2)
+    other._world.max = lambda values: np.maximum(values, [0, 0, 1])  # another rank's wish
+    assert other.evaluate(4, round=0) is None

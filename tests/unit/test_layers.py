@@ -8,19 +8,20 @@ import pytest
 import hvd_dqn
 
 FLOORS = {
-    0: ["errors", "config", "schedules", "transition"],
-    1: ["plan"],
+    0: ["errors", "config", "schedules", "transition", "arrays", "signals"],
+    1: ["plan", "copies", "workers", "vectors"],
     2: ["envs", "networks", "losses", "replay", "distributed", "normalizer"],
-    3: ["actor", "learner", "metrics"],
+    3: ["elastic", "actor", "learner", "metrics", "resharding", "watchdog"],
     4: ["evaluation", "checkpoint", "plots", "run", "progress"],
     5: ["trainer", "bench", "doctor", "session"],
-    6: ["cli", "__main__"],
+    6: ["job"],
+    7: ["cli", "__main__"],
 }
 FLOOR_OF = {room: floor for floor, rooms in FLOORS.items() for room in rooms}
 ONLY_IN = {
-    "horovod": {"distributed"},
+    "horovod": {"distributed", "elastic"},
     "mpi4py": {"distributed"},
-    "gymnasium": {"envs"},
+    "gymnasium": {"envs", "vectors", "workers", "copies"},
     "matplotlib": {"plots"},
     "tyro": {"cli"},
     "pydantic": {"config"},
@@ -56,7 +57,7 @@ def test_each_outside_library_has_one_room(path):
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_only_rooms_that_know_the_config_take_it(path):
     if "hvd_dqn.config.Config" in imports(path):
-        assert path.stem in {"plan", "trainer", "run", "cli"}
+        assert path.stem in {"plan", "trainer", "run", "job", "cli"}
 
 
 def test_every_file_has_a_floor_and_says_what_it_is_for():

@@ -80,7 +80,7 @@ def same(row, other):
 def test_a_row_has_exactly_the_designs_columns_in_order():
     expected = (
         "total_steps cycle updates seconds steps_per_second updates_per_second epsilon learning_rate loss "
-        "mean_q gradient_norm episodes return_mean return_max length_mean replay_size "
+        "mean_q gradient_norm episodes return_mean return_max length_mean replay_size skipped_updates "
         "time_act time_env time_sample time_update"
     )
     assert list(report(Ledger(Solo()))) == list(COLUMNS) == expected.split()

@@ -89,7 +89,7 @@ def test_batches_have_the_promised_shapes_types_and_memory_of_their_own():
         assert [field.dtype for field in batch] == [np.uint8, np.int64, np.float32, np.float32, np.uint8]
         for field in batch:
             assert field.flags.c_contiguous
-            assert not any(np.shares_memory(field, array) for array in replay._arrays().values())
+            assert not any(np.shares_memory(field, array) for array in replay.arrays().values())
 
 
 def test_an_n_step_return_stops_at_a_termination_and_at_a_truncation():
@@ -380,6 +380,10 @@ class Reference:
         episode["frames"].append(next_frame)
         episode["end"] = "terminated" if terminated else "truncated" if truncated else ""
 
+    def cut(self) -> None:
+        if self.episodes:
+            self.episodes[-1]["end"] = self.episodes[-1]["end"] or "truncated"
+
     def stacked(self, episode: dict, t: int) -> list:
         frames = [episode["frames"][max(t - i, 0)] for i in reversed(range(self.stack))]
         return np.concatenate(frames, axis=-1).tolist()
@@ -445,7 +449,10 @@ def test_the_starts_and_their_rows_are_those_of_a_naive_reference(
             references[e].add(
                 frames[e], int(action[e]), float(reward[e]), bool(terminated[e]), bool(truncated[e]), next_frames[e]
             )
-        done = valid & (terminated | truncated)
+        cut = ~valid & truncated  # an environment that was made anew: its episode ends without a transition
+        for e in np.flatnonzero(cut):
+            references[e].cut()
+        done = valid & (terminated | truncated) | cut
         resets = done & late_reset
         first_frames = random.random((envs, *frame_shape), np.float32)
         # A step that is missing leaves its observation as it was, for the next one to start from.

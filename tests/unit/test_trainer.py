@@ -5,10 +5,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from hvd_dqn.checkpoint import Checkpoints
+from hvd_dqn.checkpoint import Checkpoints, divide
 from hvd_dqn.config import Config
 from hvd_dqn.distributed import Solo
-from hvd_dqn.errors import InputError
+from hvd_dqn.errors import InputError, JobError
 from hvd_dqn.trainer import Trainer
 
 
@@ -60,12 +60,20 @@ def config(**changes) -> Config:
         "agent": {"hidden": [8]},
         "learner": {"batch_size": 24, "replay_ratio": 2, "learn_start": 240, "train_period": 48, "target_period": 96},
         "evaluation": {"period": 300, "episodes": 3, "final_episodes": 5, "target_return": 5.0},
-        "report": {"period": 120, "checkpoint_period": 400},
-        "ranks": {"drift_check_period": 250},
+        "report": {"period": 120},
+        "checkpoint": {"period": 400},
+        "ranks": {"drift_check_period": 250, "vote_period": 100, "silence_seconds": None},
     }
     for name, values in changes.items():
         base[name] = {**base.get(name, {}), **values} if isinstance(values, dict) else values
     return Config.model_validate(base)
+
+
+def arrays_of(trainer) -> dict[str, np.ndarray]:
+    """Everything that a rank has and that goes on: as arrays and plain values by their paths."""
+    rest, arrays = divide({"learner": trainer.learner.state(), "part": trainer._part()})
+    rest["part"]["window"].pop("timers"), rest["part"]["window"].pop("seconds")
+    return arrays | {"rest": rest}
 
 
 def play(config: Config, world, path: Path, snapshot=None):
@@ -85,6 +93,7 @@ def play(config: Config, world, path: Path, snapshot=None):
         trainer.played.extend(lengths.tolist()),
     )
     records = list(trainer.train(Checkpoints(path, world)))
+    trainer.arrays = arrays_of(trainer)
     trainer.close()
     return records, trainer
 
@@ -133,12 +142,79 @@ def test_a_run_reports_evaluates_and_ends_with_a_result(tmp_path):
 
 def test_a_run_stops_at_the_target_when_the_final_evaluation_confirms_it(tmp_path):
     records, _ = play(config(), Solo(), tmp_path)  # CartPole never returns less than 5
-    assert [(r.kind, r.row["episodes"]) for r in records[-3:]] == [("evaluation", 3), ("evaluation", 5), ("result", 5)]
+    numbers = [r for r in records if r.kind != "message"]
+    assert [(r.kind, r.row["episodes"]) for r in numbers[-3:]] == [("evaluation", 3), ("evaluation", 5), ("result", 5)]
     assert records[-1].row["total_steps"] == 300
 
 
-def test_checkpoints_are_kept_and_continued_from(tmp_path):
+def assert_same(one, other) -> None:
+    assert one.keys() == other.keys()
+    for name, value in one.items():
+        assert np.array_equal(value, other[name]), name
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"env": {"id": "FrozenLake-v1"}, "agent": {"epsilon_zeta": 2.0}},
+        {"env": {"id": "MountainCar-v0", "frame_stack": 3, "normalize_observation": True}, "agent": {"n_step": 3}},
+        {"env": {"vectorization": "auto"}, "evaluation": {"epsilon": 0.5}},
+        {"env": {"id": "Acrobot-v1", "vectorization": "async", "envs_per_rank": 2}},
+        {"env": {"id": "LunarLander-v3"}, "agent": {"network": "tests.unit.test_networks:keras_model"}},
+        {"checkpoint": {"compress": True}, "replay": {"capacity": 400}},
+    ],
+    ids=["sync", "states", "stack", "native", "async", "lander", "full ring"],
+)
+def test_a_resumed_run_is_the_run_that_was_never_stopped(changes, tmp_path):
+    settings = config(**{**changes, "evaluation": {"target_return": None, **changes.get("evaluation", {})}})
+    whole, trainer = play(settings, Solo(), tmp_path / "whole")
+
+    first = Checkpoints(tmp_path / "parts", Solo())
+    stopped_at = 480  # in no episode's end, between two reports and two evaluations
+    begun = Trainer(settings, Solo(), None, lambda: begun.plan.total_steps_after(begun.steps_done - 1) >= stopped_at)
+    begun.steps_done, step = 0, begun._step
+    begun._step = lambda cycle: (step(cycle), setattr(begun, "steps_done", cycle + 1))
+    before = list(begun.train(first))
+    begun.close()
+    assert before[-1].kind == "stopped"
+    assert stopped_at <= before[-1].row["total_steps"] < 960
+
+    after, resumed = play(settings, Solo(), tmp_path / "parts", first.newest(print))
+    numbers = [r for r in before + after if r.kind in ("report", "evaluation", "result")]
+    expected = [r for r in whole if r.kind in ("report", "evaluation", "result")]
+    assert str(without_times(numbers)) == str(without_times(expected))
+    assert not [r.text for r in after if "new episodes" in r.text]
+    assert_same(resumed.arrays, trainer.arrays)
+
+
+def test_a_run_stopped_in_an_evaluation_makes_it_again(tmp_path):
     settings = config(evaluation={"target_return": None})
+    whole, trainer = play(settings, Solo(), tmp_path / "whole")
+    checkpoints = Checkpoints(tmp_path / "parts", Solo())
+    for stopped_at in (600, 900):  # each in the second evaluation that it makes
+        snapshot = checkpoints.newest(print)
+        begun = Trainer(settings, Solo(), snapshot)
+        evaluations, play_episodes = [0], begun.evaluator._play
+
+        def interrupted(*arguments, evaluations=evaluations, play_episodes=play_episodes):
+            evaluations[0] += 1
+            return play_episodes(*arguments)
+
+        begun.evaluator._play = interrupted
+        begun._stop = begun.evaluator._stop = lambda evaluations=evaluations: evaluations[0] >= 2
+        records = list(begun.train(checkpoints))
+        begun.close()
+        assert records[-1].kind == "stopped"
+        assert records[-1].row["total_steps"] == stopped_at
+        assert sum(r.kind == "evaluation" for r in records) == 1
+    after, resumed = play(settings, Solo(), tmp_path / "parts", checkpoints.newest(print))
+    assert str(without_times(after)[-1]) == str(without_times(whole)[-1])
+    assert_same(resumed.arrays, trainer.arrays)
+
+
+def test_without_its_replay_a_resumed_run_fills_a_new_one_before_it_learns(tmp_path):
+    settings = config(evaluation={"target_return": None}, checkpoint={"save_replay": False})
     _, trainer = play(settings, Solo(), tmp_path)
     snapshot = Checkpoints(tmp_path, Solo()).newest(print)
     assert snapshot.total_steps == 960
@@ -146,10 +222,78 @@ def test_checkpoints_are_kept_and_continued_from(tmp_path):
 
     longer = settings.model_copy(update={"total_steps": 1_920})
     records, resumed = play(longer, Solo(), tmp_path, snapshot)
-    assert records[0].row["total_steps"] > 960
-    assert records[0].row["updates"] == trainer.updates  # nothing is learned from an empty replay
+    assert "filled anew" in records[0].text
+    assert records[1].row["total_steps"] > 960
+    assert records[1].row["updates"] == trainer.updates  # nothing is learned from an empty replay
     assert resumed.updates > trainer.updates
     assert records[-1].row["seconds"] > trainer.ledger.state()["seconds"] / 2
+
+
+@pytest.mark.parametrize("changes", [{"env": {"envs_per_rank": 6}}, {"replay": {"capacity": 1_200}}])
+def test_rings_of_another_size_are_dealt_the_same_transitions(changes, tmp_path):
+    settings = config(evaluation={"target_return": None}, replay={"capacity": 5_000})
+    _, trainer = play(settings, Solo(), tmp_path)
+    longer = config(
+        **{"replay": {"capacity": 5_000}, "evaluation": {"target_return": None}, "total_steps": 1_440, **changes}
+    )
+    records, _ = play(longer, Solo(), tmp_path, Checkpoints(tmp_path, Solo()).newest(print))
+    assert "960 transitions of 1 rank dealt out to 1: 960" in records[0].text
+    learned = [r.row["updates"] for r in records if r.kind == "report"]
+    assert learned[0] > trainer.updates  # at once
+
+
+def test_a_finished_run_has_nothing_left_to_train(tmp_path):
+    play(config(evaluation={"target_return": None}), Solo(), tmp_path)
+    with pytest.raises(InputError, match="nothing left to train"):
+        Trainer(config(), Solo(), Checkpoints(tmp_path, Solo()).newest(print))
+
+
+@pytest.mark.parametrize("policy", ["stop", "skip"])
+def test_what_is_not_finite_stops_the_job_or_is_skipped_and_counted(policy, tmp_path):
+    settings = config(evaluation={"target_return": None}, learner={"on_nonfinite": policy})
+    trainer = Trainer(settings, Solo())
+    sample, calls = trainer.replay.sample, []
+
+    def spoilt(updates, size):
+        batch = sample(updates, size)
+        calls.append(updates)
+        if len(calls) == 3:
+            batch.reward[0, 0] = np.inf
+        return batch
+
+    trainer.replay.sample = spoilt
+    if policy == "stop":
+        with pytest.raises(JobError, match=r"not finite after .* total steps \(the loss on rank 0\): 1 of \d+ updates"):
+            list(trainer.train(Checkpoints(tmp_path, Solo())))
+    else:
+        records = list(trainer.train(Checkpoints(tmp_path, Solo())))
+        assert sum(r.row["skipped_updates"] for r in records if r.kind == "report") == 1
+    assert all(np.isfinite(array).all() for array in trainer.learner.state().values())
+    trainer.close()
+
+
+@pytest.mark.parametrize("policy", ["stop", "continue"])
+def test_a_checkpoint_that_cannot_be_written_stops_the_job_or_is_done_without(policy, tmp_path, monkeypatch):
+    settings = config(evaluation={"target_return": None}, checkpoint={"on_failure": policy})
+    save, saves = Checkpoints._write_part, []
+
+    def full(self, target, part):
+        saves.append(target.name)
+        if len(saves) == 2:
+            raise OSError(28, "No space left on device")
+        return save(self, target, part)
+
+    monkeypatch.setattr(Checkpoints, "_write_part", full)
+    trainer = Trainer(settings, Solo())
+    if policy == "stop":
+        with pytest.raises(JobError, match=r"No space left on device.*go on with --resume"):
+            list(trainer.train(Checkpoints(tmp_path, Solo())))
+        assert Checkpoints(tmp_path, Solo()).newest(print).total_steps == 408
+    else:
+        records = list(trainer.train(Checkpoints(tmp_path, Solo())))
+        assert [r.text for r in records if "goes on without it" in r.text]
+        assert Checkpoints(tmp_path, Solo()).newest(print).total_steps == 960
+    trainer.close()
 
 
 def test_a_checkpoint_of_another_network_is_refused(tmp_path):

@@ -1,0 +1,166 @@
+"""Arrays in files: .npz archives without pickle, written in one pass and read row by row, and files that appear whole."""
+
+import hashlib
+import io
+import os
+import struct
+import zipfile
+import zlib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from tokenize import TokenError
+from typing import Any, BinaryIO, NamedTuple
+
+import numpy as np
+
+CHUNK = 1 << 24  # bytes read at once
+# What reading files that were tampered with raises: NumPy, zipfile and json have no common error.
+UNREADABLE = (
+    OSError, EOFError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RuntimeError, MemoryError,
+    SyntaxError, zipfile.BadZipFile, zipfile.LargeZipFile, zlib.error, struct.error, TokenError,
+)  # fmt: skip
+
+
+class Entry(NamedTuple):
+    """What a file must be like to be believed."""
+
+    bytes: int
+    sha256: str
+
+
+class _Measured(io.RawIOBase):
+    """A file that can only be appended to, so that its checksum is known when its last byte is written."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file, self._sha, self._bytes = file, hashlib.sha256(), 0
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data: Any) -> int:
+        self._sha.update(data)
+        self._bytes += memoryview(data).nbytes
+        self._file.write(data)
+        return memoryview(data).nbytes
+
+    def entry(self) -> Entry:
+        return Entry(self._bytes, self._sha.hexdigest())
+
+
+def write(path: Path, content: bytes) -> Entry:
+    """Makes the file appear whole or not at all: temporary name, fsync, rename, fsync of the directory."""
+    with _appearing(path) as file:
+        file.write(content)
+    return Entry(len(content), hashlib.sha256(content).hexdigest())
+
+
+def write_arrays(path: Path, arrays: Mapping[str, np.ndarray], compress: bool = False) -> Entry:
+    """Writes an .npz archive as `write` does, each array in pieces: no second copy is made of any."""
+    with _appearing(path) as file:
+        measured = _Measured(file)
+        kind = zipfile.ZIP_DEFLATED if compress else zipfile.ZIP_STORED
+        with zipfile.ZipFile(measured, "w", kind, allowZip64=True, compresslevel=1) as archive:
+            for name, array in arrays.items():
+                with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
+                    np.lib.format.write_array(member, np.asarray(array), allow_pickle=False)
+    return measured.entry()
+
+
+class _appearing:  # read as a verb: with _appearing(path) as file
+    """A file under a temporary name that gets its own when the block ends well, and vanishes when it does not."""
+
+    def __init__(self, path: Path) -> None:
+        self._path, self._temporary = path, path.with_name(path.name + ".tmp")
+
+    def __enter__(self) -> BinaryIO:
+        self._file = self._temporary.open("wb")
+        return self._file
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        try:
+            with self._file:
+                if kind is None:
+                    self._file.flush()
+                    os.fsync(self._file.fileno())
+            if kind is None:
+                self._temporary.rename(self._path)
+                sync_directory(self._path.parent)
+        finally:
+            self._temporary.unlink(missing_ok=True)
+
+
+def sync_directory(path: Path) -> None:
+    directory = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(directory)
+    finally:
+        os.close(directory)
+
+
+def measure(path: Path) -> Entry:
+    """The size and checksum of a file that lies on disk."""
+    sha, size = hashlib.sha256(), 0
+    with path.open("rb") as file:
+        while chunk := file.read(CHUNK):
+            sha.update(chunk)
+            size += len(chunk)
+    return Entry(size, sha.hexdigest())
+
+
+class Rows:
+    """One array of an archive, read when it is iterated: along its first axis, one row at a time."""
+
+    def __init__(self, path: Path, name: str) -> None:
+        self._path, self._name = path, name
+        with zipfile.ZipFile(path) as archive, archive.open(f"{name}.npy") as member:
+            self.shape, self.dtype = _header(member)
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        with zipfile.ZipFile(self._path) as archive, archive.open(f"{self._name}.npy") as member:
+            shape, dtype = _header(member)
+            for _ in range(shape[0]):
+                row = np.empty(shape[1:], dtype)
+                _fill(member, row)
+                yield row
+
+    def read(self) -> np.ndarray:
+        with zipfile.ZipFile(self._path) as archive, archive.open(f"{self._name}.npy") as member:
+            shape, dtype = _header(member)
+            array = np.empty(shape, dtype)
+            _fill(member, array)
+            return array
+
+
+def read_arrays(path: Path) -> dict[str, Rows]:
+    """The arrays of an archive by name. Reading one raises one of UNREADABLE where the archive is damaged."""
+    with zipfile.ZipFile(path) as archive:
+        names = archive.namelist()
+    return {name.removesuffix(".npy"): Rows(path, name.removesuffix(".npy")) for name in names}
+
+
+def _header(member: Any) -> tuple[tuple[int, ...], np.dtype]:
+    version = np.lib.format.read_magic(member)
+    if version not in ((1, 0), (2, 0)):
+        raise ValueError(f"an array of format {version}, which write_arrays does not write")
+    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    shape, fortran, dtype = read(member)
+    if dtype.hasobject:
+        raise ValueError("an array of Python objects, which would need pickle")
+    if fortran:
+        raise ValueError("an array in Fortran's order, which write_arrays does not write")
+    if any(length < 0 for length in shape):
+        raise ValueError(f"an array of shape {shape}")
+    return shape, dtype
+
+
+def _fill(member: Any, array: np.ndarray) -> None:
+    view = array.reshape(-1).view(np.uint8).data if array.nbytes else memoryview(b"")
+    done = 0
+    while done < len(view):
+        count = member.readinto(view[done : done + CHUNK])
+        if not count:
+            raise EOFError(f"the array ends after {done:,} of {len(view):,} bytes")
+        done += count

@@ -1,0 +1,76 @@
+"""One training from its settings to its end, by ranks that stay together or by ranks that come and go."""
+
+import contextlib
+import sys
+
+from hvd_dqn.checkpoint import Checkpoints, Snapshot
+from hvd_dqn.config import Config
+from hvd_dqn.distributed import World, in_step
+from hvd_dqn.elastic import ElasticWorld
+from hvd_dqn.errors import InputError
+from hvd_dqn.run import Run
+from hvd_dqn.session import open_session
+from hvd_dqn.signals import StopRequest
+from hvd_dqn.trainer import Trainer
+
+
+def train(config: Config, name: str, run: Run, world: World, stop: StopRequest, *, resume: bool) -> bool:
+    """Trains to the end. Returns whether it was stopped on request instead."""
+    checkpoints = Checkpoints(run.path, world, config.checkpoint.keep, config.checkpoint.compress)
+    snapshot = newest(checkpoints, run, world) if resume else None
+    trainer = in_step(world, lambda: Trainer(config, world, snapshot, stop))
+    with contextlib.closing(trainer):
+        return _go_on(trainer, name, run, snapshot, checkpoints)
+
+
+def train_elastically(config: Config, name: str, run: Run, stop: StopRequest, *, resume: bool) -> bool:
+    """The same by as many ranks as there are from time to time: a generation ends when that number changes.
+
+    Horovod: a rank may join at any time, so that nothing here is a collective before `furthest`, and a rank that fails on
+    its own account ends alone.
+    """
+    world = ElasticWorld()
+    checkpoints = Checkpoints(run.path, world, config.checkpoint.keep, config.checkpoint.compress)
+    trainer: Trainer | None = None
+    while True:
+        try:
+            held = trainer.committed if trainer else None
+            snapshot, joined = world.furthest(held and (held, config.digest()), held.total_steps if held else -1)
+            if snapshot is None:  # the job begins
+                found = newest(checkpoints, run, world).without_parts() if resume else None
+                trainer = trainer or Trainer(config, world, found, stop)
+            else:
+                found, digest = snapshot
+                if digest != config.digest():
+                    world.abort("This rank was started with other settings than those that are training.")
+                if trainer is None or trainer.committed is None:
+                    trainer = Trainer(config, world, found, stop, joins=True)
+                else:
+                    trainer.regroup(found, joined)
+            return _go_on(trainer, name, run, found, checkpoints)
+        except Exception as error:
+            if not world.recovers_from(error):
+                raise
+            world.regroup()
+
+
+def _go_on(trainer: Trainer, name: str, run: Run, snapshot: Snapshot | None, checkpoints: Checkpoints) -> bool:
+    session = in_step(trainer.world, lambda: open_session(run, name, trainer, snapshot))
+    record = None
+    # Closing: a record that cannot be shown ends the training there and then, its goodbyes to the other ranks included.
+    with session, contextlib.closing(trainer.train(checkpoints)) as records:
+        for record in records:
+            session.show(record)
+    return record is not None and record.kind == "stopped"
+
+
+def newest(checkpoints: Checkpoints, run: Run, world: World) -> Snapshot:
+    """The checkpoint to go on from. A collective. Raises InputError where there is none."""
+    snapshot = checkpoints.newest(_tell if world.rank == 0 else lambda text: None)
+    if snapshot is None:
+        raise InputError(f"There is nothing to resume in {run.path}: it has no complete checkpoint.")
+    return snapshot
+
+
+def _tell(text: str) -> None:
+    print(f"hvd-dqn: {text}", file=sys.stderr, flush=True)
