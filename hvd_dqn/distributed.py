@@ -288,6 +288,7 @@ def connect() -> World:
     """The world this process was started into; alone, neither Horovod, mpi4py nor TensorFlow is imported."""
     if not any(name in os.environ for name in LAUNCHER_VARIABLES):
         return Solo()
+    set_communication_defaults()
     if is_elastic():
         # A collective would meet the ones in which the others are training: until it joins them, each works alone.
         return Solo(int(os.environ["HOROVOD_RANK"]))
@@ -321,7 +322,6 @@ def _horovod_build() -> dict[str, Any]:
 def _mpi_size() -> int:
     if importlib.util.find_spec("mpi4py") is None:
         raise InputError("A job of several ranks needs mpi4py, which is not installed: run launch/setup.sh.")
-    set_communication_defaults()
     from mpi4py import MPI
 
     return MPI.COMM_WORLD.size

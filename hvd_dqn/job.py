@@ -30,6 +30,7 @@ def train_elastically(config: Config, name: str, run: Run, stop: StopRequest, *,
     its own account ends alone.
     """
     world = ElasticWorld()
+    sys.stdout = sys.__stdout__  # any rank may become the chief, whose results are printed
     checkpoints = Checkpoints(run.path, world, config.checkpoint.keep, config.checkpoint.compress)
     trainer: Trainer | None = None
     while True:

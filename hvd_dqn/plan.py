@@ -158,8 +158,11 @@ class Plan:
     def describe(self) -> dict[str, str]:
         """What the settings amount to on this many ranks, for people."""
         config, learner = self.config, self.config.learner
-        each = [self.updates_at(cycle) for cycle in range(self.first_cycle, self.cycles)]
-        updates, phases = sum(each), sum(k > 0 for k in each)
+        # In closed form: a long run has millions of cycles.
+        first = max(self.first_cycle, math.ceil(self._learns_from / self.steps_per_cycle) - 1, 0)
+        updates = max(self.updates_after(self.cycles - 1) - self.updates_after(first - 1), 0)
+        steps = self.total_steps_after(self.cycles - 1) - max(self.total_steps_after(first - 1), learner.learn_start)
+        phases = min(updates, max(steps, 0) // max(learner.train_period, self.steps_per_cycle))
         factor = self.learning_rate_factor
         return {
             "environment": f"{config.env.id}, {self.size} ranks x {self.envs_per_rank} = {self.envs} copies",
@@ -170,7 +173,7 @@ class Plan:
             "learning rate": f"{learner.learning_rate * factor:.3g} = {learner.learning_rate:.3g} x {factor:.3g}"
             f" ({config.ranks.learning_rate_scaling} scaling, warm-up over {config.ranks.warmup_steps:,} steps)",
             "replay ratio": f"{learner.replay_ratio:g} transitions trained on per step",
-            "updates": f"{updates:,} in {phases:,} phases" + (f" of about {updates / phases:.0f}" if phases else ""),
+            "updates": f"{updates:,}" + (f" in about {phases:,} phases of {updates / phases:.0f}" if phases else ""),
             "averaging": f"of {config.ranks.sync}" if self.size > 1 else "none: one rank",
             "replay": f"{self.slots_per_env * self.envs_per_rank:,} transitions per rank",
         }

@@ -13,7 +13,7 @@ from hvd_dqn.checkpoint import Checkpoints, Damaged, Snapshot, small
 from hvd_dqn.config import Config
 from hvd_dqn.distributed import BroadcastHook, World, check_drift, in_step
 from hvd_dqn.envs import Environments
-from hvd_dqn.errors import InputError, JobError, RanksChanged
+from hvd_dqn.errors import InputError, JobError, RanksChanged, RunError
 from hvd_dqn.evaluation import Evaluator
 from hvd_dqn.learner import Learner, Phase
 from hvd_dqn.metrics import Ledger, Row
@@ -57,7 +57,9 @@ class Trainer:
         empty: Literal["no", "all"] = "all" if snapshot and not snapshot.complete else "no"
         self.plan = Plan(config, world.size, resumed_at, "joined" if joins else empty)
         _check_not_finished(self.plan, snapshot)
-        self.envs = make_environments(config, world, self.plan.envs_per_rank, config.env.vectorization)
+        self.envs = make_environments(
+            config, world, self.plan.envs_per_rank, config.env.vectorization, config.env.restart_failed_envs
+        )
         self.normalizer = make_normalizer(config, self.envs)
         self.learner = make_learner(config, self.envs, world, self._rng(WEIGHTS))
         self.actor = Actor(self._q_values, self.envs.actions, self._rng(ACTING), config.agent.epsilon_zeta)
@@ -105,7 +107,7 @@ class Trainer:
         self.watchdog.beat("evaluation")
         return self._q_values(observation)
 
-    def train(self, checkpoints: Checkpoints) -> Iterator[Record]:
+    def train(self, checkpoints: Checkpoints) -> Generator[Record, None, None]:
         """Runs to the end, yielding a record per report and per evaluation and, last, the result or that it was stopped."""
         plan, world, ranks = self.plan, self.world, self.config.ranks
         # An elastic job outlives its ranks: there Horovod finds out who is gone.
@@ -116,6 +118,7 @@ class Trainer:
             self._commit(plan.first_cycle - 1)
             outcome = None
             if self._evaluation_due:
+                self._evaluation_due = False
                 outcome = yield from self._evaluate_at(plan.first_cycle - 1, checkpoints)
             cycle = plan.first_cycle - 1
             while outcome is None and cycle < plan.cycles - 1:
@@ -177,19 +180,15 @@ class Trainer:
 
     def regroup(self, snapshot: Snapshot, joined: bool) -> None:
         """Goes on from `snapshot` with the ranks that there are now; environments and replay stay. No collective."""
-        before = self.plan.size
-        self.plan = Plan(self.config, self.world.size, snapshot.total_steps, "joined" if joined else "no")
+        before, now = self.plan.size, self.world.size
+        self.plan = Plan(self.config, now, snapshot.total_steps, "joined" if joined else "no")
         self._take_over(snapshot)
-        held = len(self.replay)
-        lost = (
-            f", and at most {held:,} transitions of each rank that was lost are gone"
-            if self.plan.size <= before
-            else ""
+        news = (
+            f"{before} rank{'s' * (before > 1)} before, {now} now. Going on from {snapshot.total_steps:,} total steps"
         )
-        self._news.append(
-            f"{before} ranks are {self.plan.size} now. Going on from {snapshot.total_steps:,} total steps{lost}."
-            + (" A rank that joined begins with an empty replay." if joined else "")
-        )
+        if now <= before:
+            news += f", and at most {len(self.replay):,} transitions of each rank that was lost are gone"
+        self._news.append(news + ("." if not joined else ". A rank that joined begins with an empty replay."))
 
     def _step(self, cycle: int) -> None:
         ledger = self.ledger
@@ -243,6 +242,12 @@ class Trainer:
         rows = self.plan.describe()
         rows["network"] = f"{self.config.agent.network}, {parameters:,} parameters{compiled}"
         rows["replay"] += f", {self.replay.nbytes / 1e6:,.0f} MB"
+        if not self.config.checkpoint.save_replay:
+            rows["after a resume"] = "the replay is filled anew"
+        elif self.envs.restorable:
+            rows["after a resume"] = "the run goes on exactly"
+        else:
+            rows["after a resume"] = f"episodes begin anew: {self.config.env.id} cannot be saved"
         return rows
 
     def _learn(self, cycle: int) -> None:
@@ -370,7 +375,7 @@ class Trainer:
                 self._deal_anew(snapshot)
         except Damaged as damage:
             raise InputError(f"The checkpoint {snapshot.path} cannot be taken over: {damage}.") from None
-        except InputError:
+        except (InputError, RunError):
             raise
         except UNREADABLE as error:
             raise InputError(
@@ -430,7 +435,7 @@ def _check_not_finished(plan: Plan, snapshot: Snapshot | None) -> None:
         )
 
 
-def make_environments(config: Config, world: World, copies: int, vectorization: str) -> Environments:
+def make_environments(config: Config, world: World, copies: int, vectorization: str, restarts: int = 0) -> Environments:
     env = config.env
     return Environments(
         env.id,
@@ -442,7 +447,7 @@ def make_environments(config: Config, world: World, copies: int, vectorization: 
         reward_clip=env.reward_clip,
         first_index=world.rank * copies,
         rank=world.rank,
-        restarts=env.restart_failed_envs,
+        restarts=restarts,
     )
 
 

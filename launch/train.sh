@@ -20,6 +20,8 @@ export PATH=$root/.venv/bin:$PATH
 export TF_CPP_MIN_LOG_LEVEL=${TF_CPP_MIN_LOG_LEVEL:-2}
 # Ranks that wait otherwise spin and take the core from those that work.
 export OMPI_MCA_mpi_yield_when_idle=${OMPI_MCA_mpi_yield_when_idle:-1}
+# On Ctrl-C mpirun ends its ranks with SIGTERM, and after this many seconds with SIGKILL: its own 1 is too short for a checkpoint.
+export OMPI_MCA_odls_base_sigkill_timeout=${OMPI_MCA_odls_base_sigkill_timeout:-5}
 # A rank's output goes through pipes: tell rank 0 which terminal its progress display can be drawn on.
 if [ -t 2 ]; then HVD_DQN_TTY=$(tty <&2) && export HVD_DQN_TTY; fi
 

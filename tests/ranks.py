@@ -1,11 +1,17 @@
 """Starts real ranks for tests, with a timeout, and leaves no process behind."""
 
+import contextlib
+import json
 import os
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
+
+import psutil
 
 ROOT = Path(__file__).resolve().parent.parent
 BIN = Path(sys.executable).parent
@@ -41,3 +47,25 @@ def run(
 
 def horovodrun(ranks: int, *command: str | Path, gloo: bool = False, **options) -> subprocess.CompletedProcess:
     return run(["horovodrun", *(["--gloo"] if gloo else []), "-np", str(ranks), *command], **options)
+
+
+def processes_of(folder: Path) -> list[psutil.Process]:
+    """Those that have a path in this folder among their arguments."""
+    found = psutil.process_iter(["cmdline"])
+    return [p for p in found if any(str(folder) in word for word in p.info["cmdline"] or []) and p.pid != os.getpid()]
+
+
+def wait_until(condition: Callable[[], Any], what: str) -> None:
+    deadline = time.monotonic() + TIMEOUT
+    while not condition():
+        assert time.monotonic() < deadline, what
+        time.sleep(0.1)
+
+
+def checkpoints(folder: Path) -> list[int]:
+    """The total steps of those of the run in `folder` that one can go on from."""
+    found = []
+    for path in (folder / "run/checkpoints").glob("*/MANIFEST.json"):
+        with contextlib.suppress(FileNotFoundError):  # cleared away in this very moment
+            found.append(json.loads(path.read_text()))
+    return sorted(manifest["total_steps"] for manifest in found if manifest["resumable"])

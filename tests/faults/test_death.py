@@ -4,12 +4,11 @@ import re
 import signal
 import time
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import psutil
 import pytest
 
-from tests.ranks import ROOT, TIMEOUT, horovodrun, run
+from tests.ranks import ROOT, horovodrun, processes_of, run, wait_until
 
 JOB = """
 import itertools, os, signal, sys, threading, time
@@ -53,24 +52,9 @@ LAUNCHERS = {
 
 
 @pytest.fixture
-def folder(tmp_path):
-    """Where the job's script and traces are; as its argument it also tells the job's processes from all others."""
-    (tmp_path / "job.py").write_text(JOB)
-    yield tmp_path
-    for process in processes_of(tmp_path):
-        process.kill()
-
-
-def processes_of(folder: Path) -> list[psutil.Process]:
-    found = psutil.process_iter(["cmdline"])
-    return [process for process in found if any(str(folder) in word for word in process.info["cmdline"] or [])]
-
-
-def wait_until(condition, what: str) -> None:
-    deadline = time.monotonic() + TIMEOUT
-    while not condition():
-        assert time.monotonic() < deadline, what
-        time.sleep(0.2)
+def job(folder):
+    (folder / "job.py").write_text(JOB)
+    return folder
 
 
 @pytest.mark.parametrize("launcher", LAUNCHERS)
@@ -95,8 +79,8 @@ def wait_until(condition, what: str) -> None:
     ],
     ids=["kill-0", "kill-1", "stop-0", "stop-1", "hang-0", "hang-1"],
 )
-def test_a_job_ends_with_any_of_its_ranks(fault, culprit, line, launcher, folder):
-    done = LAUNCHERS[launcher]("python", folder / "job.py", folder, fault, culprit)
+def test_a_job_ends_with_any_of_its_ranks(fault, culprit, line, launcher, job):
+    done = LAUNCHERS[launcher]("python", job / "job.py", job, fault, culprit)
     # horovodrun puts the rank before each piece of output, and may do so inside a line.
     said = re.sub(r"\[\d+(,\d+)?\]<std(out|err)>:", "", done.stdout + done.stderr)
     struck = float(re.search(r"struck at ([\d.]+)", said)[1])
@@ -104,22 +88,22 @@ def test_a_job_ends_with_any_of_its_ranks(fault, culprit, line, launcher, folder
     assert done.returncode != 0
     assert re.search(line, said), said
     assert said.count("This ends the job") <= 1, said  # who finds the fault names it; the others are silent
-    wait_until(lambda: not processes_of(folder), f"left behind by {launcher}: {processes_of(folder)}")
+    wait_until(lambda: not processes_of(job), f"left behind by {launcher}: {processes_of(job)}")
 
 
-def test_a_job_that_was_suspended_as_a_whole_goes_on(folder):
+def test_a_job_that_was_suspended_as_a_whole_goes_on(job):
     with ThreadPoolExecutor() as pool:
-        job = pool.submit(on_mpirun, "python", folder / "job.py", folder, "none", "-1")
-        wait_until(lambda: all((folder / f"rank-{rank}").exists() for rank in range(2)), "the job does not start")
+        running = pool.submit(on_mpirun, "python", job / "job.py", job, "none", "-1")
+        wait_until(lambda: all((job / f"rank-{rank}").exists() for rank in range(2)), "the job does not start")
         time.sleep(3)
-        ranks = [psutil.Process(int((folder / f"rank-{rank}").read_text())) for rank in range(2)]
+        ranks = [psutil.Process(int((job / f"rank-{rank}").read_text())) for rank in range(2)]
         for process in ranks:
             process.send_signal(signal.SIGSTOP)
         time.sleep(20)  # more than twice what would end the job
         for process in ranks:
             process.send_signal(signal.SIGCONT)
         time.sleep(5)
-        (folder / "end").touch()
-        done = job.result()
+        (job / "end").touch()
+        done = running.result()
     assert done.returncode == 0, done.stdout + done.stderr
     assert "This ends the job" not in done.stdout + done.stderr

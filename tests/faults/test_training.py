@@ -13,11 +13,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
-import psutil
 import pytest
 
 from hvd_dqn.arrays import read_arrays
-from tests.ranks import ROOT, TIMEOUT, horovodrun, run
+from tests.ranks import ROOT, checkpoints, horovodrun, processes_of, run, wait_until
 
 RANKS = [
     "train", "identity", "--evaluation.target_return", "None", "--total_steps", "1000000", "--evaluation.period", "2500",
@@ -48,31 +47,9 @@ def job(folder: Path, fault: str = "none", culprit: int = 1, *words: str) -> lis
     ]
 
 
-@pytest.fixture
-def folder(tmp_path):
-    """Tells this test's processes from all others, as an argument of theirs."""
-    yield tmp_path
-    left = processes_of(tmp_path)
-    for process in left:
-        process.kill()
-
-
-def processes_of(folder: Path) -> list[psutil.Process]:
-    found = psutil.process_iter(["cmdline", "status"])
-    return [p for p in found if any(str(folder) in word for word in p.info["cmdline"] or []) and p.pid != os.getpid()]
-
-
-def wait_until(condition, what: str) -> None:
-    deadline = time.monotonic() + TIMEOUT
-    while not condition():
-        assert time.monotonic() < deadline, what
-        time.sleep(0.1)
-
-
-def checkpoints(folder: Path) -> list[int]:
-    """The total steps of those to go on from."""
-    manifests = [json.loads(path.read_text()) for path in (folder / "run/checkpoints").glob("*/MANIFEST.json")]
-    return sorted(manifest["total_steps"] for manifest in manifests if manifest["resumable"])
+def plain(done: subprocess.CompletedProcess) -> str:
+    """What it said, without horovodrun's marks of ranks, which may be inside a line."""
+    return re.sub(r"\[\d+(,\d+)?\]<std(out|err)>:", "", done.stdout + done.stderr)
 
 
 def resume(folder: Path, ranks: int, *words: str) -> dict:
@@ -84,7 +61,7 @@ def resume(folder: Path, ranks: int, *words: str) -> dict:
     about = json.loads((folder / "run/run.json").read_text())
     metrics = [int(line.split(",")[0]) for line in (folder / "run/metrics.csv").read_text().splitlines()[1:]]
     assert metrics == sorted(set(metrics))  # no step is told twice
-    return about | {"said": done.stdout + done.stderr}
+    return about | {"said": plain(done)}
 
 
 GONE = r"\[rank {0}/2 (\S+)\] rank {1} on \1 is gone|process rank {1} .* on node \S+ exited on signal 9"
@@ -113,7 +90,7 @@ GONE = r"\[rank {0}/2 (\S+)\] rank {1} on \1 is gone|process rank {1} .* on node
 def test_a_rank_that_fails_ends_the_job_which_can_be_resumed(fault, culprit, launcher, line, folder):
     env = ["--env.id", "Fragile-v0"] if fault.startswith(("env", "NaN")) else []
     done = launch(launcher, *job(folder, fault, culprit, *env))
-    said = done.stdout + done.stderr
+    said = plain(done)
     struck = float(re.search(r"struck at ([\d.]+)", said)[1])
     print(f"{fault} on rank {culprit} under {launcher}: exit {done.returncode} after {time.time() - struck:.1f} s")
     assert done.returncode not in (0, 2, 75), said
@@ -144,7 +121,7 @@ def test_a_signal_on_any_rank_stops_all_after_a_checkpoint(name, to, launcher, c
             pid = launcher_of(folder) if rank == "launcher" else int((folder / f"rank-{rank}").read_text())
             os.kill(pid, signal.Signals[name])
         done = running.result()
-    said = done.stdout + done.stderr
+    said = plain(done)
     print(f"{name} to {to} under {launcher}: exit {done.returncode} after {time.time() - began:.1f} s")
     assert done.returncode == code, said
     if launcher == "gloo":
@@ -164,8 +141,9 @@ def launcher_of(folder: Path) -> int:
 
 def test_a_second_ctrl_c_ends_the_job_at_once(folder):
     with ThreadPoolExecutor() as pool:
-        # So rare a vote that only the second one can be what ends it.
-        running = pool.submit(launch, "mpirun", *job(folder, "none", 0, "--ranks.vote_period", "900000"))
+        # So rare a vote, and an evaluation is one too, that only the second Ctrl-C can be what ends it.
+        rarely = ["--ranks.vote_period", "900000", "--evaluation.period", "900000"]
+        running = pool.submit(launch, "mpirun", *job(folder, "none", 0, *rarely))
         wait_until(lambda: running.done() or checkpoints(folder), "no checkpoint is made")
         pid = int((folder / "rank-1").read_text())
         os.kill(pid, signal.SIGINT)
@@ -174,6 +152,20 @@ def test_a_second_ctrl_c_ends_the_job_at_once(folder):
         os.kill(pid, signal.SIGINT)
         done = running.result()
     assert done.returncode not in (0, 75)
+    wait_until(lambda: not processes_of(folder), f"left behind: {processes_of(folder)}")
+
+
+def test_ctrl_c_at_train_sh_leaves_a_checkpoint(folder):
+    command = [ROOT / "launch/train.sh", *RANKS[1:], "--run_dir", folder / "run"]
+    with (folder / "out").open("w") as out:
+        terminal = subprocess.Popen([str(word) for word in command], stdout=out, stderr=out, start_new_session=True)
+        wait_until(lambda: terminal.poll() is not None or checkpoints(folder), "no checkpoint is made")
+        os.killpg(terminal.pid, signal.SIGINT)
+        terminal.wait(120)
+    said = (folder / "out").read_text()
+    stopped = re.search(r"stopped on request after ([\d,]+) total steps", said)
+    assert stopped, said
+    assert max(checkpoints(folder)) == int(stopped[1].replace(",", ""))
     wait_until(lambda: not processes_of(folder), f"left behind: {processes_of(folder)}")
 
 
@@ -239,7 +231,7 @@ def test_a_full_disk_leaves_the_last_checkpoint_usable(policy, folder):
         words = ["--replay.capacity", "40000", "--total_steps", "40000", "--checkpoint.on_failure", policy]
         words += ["--checkpoint.period", "5000"]
         done = launch("horovodrun", *job(folder, "none", 0, *words))
-        said = done.stdout + done.stderr
+        said = plain(done)
         print(policy, done.returncode, re.findall(r".*No space left on device.*", said)[:1])
         assert re.search(r"cannot be written .*No space left on device.*The one before is untouched", said), said
         assert done.returncode == (1 if policy == "stop" else 0), said

@@ -1,7 +1,11 @@
 """Settings: layers over layers, and one line for whatever does not fit."""
 
+import contextlib
+
 import pytest
 import yaml
+from hypothesis import given
+from hypothesis import strategies as st
 
 from hvd_dqn.config import Config, load_file, load_preset, parse, presets, setting_names
 from hvd_dqn.errors import InputError
@@ -79,3 +83,30 @@ def test_an_unreadable_file_is_named(tmp_path):
 def test_presets_are_valid_yaml_with_nothing_superfluous():
     for name, text in presets().items():
         assert isinstance(yaml.safe_load(text), dict), name
+
+
+@given(st.one_of(st.text(max_size=80), st.binary(max_size=60).map(lambda b: b.decode("latin-1"))))
+def test_any_text_is_settings_or_one_line(text):
+    with contextlib.suppress(InputError):
+        parse(text, "fuzz")
+
+
+values = (
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=9) | st.lists(st.integers(), max_size=3)
+)
+
+
+@given(st.sampled_from(sorted(setting_names())), values)
+def test_any_value_of_any_setting_is_taken_or_refused_in_one_line(name, value):
+    *section, leaf = name.split(".")
+    tree = {section[0]: {leaf: value}} if section else {leaf: value}
+    with contextlib.suppress(InputError):
+        parse(yaml.safe_dump(tree), "fuzz")
+
+
+@pytest.mark.parametrize("text", ["!!python/object/apply:os.system ['touch hacked']", "a: &a [*a]"])
+def test_yaml_runs_no_code(text, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError):
+        parse(text, "evil")
+    assert not (tmp_path / "hacked").exists()

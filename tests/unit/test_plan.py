@@ -178,3 +178,14 @@ def test_every_preset_can_be_carried_out(name, size, scaling):
     plan = Plan(preset.model_copy(update={"ranks": ranks}), size)
     assert sum(plan.learns_at(cycle) for cycle in range(plan.cycles)) > 10
     assert plan.describe()
+
+
+@pytest.mark.parametrize("name", presets())
+@pytest.mark.parametrize("size", [1, 2, 3])
+@pytest.mark.parametrize("empty", ["no", "all", "joined"])
+def test_the_updates_that_are_announced_are_those_that_will_be_made(name, size, empty):
+    preset = load_preset(name)
+    for resumed_at in (0, preset.total_steps // 2):
+        plan = Plan(preset, size, resumed_at, empty if resumed_at else "no")
+        made = sum(plan.updates_at(cycle) for cycle in range(plan.first_cycle, plan.cycles))
+        assert plan.describe()["updates"].startswith(f"{made:,} in about")

@@ -1,14 +1,20 @@
 """The loop: its collectives are the same on all ranks, one seed gives one run, and a run can be continued."""
 
+import contextlib
+import json
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from hvd_dqn.arrays import measure
 from hvd_dqn.checkpoint import Checkpoints, divide
 from hvd_dqn.config import Config
 from hvd_dqn.distributed import Solo
-from hvd_dqn.errors import InputError, JobError
+from hvd_dqn.errors import InputError, JobError, RunError
 from hvd_dqn.trainer import Trainer
 
 
@@ -208,7 +214,9 @@ def test_a_run_stopped_in_an_evaluation_makes_it_again(tmp_path):
         assert records[-1].kind == "stopped"
         assert records[-1].row["total_steps"] == stopped_at
         assert sum(r.kind == "evaluation" for r in records) == 1
+    assert checkpoints.newest(print).state["evaluation_due"]
     after, resumed = play(settings, Solo(), tmp_path / "parts", checkpoints.newest(print))
+    assert not checkpoints.newest(print).state["evaluation_due"]
     assert str(without_times(after)[-1]) == str(without_times(whole)[-1])
     assert_same(resumed.arrays, trainer.arrays)
 
@@ -240,6 +248,49 @@ def test_rings_of_another_size_are_dealt_the_same_transitions(changes, tmp_path)
     assert "960 transitions of 1 rank dealt out to 1: 960" in records[0].text
     learned = [r.row["updates"] for r in records if r.kind == "report"]
     assert learned[0] > trainer.updates  # at once
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("saved")
+    small = config(total_steps=408, evaluation={"target_return": None}, env={"envs_per_rank": 2, "normalize_observation": True},
+                   agent={"epsilon_zeta": 2.0})  # fmt: skip
+    play(small, Solo(), folder)
+    return folder / "checkpoints" / "408", small
+
+
+PLACES = [("rank-00000.json", name) for name in ("replay", "envs", "actor", "evaluator", "window", "normalizer")] + [
+    ("state.json", name) for name in ("updates", "best", "evaluation_due", "layout", "ledger", "normalizer")
+]
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=9), inner, max_size=3),
+    max_leaves=6,
+)
+
+
+@given(place=st.sampled_from(PLACES), inside=st.booleans(), pick=st.integers(0, 20), value=JSON)
+@settings(max_examples=40, deadline=None)
+def test_a_checkpoint_with_other_contents_is_refused_in_words_or_taken(
+    saved, tmp_path_factory, place, inside, pick, value
+):
+    source, small = saved
+    path = tmp_path_factory.mktemp("fuzz") / "checkpoints" / "408"
+    shutil.copytree(source, path)
+    file, name = place
+    tree = json.loads((path / file).read_text())
+    if inside and isinstance(tree[name], dict) and tree[name]:
+        tree[name][sorted(tree[name])[pick % len(tree[name])]] = value
+    else:
+        tree[name] = value
+    (path / file).write_text(json.dumps(tree))
+    manifest = json.loads((path / "MANIFEST.json").read_text())
+    manifest["files"][file] = measure(path / file)._asdict()
+    (path / "MANIFEST.json").write_text(json.dumps(manifest))
+    snapshot = Checkpoints(path.parent.parent, Solo()).newest(print)
+    if snapshot is not None:
+        with contextlib.suppress(InputError, RunError):
+            Trainer(small.model_copy(update={"total_steps": 960}), Solo(), snapshot).close()
 
 
 def test_a_finished_run_has_nothing_left_to_train(tmp_path):
