@@ -116,6 +116,7 @@ class Learner:
             self._average()
             if target_copies.any():
                 self._copy_target()
+        self._refresh()
         loss, mean_q, gradient_norm, skipped, culprits = sums.numpy().tolist()
         updates = len(target_copies) - round(skipped)
         return Phase(updates, loss, mean_q, gradient_norm, round(skipped), round(culprits))
@@ -204,6 +205,10 @@ class Learner:
         for target, online in zip(self.target.variables, self.online.variables, strict=True):
             target.assign(online)
 
+    def _refresh(self) -> None:
+        self.online.refresh()
+        self.target.refresh()
+
     def _average_parameters(self) -> None:
         slots = [v for v in self.optimizer.variables if v.dtype.is_floating and v.shape.rank > 0]
         variables = [*self.online.variables, *slots]
@@ -221,6 +226,7 @@ class Learner:
             raise ValueError(f"expected arrays of shapes {expected}, received {received}")
         for name, variable in self.variables.items():
             variable.assign(state[name])
+        self._refresh()
 
 
 def _spoilt_unless_finite(loss: tf.Tensor) -> tf.Tensor:

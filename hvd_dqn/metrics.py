@@ -5,7 +5,7 @@ import math
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from time import perf_counter
+from time import perf_counter, time
 from typing import Any, Protocol
 
 import numpy as np
@@ -276,16 +276,21 @@ class TensorBoardWriter:
     """
 
     def __init__(self, directory: Path) -> None:
-        import tensorflow as tf  # here, so that `hvd-dqn plot` starts without it
+        # TensorBoard's own writer, not TensorFlow's: that one loses 6 kB of memory with every row under Python 3.11.
+        from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
-        self._summary = tf.summary
-        self._file = tf.summary.create_file_writer(str(directory))
+        self._file = EventFileWriter(str(directory))
 
     def write(self, row: Row) -> None:
-        with self._file.as_default(step=int(row["total_steps"])):
-            for name, value in row.items():
-                if name != "total_steps" and not math.isnan(value):
-                    self._summary.scalar(name, value)
+        from tensorboard.compat.proto.event_pb2 import Event
+        from tensorboard.compat.proto.summary_pb2 import Summary
+        from tensorboard.plugins.scalar.summary_v2 import scalar_pb
+
+        summary = Summary()
+        for name, value in row.items():
+            if name != "total_steps" and not math.isnan(value):
+                summary.value.extend(scalar_pb(name, value).value)
+        self._file.add_event(Event(wall_time=time(), step=int(row["total_steps"]), summary=summary))
         self._file.flush()
 
     def close(self) -> None:

@@ -15,13 +15,18 @@ Array = Any  # np.ndarray or tf.Tensor: the MLP computes with either
 
 
 class Network(Protocol):
-    """Anything with `variables`, a call from observations [B, ...] to values [B, A], and the same call in NumPy."""
+    """Anything with `variables`, a call from observations [B, ...] to values [B, A], and the same call in NumPy.
+
+    `refresh` must be called when the variables have changed: `q_values` may keep what it made of them.
+    """
 
     variables: list[tf.Variable]
 
     def __call__(self, observation: tf.Tensor) -> tf.Tensor: ...
 
     def q_values(self, observation: np.ndarray) -> np.ndarray: ...
+
+    def refresh(self) -> None: ...
 
 
 def encode(observation: tf.Tensor, categories: int | None) -> tf.Tensor:
@@ -63,6 +68,9 @@ class FlatNetwork:
     def q_values(self, observation: np.ndarray) -> np.ndarray:
         return self._compiled(tf.constant(observation)).numpy()
 
+    def refresh(self) -> None:
+        pass
+
 
 class Mlp(FlatNetwork):
     """Dense layers with ReLU; it acts in NumPy, where a small batch costs a twentieth of a TensorFlow call."""
@@ -79,17 +87,25 @@ class Mlp(FlatNetwork):
     ) -> None:
         shapes = _dense_shapes(inputs, hidden, actions, dueling)
         super().__init__(shapes, lambda weights, x: _dense(weights, _flatten(x), dueling), categories, rng)
+        self._copy: list[np.ndarray] | None = None
+
+    def refresh(self) -> None:
+        self._copy = None
+
+    def _weights(self) -> list[np.ndarray]:
+        # Kept from update to update: TensorFlow 2.15 loses 96 bytes with every read under Python 3.11 (its issue 62551).
+        if self._copy is None:
+            ends = list(itertools.accumulate(self._sizes))
+            parts = np.split(self.theta.numpy(), ends[:-1])
+            self._copy = [part.reshape(shape) for part, shape in zip(parts, self._shapes, strict=True)]
+        return self._copy
 
     def q_values(self, observation: np.ndarray) -> np.ndarray:
-        theta, weights, start = self.theta.numpy(), [], 0
-        for shape, size in zip(self._shapes, self._sizes, strict=True):
-            weights.append(theta[start : start + size].reshape(shape))
-            start += size
         if self._categories is not None:
             observation = np.eye(self._categories, dtype=np.float32)[observation[:, 0]]
         elif observation.dtype == np.uint8:
             observation = observation * np.float32(1 / 255)
-        return self._forward(weights, observation)
+        return self._forward(self._weights(), observation)
 
 
 class NatureCnn(FlatNetwork):
@@ -141,6 +157,9 @@ class KerasNetwork:
 
     def q_values(self, observation: np.ndarray) -> np.ndarray:
         return self._compiled(tf.constant(observation)).numpy()
+
+    def refresh(self) -> None:
+        pass
 
 
 def build_network(

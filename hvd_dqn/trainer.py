@@ -114,6 +114,7 @@ class Trainer:
         silence_seconds = None if world.elastic else ranks.silence_seconds
         with open_watchdog(world, silence_seconds, ranks.stall_seconds) as self.watchdog:
             self.broadcast()
+            self.learner.online.refresh()
             yield from self._begin()
             self._commit(plan.first_cycle - 1)
             outcome = None
@@ -530,6 +531,7 @@ def evaluate_snapshot(config: Config, world: World, snapshot: Snapshot) -> Row:
 
     learner, evaluator = in_step(world, build)
     BroadcastHook(world, learner.variables)()
+    learner.online.refresh()
     with contextlib.closing(evaluator):
         row = evaluator.evaluate(config.evaluation.episodes, round=0)
     assert row is not None  # nobody asks an evaluation alone to stop

@@ -146,3 +146,19 @@ def test_learning_fits_the_targets():
     first = learner.update(b, 0.01, np.array([False])).loss
     learner.update(many, 0.01, np.zeros(300, bool))
     assert learner.update(b, 0.01, np.array([False])).loss < 0.02 * first
+
+
+@pytest.mark.parametrize("sync", ["gradients", "parameters"])
+def test_an_agent_acts_with_its_newest_weights(sync):
+    learner = make(sync=sync)
+    observation = np.random.default_rng(0).normal(size=(3, 4)).astype(np.float32)
+    for change in (
+        lambda: learner.update(batch(2, 8), 0.1, np.array([False, True])),
+        lambda: learner.load_state({name: 0.5 * array for name, array in learner.state().items()}),
+    ):
+        before = learner.online.q_values(observation)
+        change()
+        assert not np.allclose(learner.online.q_values(observation), before)
+        np.testing.assert_allclose(
+            learner.online.q_values(observation), learner.online(observation), rtol=1e-4, atol=1e-5
+        )

@@ -65,9 +65,11 @@ def test_the_advantages_of_a_dueling_network_have_mean_zero():
     theta = network.theta.numpy()
     theta[-3:] += 5.0  # the same number on every advantage's bias: it must cancel out
     network.theta.assign(theta)
+    network.refresh()
     np.testing.assert_allclose(network.q_values(observation), before, rtol=1e-4, atol=1e-5)
     theta[-3 - 6 * 3 - 1] += 2.0  # the value's bias moves all actions alike
     network.theta.assign(theta)
+    network.refresh()
     np.testing.assert_allclose(network.q_values(observation), before + 2.0, rtol=1e-4, atol=1e-5)
 
 
