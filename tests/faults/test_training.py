@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from hvd_dqn.arrays import read_arrays
-from tests.ranks import ROOT, checkpoints, horovodrun, processes_of, run, wait_until
+from tests.ranks import BIN, ROOT, checkpoints, horovodrun, processes_of, run, wait_until
 
 RANKS = [
     "train", "identity", "--evaluation.target_return", "None", "--total_steps", "1000000", "--evaluation.period", "2500",
@@ -216,6 +216,37 @@ def test_a_run_of_two_ranks_goes_on_with_one_three_and_four(folder):
         assert about["size"] == ranks
         assert about["result"]["total_steps"] >= before + 1_000
     assert weights.keys() == result_of(folder / "run")[1].keys()
+
+
+def test_death_at_ten_random_moments_of_writing_checkpoints_loses_none_that_was_complete(folder):
+    # One checkpoint after the other, so that a random moment is nearly always within one; each start is killed and resumed.
+    words = ["--checkpoint.period", "64", "--replay.capacity", "40000", "--total_steps", "100000000"]
+    random, resumed = np.random.default_rng(int.from_bytes(os.urandom(4), "little")), []
+    expected = 0
+    for start in range(10):
+        before = max(checkpoints(folder), default=0)
+        command = job(folder, "none", 0, *words, *(["--resume"] if start else []))
+        process = subprocess.Popen([str(BIN / "python"), *map(str, command[1:])], cwd=ROOT, stdout=subprocess.DEVNULL,
+                                   stderr=subprocess.PIPE, text=True)  # fmt: skip
+        wait_until(
+            lambda before=before, process=process: (
+                process.poll() is not None or max(checkpoints(folder), default=0) > before
+            ),
+            "no checkpoint is made",
+        )
+        time.sleep(random.random())
+        newest = max(checkpoints(folder))
+        process.kill()
+        said = process.communicate()[1]
+        assert process.returncode == -signal.SIGKILL, said
+        if start:
+            resumed.append(json.loads((folder / "run/run.json").read_text())["resumes"][-1]["total_steps"])
+            assert resumed[-1] >= expected
+        expected = newest
+    half = [path.name for path in (folder / "run/checkpoints").iterdir() if not (path / "MANIFEST.json").exists()]
+    print(f"resumed at {resumed}; the last death left {half} half-written")
+    about = resume(folder, 1, *words[:4])
+    assert about["resumes"][-1]["total_steps"] >= expected
 
 
 @pytest.mark.parametrize("policy", ["stop", "continue"])
