@@ -1,5 +1,6 @@
 """Saves and finds checkpoints: one exists when its manifest does."""
 
+import contextlib
 import json
 import shutil
 import time
@@ -165,9 +166,11 @@ class Checkpoints:
                     "files": {name: entry._asdict() for name, entry in sorted(files.items())},
                 }
                 write(target / MANIFEST, json.dumps(manifest, indent=1).encode())
-                self._prune(target, best)
 
         self._together(target, finish)
+        if self._world.rank == 0:
+            with contextlib.suppress(OSError):  # what cannot be cleared away now is tried again after the next
+                self._prune(target, best)
         return Saved(sum(entry.bytes for entry in files.values()), time.perf_counter() - began)
 
     def _together(self, target: Path, action: Callable[[], T]) -> list[T]:

@@ -167,6 +167,9 @@ class Learner:
         if tf.math.is_finite(norm):
             self.optimizer.apply_gradients(averaged)
             sums = tf.stack([loss, mean_q, norm, 0.0, 0.0])
+        elif self._averages_parameters:
+            # Horovod: here each rank skips for itself, and the number of steps, which is not averaged, must stay equal.
+            self.optimizer.iterations.assign_add(1)
         return sums
 
     def _accumulate(self, minibatch: Batch) -> tuple[list[tf.Tensor], tf.Tensor, tf.Tensor]:

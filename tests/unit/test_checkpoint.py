@@ -229,3 +229,14 @@ def test_a_manifest_of_any_bytes_is_damaged(tmp_path_factory, content):
     (path / MANIFEST).write_bytes(content)
     with pytest.raises(Damaged):
         load(path)
+
+
+def test_an_old_checkpoint_that_cannot_be_removed_costs_no_new_one(tmp_path, monkeypatch):
+    save(tmp_path)
+
+    def refuse(*_, **__):
+        raise OSError(16, "Device or resource busy")
+
+    monkeypatch.setattr(Checkpoints, "_prune", refuse)
+    save(tmp_path, 200)
+    assert Checkpoints(tmp_path, Solo()).newest(print).total_steps == 200

@@ -162,3 +162,16 @@ def test_an_agent_acts_with_its_newest_weights(sync):
         np.testing.assert_allclose(
             learner.online.q_values(observation), learner.online(observation), rtol=1e-4, atol=1e-5
         )
+
+
+@pytest.mark.parametrize(("sync", "steps"), [("gradients", 3), ("parameters", 4)])
+def test_ranks_that_skip_alone_still_count_the_same_steps(sync, steps):
+    learner, b = make(sync=sync), batch(4, 8)
+    b.reward[1, 0] = np.inf
+    before = learner.online.variables[0].numpy()
+    phase = learner.update(b, 0.01, np.zeros(4, bool))
+    assert (phase.updates, phase.skipped, phase.culprits) == (3, 1, 1)
+    assert int(learner.optimizer.iterations) == steps
+    after = learner.online.variables[0].numpy()
+    assert np.isfinite(after).all()
+    assert not np.array_equal(after, before)
