@@ -39,19 +39,16 @@ def train_elastically(config: Config, name: str, run: Run, stop: StopRequest, *,
             snapshot, joined = world.furthest(held and (held, config.digest()), held.total_steps if held else -1)
             if snapshot is None:  # the job begins
                 found = newest(checkpoints, run, world).without_parts() if resume else None
-                if trainer is not None:  # of a generation that ended before it began: made for another number of ranks
-                    trainer.close()
-                trainer = Trainer(config, world, found, stop)
             else:
                 found, digest = snapshot
                 if digest != config.digest():
                     world.abort("This rank was started with other settings than those that are training.")
-                if trainer is not None and trainer.committed is not None:
-                    trainer.regroup(found, joined)
-                else:
-                    if trainer is not None:
-                        trainer.close()
-                    trainer = Trainer(config, world, found, stop, joins=True)
+            if trainer is not None and found is not None and trainer.committed is not None:
+                trainer.regroup(found, joined)
+            else:
+                if trainer is not None:  # of a generation that ended before it began: made for another number of ranks
+                    trainer.close()
+                trainer = Trainer(config, world, found, stop, joins=snapshot is not None)
             return _go_on(trainer, name, run, found, checkpoints)
         except Exception as error:
             if not world.recovers_from(error):
