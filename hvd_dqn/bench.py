@@ -16,9 +16,10 @@ import tensorflow as tf
 from rich.table import Table
 
 from hvd_dqn import __version__
-from hvd_dqn.distributed import BroadcastHook, World, cores
+from hvd_dqn.distributed import BroadcastHook, World
 from hvd_dqn.learner import Learner
 from hvd_dqn.networks import build_network
+from hvd_dqn.placement import cores
 from hvd_dqn.replay import Replay
 from hvd_dqn.transition import Transition
 

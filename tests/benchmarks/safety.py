@@ -19,7 +19,8 @@ import numpy as np
 from hvd_dqn import bench
 from hvd_dqn.checkpoint import Checkpoints
 from hvd_dqn.config import Config, load_preset
-from hvd_dqn.distributed import Solo, World, connect, set_thread_defaults
+from hvd_dqn.distributed import Solo, World, connect
+from hvd_dqn.placement import set_thread_defaults
 from hvd_dqn.trainer import Trainer
 
 

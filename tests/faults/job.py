@@ -15,9 +15,9 @@ import numpy as np
 
 from hvd_dqn import cli, trainer
 from hvd_dqn.checkpoint import Checkpoints
-from hvd_dqn.distributed import LAUNCHER_VARIABLES
 from hvd_dqn.envs import Identity
 from hvd_dqn.evaluation import Evaluator
+from hvd_dqn.placement import LAUNCHER_VARIABLES
 from hvd_dqn.replay import Replay
 
 STRIKES_AFTER = 1_000  # total steps: there is a checkpoint to go back to

@@ -88,7 +88,7 @@ def test_ranks_started_with_different_settings_are_refused(tmp_path):
 BREAKING = """
 import sys
 from hvd_dqn import cli, trainer
-from hvd_dqn.distributed import LAUNCHER_VARIABLES
+from hvd_dqn.placement import LAUNCHER_VARIABLES
 import os
 rank = int(next(os.environ[name] for name in LAUNCHER_VARIABLES if name in os.environ))
 learn = trainer.Trainer._learn

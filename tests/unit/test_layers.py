@@ -8,7 +8,7 @@ import pytest
 import hvd_dqn
 
 FLOORS = {
-    0: ["errors", "config", "schedules", "transition", "arrays", "signals"],
+    0: ["errors", "config", "schedules", "transition", "arrays", "signals", "placement"],
     1: ["plan", "copies", "workers", "vectors"],
     2: ["envs", "networks", "losses", "replay", "distributed", "normalizer"],
     3: ["elastic", "actor", "learner", "metrics", "resharding", "watchdog"],
