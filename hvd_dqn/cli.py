@@ -248,10 +248,10 @@ def evaluate(arguments: Sequence[str], world: World) -> None:
     snapshot = in_step(world, lambda: _chosen_weights(checkpoints, run, options.best) if world.rank == 0 else None)
     snapshot = world.gather(snapshot)[0]
 
-    from hvd_dqn.trainer import evaluate_snapshot
+    from hvd_dqn import job
 
     evaluation = config.evaluation.model_copy(update={"episodes": options.episodes, "epsilon": options.epsilon})
-    row = evaluate_snapshot(config.model_copy(update={"evaluation": evaluation, "seed": options.seed}), world, snapshot)
+    row = job.evaluate(config.model_copy(update={"evaluation": evaluation, "seed": options.seed}), world, snapshot)
     if options.json:
         print(json.dumps(row))
     else:

@@ -1,13 +1,20 @@
-"""One training from its settings to its end, by ranks that stay together or by ranks that come and go."""
+"""One training from its settings to its end, by ranks that stay or that come and go; and what it has learned, played."""
 
 import contextlib
 import sys
 
+import numpy as np
+
+from hvd_dqn.agent import EVALUATING
 from hvd_dqn.checkpoint import Checkpoints, Snapshot
 from hvd_dqn.config import Config
-from hvd_dqn.distributed import World, in_step
+from hvd_dqn.distributed import BroadcastHook, World, in_step
 from hvd_dqn.elastic import ElasticWorld
 from hvd_dqn.errors import InputError
+from hvd_dqn.evaluation import Evaluator
+from hvd_dqn.learner import Learner
+from hvd_dqn.metrics import Row
+from hvd_dqn.parts import make_environments, make_evaluator, make_learner, make_normalizer, restore_weights
 from hvd_dqn.run import Run
 from hvd_dqn.session import open_session
 from hvd_dqn.signals import StopRequest
@@ -44,7 +51,7 @@ def train_elastically(config: Config, name: str, run: Run, stop: StopRequest, *,
                 if digest != config.digest():
                     world.abort("This rank was started with other settings than those that are training.")
             if trainer is not None and found is not None and trainer.committed is not None:
-                trainer.regroup(found, joined)
+                trainer.agent.regroup(found, joined)
             else:
                 if trainer is not None:  # of a generation that ended before it began: made for another number of ranks
                     trainer.close()
@@ -76,3 +83,23 @@ def newest(checkpoints: Checkpoints, run: Run, world: World) -> Snapshot:
 
 def _tell(text: str) -> None:
     print(f"hvd-dqn: {text}", file=sys.stderr, flush=True)
+
+
+def evaluate(config: Config, world: World, snapshot: Snapshot) -> Row:
+    """Plays the evaluation that `config` describes with the weights of a checkpoint. A collective."""
+    rng = np.random.default_rng(np.random.SeedSequence(config.seed, spawn_key=(world.rank, EVALUATING)))
+
+    def build() -> tuple[Learner, Evaluator]:
+        with contextlib.closing(make_environments(config, world, 1, "sync")) as envs:
+            normalizer = make_normalizer(config, envs)
+            learner = make_learner(config, envs, world, rng)
+        restore_weights(learner, normalizer, snapshot)
+        return learner, make_evaluator(config, world, lambda o: learner.online.q_values(normalizer(o)), rng)
+
+    learner, evaluator = in_step(world, build)
+    BroadcastHook(world, learner.variables)()
+    learner.online.refresh()
+    with contextlib.closing(evaluator):
+        row = evaluator.evaluate(config.evaluation.episodes, round=0)
+    assert row is not None  # nobody asks an evaluation alone to stop
+    return {"total_steps": snapshot.total_steps, **row}

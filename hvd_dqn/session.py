@@ -49,7 +49,7 @@ class Session:
     def _finish(self, row: Row) -> None:
         self.close()
         trainer, size = self._trainer, self._trainer.world.size
-        best_return, best_steps = trainer.best or (row["return_mean"], int(row["total_steps"]))
+        best_return, best_steps = trainer.agent.best or (row["return_mean"], int(row["total_steps"]))
         self._run.note(ended="finished", finished=now(), result=row, best=(best_return, best_steps))
         plot([self._run.path], self._run.path / "curve.png")
         print(
@@ -101,7 +101,11 @@ def open_session(run: Run, name: str, trainer: Trainer, snapshot: Snapshot | Non
         "size": world.size,
         "scaling": config.ranks.scaling,
     }
-    about |= {"target_return": config.evaluation.target_return, "host": world.hostname, "plan": trainer.describe()}
+    about |= {
+        "target_return": config.evaluation.target_return,
+        "host": world.hostname,
+        "plan": trainer.agent.describe(),
+    }
     reported = evaluated = None
     if snapshot is None:
         run.create(config, about)
@@ -125,7 +129,7 @@ def open_session(run: Run, name: str, trainer: Trainer, snapshot: Snapshot | Non
         ]
     )
     display = Progress(config.total_steps, open_stream())
-    display.plan(trainer.describe())
+    display.plan(trainer.agent.describe())
     if snapshot is not None:
         where = snapshot.path if snapshot.path.name else "the memory of the ranks that are left"
         display.message(f"Going on from {where}." + (f" Changed settings: {', '.join(changed)}." if changed else ""))

@@ -13,7 +13,8 @@ from pathlib import Path
 import gymnasium
 import numpy as np
 
-from hvd_dqn import cli, trainer
+from hvd_dqn import cli
+from hvd_dqn.agent import Agent
 from hvd_dqn.checkpoint import Checkpoints
 from hvd_dqn.envs import Identity
 from hvd_dqn.evaluation import Evaluator
@@ -65,16 +66,17 @@ def struck() -> None:
 
 def later(action) -> None:
     """In the first learning cycle after STRIKES_AFTER."""
-    learn = trainer.Trainer._learn
+    learn = Agent.learn
 
     def broken(self, cycle):
-        learn(self, cycle)
+        phase = learn(self, cycle)
         if self.plan.total_steps_after(cycle) > STRIKES_AFTER + self.plan.resumed_at:
-            trainer.Trainer._learn = learn
+            Agent.learn = learn
             struck()
             action(self)
+        return phase
 
-    trainer.Trainer._learn = broken
+    Agent.learn = broken
 
 
 def raising(where, name: str, calls: int) -> None:

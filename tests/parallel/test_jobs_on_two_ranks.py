@@ -87,16 +87,18 @@ def test_ranks_started_with_different_settings_are_refused(tmp_path):
 
 BREAKING = """
 import sys
-from hvd_dqn import cli, trainer
+from hvd_dqn import cli
+from hvd_dqn.agent import Agent
 from hvd_dqn.placement import LAUNCHER_VARIABLES
 import os
 rank = int(next(os.environ[name] for name in LAUNCHER_VARIABLES if name in os.environ))
-learn = trainer.Trainer._learn
+learn = Agent.learn
 def broken(self, cycle):
-    learn(self, cycle)
+    phase = learn(self, cycle)
     if rank == 1 and self.updates > 100:
         {what}
-trainer.Trainer._learn = broken
+    return phase
+Agent.learn = broken
 sys.argv = ["hvd-dqn", "train", "identity", "--evaluation.target_return", "None", "--total_steps", "100000",
             "--ranks.drift_check_period", "1000", "--evaluation.period", "100000", "--run_dir", sys.argv[1]]
 cli.main()

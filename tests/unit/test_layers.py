@@ -13,7 +13,7 @@ FLOORS = {
     2: ["envs", "networks", "losses", "replay", "distributed", "normalizer"],
     3: ["elastic", "actor", "learner", "metrics", "resharding", "watchdog"],
     4: ["evaluation", "checkpoint", "plots", "run", "progress"],
-    5: ["trainer", "bench", "doctor", "session"],
+    5: ["parts", "agent", "trainer", "session", "bench", "doctor"],
     6: ["job"],
     7: ["cli", "__main__"],
 }
@@ -57,7 +57,7 @@ def test_each_outside_library_has_one_room(path):
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_only_rooms_that_know_the_config_take_it(path):
     if "hvd_dqn.config.Config" in imports(path):
-        assert path.stem in {"plan", "trainer", "run", "job", "cli"}
+        assert path.stem in {"plan", "run", "parts", "agent", "trainer", "job", "cli"}
 
 
 def test_every_file_has_a_floor_and_says_what_it_is_for():

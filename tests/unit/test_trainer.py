@@ -77,7 +77,7 @@ def config(**changes) -> Config:
 
 def arrays_of(trainer) -> dict[str, np.ndarray]:
     """Everything that a rank has and that goes on: as arrays and plain values by their paths."""
-    rest, arrays = divide({"learner": trainer.learner.state(), "part": trainer._part()})
+    rest, arrays = divide({"learner": trainer.agent.learner.state(), "part": trainer.agent.part()})
     rest["part"]["window"].pop("timers"), rest["part"]["window"].pop("seconds")
     return arrays | {"rest": rest}
 
@@ -85,16 +85,16 @@ def arrays_of(trainer) -> dict[str, np.ndarray]:
 def play(config: Config, world, path: Path, snapshot=None):
     """Trains to the end; returns the records and the trainer. The tape, if any, also gets each phase's number of updates."""
     trainer = Trainer(config, world, snapshot)
-    update = trainer.learner.update
+    update = trainer.agent.learner.update
 
     def recorded(batch, learning_rate, copies):
         if isinstance(world, TapeWorld):
             world.tape.append(f"updates {len(copies)} {learning_rate:.9f} {copies.tolist()}")
         return update(batch, learning_rate, copies)
 
-    trainer.learner.update = recorded
-    trainer.played, count = [], trainer.ledger.episodes
-    trainer.ledger.episodes = lambda returns, lengths: (
+    trainer.agent.learner.update = recorded
+    trainer.played, count = [], trainer.agent.ledger.episodes
+    trainer.agent.ledger.episodes = lambda returns, lengths: (
         count(returns, lengths),
         trainer.played.extend(lengths.tolist()),
     )
@@ -143,7 +143,7 @@ def test_a_run_reports_evaluates_and_ends_with_a_result(tmp_path):
     assert kinds[-1] == "result"
     assert records[-1].row["episodes"] == 5
     assert records[-1].row["total_steps"] == 960
-    assert trainer.updates == trainer.plan.updates_after(trainer.plan.cycles - 1)
+    assert trainer.agent.updates == trainer.agent.plan.updates_after(trainer.agent.plan.cycles - 1)
 
 
 def test_a_run_stops_at_the_target_when_the_final_evaluation_confirms_it(tmp_path):
@@ -178,9 +178,11 @@ def test_a_resumed_run_is_the_run_that_was_never_stopped(changes, tmp_path):
 
     first = Checkpoints(tmp_path / "parts", Solo())
     stopped_at = 480  # in no episode's end, between two reports and two evaluations
-    begun = Trainer(settings, Solo(), None, lambda: begun.plan.total_steps_after(begun.steps_done - 1) >= stopped_at)
-    begun.steps_done, step = 0, begun._step
-    begun._step = lambda cycle: (step(cycle), setattr(begun, "steps_done", cycle + 1))
+    begun = Trainer(
+        settings, Solo(), None, lambda: begun.agent.plan.total_steps_after(begun.steps_done - 1) >= stopped_at
+    )
+    begun.steps_done, step = 0, begun.agent.step
+    begun.agent.step = lambda cycle: (step(cycle), setattr(begun, "steps_done", cycle + 1))
     before = list(begun.train(first))
     begun.close()
     assert before[-1].kind == "stopped"
@@ -201,14 +203,14 @@ def test_a_run_stopped_in_an_evaluation_makes_it_again(tmp_path):
     for stopped_at in (600, 900):  # each in the second evaluation that it makes
         snapshot = checkpoints.newest(print)
         begun = Trainer(settings, Solo(), snapshot)
-        evaluations, play_episodes = [0], begun.evaluator._play
+        evaluations, play_episodes = [0], begun.agent.evaluator._play
 
         def interrupted(*arguments, evaluations=evaluations, play_episodes=play_episodes):
             evaluations[0] += 1
             return play_episodes(*arguments)
 
-        begun.evaluator._play = interrupted
-        begun._stop = begun.evaluator._stop = lambda evaluations=evaluations: evaluations[0] >= 2
+        begun.agent.evaluator._play = interrupted
+        begun._stop = begun.agent.evaluator._stop = lambda evaluations=evaluations: evaluations[0] >= 2
         records = list(begun.train(checkpoints))
         begun.close()
         assert records[-1].kind == "stopped"
@@ -226,15 +228,15 @@ def test_without_its_replay_a_resumed_run_fills_a_new_one_before_it_learns(tmp_p
     _, trainer = play(settings, Solo(), tmp_path)
     snapshot = Checkpoints(tmp_path, Solo()).newest(print)
     assert snapshot.total_steps == 960
-    assert all(np.array_equal(array, snapshot.arrays[name]) for name, array in trainer.learner.state().items())
+    assert all(np.array_equal(array, snapshot.arrays[name]) for name, array in trainer.agent.learner.state().items())
 
     longer = settings.model_copy(update={"total_steps": 1_920})
     records, resumed = play(longer, Solo(), tmp_path, snapshot)
     assert "filled anew" in records[0].text
     assert records[1].row["total_steps"] > 960
-    assert records[1].row["updates"] == trainer.updates  # nothing is learned from an empty replay
-    assert resumed.updates > trainer.updates
-    assert records[-1].row["seconds"] > trainer.ledger.state()["seconds"] / 2
+    assert records[1].row["updates"] == trainer.agent.updates  # nothing is learned from an empty replay
+    assert resumed.agent.updates > trainer.agent.updates
+    assert records[-1].row["seconds"] > trainer.agent.ledger.state()["seconds"] / 2
 
 
 @pytest.mark.parametrize("changes", [{"env": {"envs_per_rank": 6}}, {"replay": {"capacity": 1_200}}])
@@ -247,7 +249,7 @@ def test_rings_of_another_size_are_dealt_the_same_transitions(changes, tmp_path)
     records, _ = play(longer, Solo(), tmp_path, Checkpoints(tmp_path, Solo()).newest(print))
     assert "960 transitions of 1 rank dealt out to 1: 960" in records[0].text
     learned = [r.row["updates"] for r in records if r.kind == "report"]
-    assert learned[0] > trainer.updates  # at once
+    assert learned[0] > trainer.agent.updates  # at once
 
 
 @pytest.fixture(scope="module")
@@ -303,7 +305,7 @@ def test_a_finished_run_has_nothing_left_to_train(tmp_path):
 def test_what_is_not_finite_stops_the_job_or_is_skipped_and_counted(policy, tmp_path):
     settings = config(evaluation={"target_return": None}, learner={"on_nonfinite": policy})
     trainer = Trainer(settings, Solo())
-    sample, calls = trainer.replay.sample, []
+    sample, calls = trainer.agent.replay.sample, []
 
     def spoilt(updates, size):
         batch = sample(updates, size)
@@ -312,14 +314,14 @@ def test_what_is_not_finite_stops_the_job_or_is_skipped_and_counted(policy, tmp_
             batch.reward[0, 0] = np.inf
         return batch
 
-    trainer.replay.sample = spoilt
+    trainer.agent.replay.sample = spoilt
     if policy == "stop":
         with pytest.raises(JobError, match=r"not finite after .* total steps \(the loss on rank 0\): 1 of \d+ updates"):
             list(trainer.train(Checkpoints(tmp_path, Solo())))
     else:
         records = list(trainer.train(Checkpoints(tmp_path, Solo())))
         assert sum(r.row["skipped_updates"] for r in records if r.kind == "report") == 1
-    assert all(np.isfinite(array).all() for array in trainer.learner.state().values())
+    assert all(np.isfinite(array).all() for array in trainer.agent.learner.state().values())
     trainer.close()
 
 

@@ -1,0 +1,268 @@
+"""What one rank owns of a run: it acts, remembers, learns, and can be saved and put back."""
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+import numpy as np
+
+from hvd_dqn.actor import Actor
+from hvd_dqn.arrays import UNREADABLE
+from hvd_dqn.checkpoint import Damaged, Snapshot, small
+from hvd_dqn.config import Config
+from hvd_dqn.distributed import World
+from hvd_dqn.errors import InputError, RunError
+from hvd_dqn.learner import Phase
+from hvd_dqn.metrics import Ledger, Row
+from hvd_dqn.parts import make_environments, make_evaluator, make_learner, make_normalizer, restore_weights
+from hvd_dqn.plan import Plan
+from hvd_dqn.replay import Replay
+from hvd_dqn.resharding import deal, gather_state
+
+# Random streams of a rank. A number, once given, stays: it is part of what a seed means.
+ACTING, SAMPLING, ENVIRONMENTS, WEIGHTS, EVALUATING = range(5)
+
+
+class Agent:
+    """Environments, replay, networks and statistics of one rank, and how far they have come.
+
+    Goes on from `snapshot`: exactly where the layout is the same, else with its weights and transitions. One that `joins`
+    others that are training has only their weights and counters. Raises InputError where the settings cannot be carried
+    out or the snapshot does not fit. `stop` is asked, and `beat` called, in every step of an evaluation.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        world: World,
+        snapshot: Snapshot | None = None,
+        *,
+        joins: bool = False,
+        stop: Callable[[], bool] = lambda: False,
+        beat: Callable[[str], None] = lambda doing: None,
+    ) -> None:
+        self.config, self.world, self._beat = config, world, beat
+        resumed_at = snapshot.total_steps if snapshot else 0
+        empty: Literal["no", "all"] = "all" if snapshot and not snapshot.complete else "no"
+        self.plan = Plan(config, world.size, resumed_at, "joined" if joins else empty)
+        _check_not_finished(self.plan, snapshot)
+        self.envs = make_environments(
+            config, world, self.plan.envs_per_rank, config.env.vectorization, config.env.restart_failed_envs
+        )
+        self.normalizer = make_normalizer(config, self.envs)
+        self.learner = make_learner(config, self.envs, world, self._rng(WEIGHTS))
+        self.actor = Actor(self._q_values, self.envs.actions, self._rng(ACTING), config.agent.epsilon_zeta)
+        self.replay = self._make_replay(self.plan.slots_per_env)
+        self.ledger = Ledger(world)
+        self.evaluator = make_evaluator(config, world, self._evaluated_q_values, self._rng(EVALUATING), stop)
+        self.updates = 0
+        self.best: tuple[float, int] | None = None  # (mean return, total steps) of the best evaluation
+        self.evaluation_due = False  # of the cycle before the first, where the run was stopped in it
+        self._restored: np.ndarray | None = None  # [E] the copies that stand where they stood
+        self.news: list[str] = []  # what was found again of an earlier run, for people
+        if config.checkpoint.save_replay:
+            self.envs.probe()
+        if snapshot:
+            self._restore(snapshot)
+
+    def _rng(self, stream: int) -> np.random.Generator:
+        # A resumed run that cannot go on exactly draws new numbers instead of the first ones again.
+        key = (self.world.rank, stream, *([self.plan.resumed_at] if self.plan.resumed_at else []))
+        return np.random.default_rng(np.random.SeedSequence(self.config.seed, spawn_key=key))
+
+    def _make_replay(self, slots: int) -> Replay:
+        config = self.config
+        return Replay(
+            slots,
+            self.plan.envs_per_rank,
+            self.envs.frame_shape,
+            self.envs.frame_dtype,
+            self._rng(SAMPLING),
+            frame_stack=config.env.frame_stack,
+            n_step=config.agent.n_step,
+            gamma=config.agent.gamma,
+            sharers=self.world.local_size,
+        )
+
+    def _q_values(self, observation: np.ndarray) -> np.ndarray:
+        return self.learner.online.q_values(self.normalizer(observation))
+
+    def _evaluated_q_values(self, observation: np.ndarray) -> np.ndarray:
+        self._beat("evaluation")
+        return self._q_values(observation)
+
+    def begin_episodes(self) -> int | None:
+        """Starts the episodes, unless those of an earlier run go on: then returns how many of those do not."""
+        if self._restored is not None:
+            return int(np.count_nonzero(~self._restored))
+        self.envs.reset(self._rng(ENVIRONMENTS).integers(2**31, size=self.envs.copies).tolist())
+        return None
+
+    def step(self, cycle: int) -> None:
+        """One step in each environment."""
+        ledger = self.ledger
+        with ledger.timed("act"):
+            action = self.actor.act(self.envs.observation, self.plan.epsilons_at(cycle, self.world.rank))
+        with ledger.timed("env"):
+            transition, episodes = self.envs.step(action)
+        self.replay.add(transition)
+        self.normalizer.observe(transition.observation)
+        ledger.episodes(*episodes)
+
+    def learn(self, cycle: int) -> Phase:
+        """One phase of updates. A collective."""
+        plan, updates = self.plan, self.plan.updates_at(cycle)
+        self.normalizer.merge(self.world.sum)
+        with self.ledger.timed("sample"):
+            batch = self.replay.sample(updates, plan.batch_per_rank * plan.passes)
+            batch = batch._replace(
+                observation=self.normalizer(batch.observation), next_observation=self.normalizer(batch.next_observation)
+            )
+        with self.ledger.timed("update"):
+            phase = self.learner.update(batch, plan.learning_rate_at(cycle), plan.target_copies_at(cycle))
+        self.updates += updates
+        self.ledger.phase(phase.updates, phase.loss, phase.mean_q, phase.gradient_norm, phase.skipped)
+        return phase
+
+    def report(self, cycle: int) -> Row:
+        """The row of metrics.csv. A collective."""
+        return self.ledger.report(
+            total_steps=self.plan.total_steps_after(cycle),
+            cycle=cycle,
+            updates=self.updates,
+            epsilon=self.plan.epsilon_at(cycle),
+            learning_rate=self.plan.learning_rate_at(cycle),
+            replay_size=len(self.replay),
+        )
+
+    def evaluate(self, cycle: int, episodes: int) -> Row | None:
+        """The row of evaluations.csv; None where a rank was asked to stop. A collective."""
+        total_steps = self.plan.total_steps_after(cycle)
+        row = self.evaluator.evaluate(episodes, round=total_steps)
+        return None if row is None else {"total_steps": total_steps, "seconds": self.ledger.seconds, **row}
+
+    def describe(self) -> dict[str, str]:
+        """The plan and what only the environment tells: for people."""
+        parameters = sum(int(np.prod(variable.shape)) for variable in self.learner.online.variables)
+        compiled = ", compiled by XLA" if self.learner.compiled else ""
+        rows = self.plan.describe()
+        rows["network"] = f"{self.config.agent.network}, {parameters:,} parameters{compiled}"
+        rows["replay"] += f", {self.replay.nbytes / 1e6:,.0f} MB"
+        if not self.config.checkpoint.save_replay:
+            rows["after a resume"] = "the replay is filled anew"
+        elif self.envs.restorable:
+            rows["after a resume"] = "the run goes on exactly"
+        else:
+            rows["after a resume"] = f"episodes begin anew: {self.config.env.id} cannot be saved"
+        return rows
+
+    def state(self, total_steps: int, finished: bool) -> dict[str, Any]:
+        """What all ranks share, besides the weights."""
+        return {
+            "total_steps": total_steps,
+            "updates": self.updates,
+            "best": self.best,
+            "evaluation_due": self.evaluation_due,
+            "finished": finished,
+            "layout": {**self._layout(), "slots": self.replay.slots},
+            "ledger": self.ledger.state(),
+            "normalizer": self.normalizer.state(),
+        }
+
+    def part(self) -> dict[str, Any]:
+        """What this rank alone has."""
+        return {
+            "replay": self.replay.state(),
+            "envs": self.envs.state(),
+            "actor": self.actor.state(),
+            "evaluator": self.evaluator.state(),
+            "window": self.ledger.window_state(),
+            "normalizer": self.normalizer.pending_state(),
+        }
+
+    def _layout(self) -> dict[str, int]:
+        """What must be as it was for a run to go on exactly."""
+        plan = self.plan
+        return {"ranks": plan.size, "envs_per_rank": plan.envs_per_rank, "capacity": self.config.replay.capacity}
+
+    def regroup(self, snapshot: Snapshot, joined: bool) -> None:
+        """Goes on from `snapshot` with the ranks that there are now; environments and replay stay."""
+        before, now = self.plan.size, self.world.size
+        self.plan = Plan(self.config, now, snapshot.total_steps, "joined" if joined else "no")
+        self._take_over(snapshot)
+        news = (
+            f"{before} rank{'s' * (before > 1)} before, {now} now. Going on from {snapshot.total_steps:,} total steps"
+        )
+        if now <= before:
+            news += f", and at most {len(self.replay):,} transitions of each rank that was lost are gone"
+        self.news.append(news + ("." if not joined else ". A rank that joined begins with an empty replay."))
+
+    def _restore(self, snapshot: Snapshot) -> None:
+        state = snapshot.state
+        try:
+            self._take_over(snapshot)
+            if not snapshot.complete:
+                self.news.append("The replay was not saved: it is filled anew before learning goes on.")
+            elif state["layout"] == {**self._layout(), "slots": state["layout"]["slots"]}:
+                self._restore_part(snapshot, int(state["layout"]["slots"]))
+            else:
+                self._deal_anew(snapshot)
+        except Damaged as damage:
+            raise InputError(f"The checkpoint {snapshot.path} cannot be taken over: {damage}.") from None
+        except (InputError, RunError):
+            raise
+        except UNREADABLE as error:
+            raise InputError(
+                f"The checkpoint {snapshot.path} was not made by this version or for these settings: "
+                f"{type(error).__name__}: {error}."
+            ) from error
+
+    def _take_over(self, snapshot: Snapshot) -> None:
+        """What all ranks share."""
+        restore_weights(self.learner, self.normalizer, snapshot)
+        state = snapshot.state
+        self.updates = int(state["updates"])
+        self.best = None if state["best"] is None else (float(state["best"][0]), int(state["best"][1]))
+        self.evaluation_due = bool(state["evaluation_due"])
+        self.ledger.load_state(state["ledger"])
+
+    def _restore_part(self, snapshot: Snapshot, slots: int) -> None:
+        part = snapshot.part(self.world.rank)
+        if slots != self.plan.slots_per_env:  # dealt out anew before, and larger since
+            self.replay = self._make_replay(slots)
+        self.replay.load_state(part.pop("replay"))
+        part = small(part)
+        self.actor.load_state(part["actor"])
+        self.evaluator.load_state(part["evaluator"])
+        self.ledger.load_window_state(part["window"])
+        self.normalizer.load_pending_state(part["normalizer"])
+        self._restored = self.envs.load_state(part["envs"])
+        self.replay.truncate_episodes(~self._restored)
+
+    def _deal_anew(self, snapshot: Snapshot) -> None:
+        """Takes its share of the transitions of other ranks, or of rings of another size."""
+        plan, capacity = self.plan, self.config.replay.capacity
+        shards = [snapshot.part(rank)["replay"] for rank in range(snapshot.ranks)]
+        dealt = deal(
+            (small({name: shard[name] for name in ("kinds", "ages", "heads", "slots")}) for shard in shards),
+            plan.envs,
+            plan.slots_per_env,
+            self.config.env.frame_stack,
+            limit=plan.slots_per_env if capacity < int(snapshot.state["layout"]["capacity"]) else None,
+        )
+        self.replay = self._make_replay(dealt.slots)
+        first, mine = self.world.rank * plan.envs_per_rank, self.replay.state()
+        rings = range(first, first + plan.envs_per_rank)
+        self.replay.load_state(gather_state(dealt, rings, shards, mine["rng"], into=self.replay.arrays()))
+        self.news.append(dealt.describe(plan.size) + ". Episodes begin anew.")
+
+    def close(self) -> None:
+        self.envs.close()
+        self.evaluator.close()
+
+
+def _check_not_finished(plan: Plan, snapshot: Snapshot | None) -> None:
+    if snapshot is not None and plan.first_cycle >= plan.cycles and snapshot.state.get("finished", True):
+        raise InputError(
+            f"There is nothing left to train: the run has already taken {plan.resumed_at:,} total steps. "
+            f"Raise --total_steps above that. Received: {plan.config.total_steps:,}."
+        )

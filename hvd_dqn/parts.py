@@ -1,0 +1,99 @@
+"""The parts of an agent, made from the settings."""
+
+from collections.abc import Callable
+
+import numpy as np
+
+from hvd_dqn.actor import Actor
+from hvd_dqn.arrays import UNREADABLE
+from hvd_dqn.checkpoint import Snapshot
+from hvd_dqn.config import Config
+from hvd_dqn.distributed import World
+from hvd_dqn.envs import Environments
+from hvd_dqn.errors import InputError
+from hvd_dqn.evaluation import Evaluator
+from hvd_dqn.learner import Learner
+from hvd_dqn.networks import build_network
+from hvd_dqn.normalizer import Normalizer, NullNormalizer
+
+
+def make_environments(config: Config, world: World, copies: int, vectorization: str, restarts: int = 0) -> Environments:
+    env = config.env
+    return Environments(
+        env.id,
+        copies,
+        kwargs=env.kwargs,
+        vectorization=vectorization,
+        frame_stack=env.frame_stack,
+        reward_scale=env.reward_scale,
+        reward_clip=env.reward_clip,
+        first_index=world.rank * copies,
+        rank=world.rank,
+        restarts=restarts,
+    )
+
+
+def make_normalizer(config: Config, envs: Environments) -> Normalizer | NullNormalizer:
+    if not config.env.normalize_observation:
+        return NullNormalizer()
+    if envs.categories is not None or envs.frame_dtype != np.float32:
+        raise InputError(
+            "--env.normalize_observation is for observations of real numbers. Received: "
+            f"{envs.categories or ''} {'states' if envs.categories else envs.frame_dtype} from {config.env.id}. Turn it off."
+        )
+    return Normalizer(envs.frame_shape)
+
+
+def make_learner(config: Config, envs: Environments, world: World, rng: np.random.Generator) -> Learner:
+    agent, learner = config.agent, config.learner
+    return Learner(
+        lambda: build_network(
+            agent.network,
+            envs.observation_shape,
+            envs.categories,
+            envs.actions,
+            hidden=agent.hidden,
+            dueling=agent.dueling,
+            rng=rng,
+        ),
+        world,
+        double=agent.double,
+        loss=agent.loss,
+        sync=config.ranks.sync,
+        compression=config.ranks.compression,
+        passes=config.ranks.backward_passes_per_step,
+        adam_epsilon=learner.adam_epsilon,
+        max_gradient_norm=learner.max_gradient_norm,
+        xla=learner.xla,
+    )
+
+
+def restore_weights(learner: Learner, normalizer: Normalizer | NullNormalizer, snapshot: Snapshot) -> None:
+    """Raises InputError where the checkpoint was made by a network of another shape."""
+    try:
+        learner.load_state(snapshot.arrays)
+        normalizer.load_state(snapshot.state["normalizer"])
+    except UNREADABLE as error:
+        raise InputError(f"The checkpoint {snapshot.path} does not fit these settings: {error}.") from None
+
+
+def make_evaluator(
+    config: Config,
+    world: World,
+    q_values: Callable[[np.ndarray], np.ndarray],
+    rng: np.random.Generator,
+    stop: Callable[[], bool] = lambda: False,
+) -> Evaluator:
+    settings, copies = config.evaluation, -(-config.evaluation.episodes // world.size)
+    # One by one, not the environment's own vector class: that takes one seed for all its copies.
+    mode = "async" if config.env.vectorization == "async" else "sync"
+    envs = make_environments(config, world, copies, mode)
+    return Evaluator(
+        envs,
+        Actor(q_values, envs.actions, rng),
+        world,
+        epsilon=settings.epsilon,
+        seed=config.seed,
+        max_length=settings.max_episode_steps,
+        stop=stop,
+    )
