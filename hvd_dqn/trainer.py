@@ -168,7 +168,7 @@ class Trainer:
     ) -> Generator[Record, None, Record]:
         total_steps = self.agent.plan.total_steps_after(cycle)
         self.agent.evaluation_due = evaluation_due
-        if self._saved_at != total_steps or evaluation_due:
+        if self._saved_at != total_steps:
             yield from self._save(cycle, checkpoints)
         return Record("stopped", {"total_steps": total_steps, "seconds": self.agent.ledger.seconds})
 

@@ -123,6 +123,23 @@ def test_all_ranks_enter_the_same_collectives_although_their_episodes_differ(siz
     assert size == 1 or episodes[0] != episodes[1]  # or the test would have shown nothing
 
 
+@pytest.mark.parametrize("sync", ["gradients", "parameters"])
+def test_a_rank_that_alone_skips_an_update_still_enters_the_same_collectives(sync, tmp_path):
+    tapes = []
+    for rank in range(2):
+        world = TapeWorld(rank, 2)
+        trainer = Trainer(config(ranks={"sync": sync}, evaluation={"target_return": None}), world)
+        update = trainer.agent.learner.update
+        # With averaged gradients every rank skips; with averaged parameters each for itself.
+        skips = rank == 1 if sync == "parameters" else True
+        trainer.agent.learner.update = lambda *a, update=update, skips=skips: update(*a)._replace(skipped=int(skips))
+        with contextlib.suppress(JobError):
+            list(trainer.train(Checkpoints(tmp_path / str(rank), world)))
+        trainer.close()
+        tapes.append(world.tape)
+    assert tapes[0] == tapes[1]
+
+
 def without_times(records) -> list:
     keep = lambda name: not name.startswith("time") and "seconds" not in name and "per_second" not in name  # noqa: E731
     return [(r.kind, {name: value for name, value in r.row.items() if keep(name)}) for r in records]
