@@ -49,7 +49,8 @@ class Agent:
             config, world, self.plan.envs_per_rank, config.env.vectorization, config.env.restart_failed_envs
         )
         self.normalizer = make_normalizer(config, self.envs)
-        self.learner = make_learner(config, self.envs, world, self._rng(WEIGHTS))
+        planned = self.plan.updates_after(self.plan.cycles - 1)
+        self.learner = make_learner(config, self.envs, world, self._rng(WEIGHTS), planned)
         self.actor = Actor(self._q_values, self.envs.actions, self._rng(ACTING), config.agent.epsilon_zeta)
         self.replay = self._make_replay(self.plan.slots_per_env)
         self.ledger = Ledger(world)

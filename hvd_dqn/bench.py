@@ -89,6 +89,8 @@ def _jobs(case: Case, world: World) -> Iterator[Callable[[], None]]:
         double=False,
         loss="huber",
         max_gradient_norm=10.0,
+        xla=None,
+        planned=10**9,  # compiled, where a long run's would be
     )
     BroadcastHook(world, agent.variables)()
     replay = filled_replay(case, world.rank)

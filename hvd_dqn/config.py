@@ -153,7 +153,11 @@ class Learner(Section):
     on_nonfinite: Literal["stop", "skip"] = setting(
         "stop", "what a loss or gradient that is not finite does: stop the job, or skip that update", source=OURS
     )
-    xla: bool = setting(False, "compile a phase with XLA, where ranks do not talk inside it", source=OURS)
+    xla: bool | None = setting(
+        None,
+        "compile a phase with XLA, where ranks do not talk inside it; none does so for small networks in long runs",
+        source=OURS,
+    )
 
 
 class Ranks(Section):

@@ -44,7 +44,10 @@ def make_normalizer(config: Config, envs: Environments) -> Normalizer | NullNorm
     return Normalizer(envs.frame_shape)
 
 
-def make_learner(config: Config, envs: Environments, world: World, rng: np.random.Generator) -> Learner:
+def make_learner(
+    config: Config, envs: Environments, world: World, rng: np.random.Generator, planned: int = 0
+) -> Learner:
+    """`planned` updates are to be taken with it."""
     agent, learner = config.agent, config.learner
     return Learner(
         lambda: build_network(
@@ -65,6 +68,7 @@ def make_learner(config: Config, envs: Environments, world: World, rng: np.rando
         adam_epsilon=learner.adam_epsilon,
         max_gradient_norm=learner.max_gradient_norm,
         xla=learner.xla,
+        planned=planned,
     )
 
 

@@ -5,15 +5,15 @@ import pytest
 import tensorflow as tf
 
 from hvd_dqn.distributed import Solo
-from hvd_dqn.learner import Learner
+from hvd_dqn.learner import AHEAD_BYTES, Learner, _ends
 from hvd_dqn.networks import build_network
 from hvd_dqn.transition import Batch
 
 
-def make(hidden=(16,), seed=0, network="mlp", dueling=False, **settings) -> Learner:
+def make(hidden=(16,), seed=0, network="mlp", dueling=False, world=None, **settings) -> Learner:
     rng = np.random.default_rng(seed)
     build = lambda: build_network(network, (4,), None, 3, hidden=hidden, dueling=dueling, rng=rng)  # noqa: E731
-    return Learner(build, Solo(), **{"double": True, "loss": "huber", **settings})
+    return Learner(build, world or Solo(), **{"double": True, "loss": "huber", **settings})
 
 
 def batch(updates, size, seed=0) -> Batch:
@@ -109,6 +109,48 @@ def test_xla_computes_the_same():
     assert compiled.update(b, 0.01, copies) == pytest.approx(plain.update(b, 0.01, copies), rel=1e-4)
     for one, other in zip(plain.variables.values(), compiled.variables.values(), strict=True):
         np.testing.assert_allclose(one.numpy(), other.numpy(), rtol=1e-4, atol=1e-5)
+
+
+def test_small_networks_in_long_runs_are_compiled_where_nobody_talks():
+    assert make(xla=None, planned=50_000).compiled
+    assert not make(xla=None, planned=49_999).compiled
+    assert not make(xla=None, planned=50_000, hidden=(256, 256)).compiled
+    assert not make(xla=None, planned=50_000, network="tests.unit.test_networks:keras_model").compiled
+    assert make(xla=True, hidden=(256, 256)).compiled
+    assert not make(xla=False, planned=50_000).compiled
+    two, elastic = Solo(), Solo()
+    two.size, elastic.elastic = 2, True
+    assert not make(xla=True, world=two).compiled
+    assert make(xla=True, world=two, sync="parameters").compiled
+    assert not make(xla=True, world=elastic).compiled  # others may join
+
+
+@pytest.mark.parametrize(
+    ("copies", "at_once", "ends"),
+    [
+        ("....", 9, [4]),
+        ("..*.", 9, [3, 4]),
+        ("..**", 9, [3, 4]),
+        ("*.....", 2, [1, 3, 5, 6]),
+        ("....*..", 3, [3, 5, 7]),
+        ("...", 1, [1, 2, 3]),
+    ],
+)
+def test_the_target_values_ahead_until_its_next_copy(copies, at_once, ends):
+    found = _ends(np.array([c == "*" for c in copies]), AHEAD_BYTES // at_once)
+    assert found.tolist() == ends
+
+
+@pytest.mark.parametrize("passes", [1, 2])
+def test_valuing_ahead_changes_nothing(passes, monkeypatch):
+    ahead = make(passes=passes)
+    b, copies = batch(9, 8), np.array([c == "*" for c in "..*...**."])
+    one = ahead.update(b, 0.01, copies)
+    monkeypatch.setattr("hvd_dqn.learner.AHEAD_BYTES", 1)
+    each = make(passes=passes)
+    assert each.update(b, 0.01, copies) == pytest.approx(one, rel=1e-5)
+    for one, other in zip(ahead.variables.values(), each.variables.values(), strict=True):
+        np.testing.assert_allclose(one.numpy(), other.numpy(), rtol=1e-5, atol=1e-6)
 
 
 def test_averaging_parameters_alone_changes_nothing():
