@@ -56,7 +56,7 @@ def seen(envs, play):
     return shown
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(
     name=st.sampled_from(sorted(SETTINGS)),
     number=st.integers(1, 3),

@@ -416,7 +416,7 @@ class Reference:
         return rows
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(
     n_step=st.integers(1, 5),
     stack=st.integers(1, 4),

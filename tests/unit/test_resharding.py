@@ -439,7 +439,7 @@ def test_collecting_takes_little_more_memory_than_the_share_itself():
 shapes = st.sampled_from([(1,), (2,), (2, 1, 1), (1, 2, 2)])
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(
     n_step=st.integers(1, 5),
     stack=st.integers(1, 4),
@@ -497,7 +497,7 @@ def test_everything_that_could_be_sampled_still_can_and_tells_the_truth(
             assert np.all(np.diff(middle[dealt.pieces["ring"] == ring]) <= sizes_.max(initial=0) / 2)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(
     n_step=st.integers(1, 4),
     stack=st.integers(1, 4),
@@ -535,7 +535,7 @@ def test_new_transitions_overwrite_the_oldest_first(n_step, stack, old, new, cyc
                 assert len(replay._starts())  # a rank that could not sample would leave the others waiting
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(
     stack=st.integers(1, 4),
     old=st.tuples(st.integers(1, 3), st.integers(1, 3)),

@@ -289,7 +289,7 @@ JSON = st.recursive(
 
 
 @given(place=st.sampled_from(PLACES), inside=st.booleans(), pick=st.integers(0, 20), value=JSON)
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_a_checkpoint_with_other_contents_is_refused_in_words_or_taken(
     saved, tmp_path_factory, place, inside, pick, value
 ):

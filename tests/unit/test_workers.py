@@ -307,7 +307,7 @@ def test_an_environment_that_cannot_be_made_again_uses_up_the_restarts(capfd):
 # --- what is learned from it -----------------------------------------------------------------------------------------
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(
     n_step=st.integers(1, 4),
     stack=st.integers(1, 3),
