@@ -1,0 +1,31 @@
+#!/usr/bin/env bash
+# Starts N ranks of `hvd-dqn COMMAND...` with horovodrun, on this machine or on several:
+#   ./launch/horovodrun.sh [options] COMMAND...        for example: ./launch/horovodrun.sh -np 2 train cartpole
+#     -np N              ranks; as many as there are slots unless said, without hosts 2
+#     -H a:2,b:2         hosts and their slots; this machine unless said
+#     --hostfile FILE    the same as lines `a slots=2`
+#     --gloo             Gloo instead of MPI
+#     --interface NAME   the network between the hosts, for example eth0
+#     -p PORT  -i KEY    ssh's port and private key
+#     --extra 'WORDS'    more options of horovodrun, split at blanks; OMPI_MCA_... variables reach its mpirun
+#     --dry-run          prints the command and starts nothing
+# The hosts share this folder and the working directory. What is set for the ranks, and why, stands in ranks.sh.
+set -euo pipefail
+
+# shellcheck source-path=SCRIPTDIR source=ranks.sh
+source "$(dirname "${BASH_SOURCE[0]}")/ranks.sh"
+
+read_options "$@"
+set_environment
+options=(-np "$ranks" -H "$hosts")
+[ -z "$interface" ] || options+=(--network-interfaces "$interface")
+[ -z "$port" ] || options+=(-p "$port")
+[ -z "$key" ] || options+=(-i "$key")
+if [ -n "$gloo" ]; then
+    options+=(--gloo)
+else
+    find_mpi
+    # Only rank 0 prints: no [1,0]<stdout>: before every line, which horovodrun asks Open MPI for.
+    [ -z "$mpi_is_open" ] || options+=(--mpi-args="-mca orte_tag_output 0${prefix[*]:+ ${prefix[*]}}")
+fi
+start horovodrun "${options[@]}" ${extra[@]+"${extra[@]}"} hvd-dqn "${words[@]}"

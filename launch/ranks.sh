@@ -1,0 +1,146 @@
+#!/usr/bin/env bash
+# What horovodrun.sh and mpirun.sh share; nothing to run by itself. Their options, the check of the hosts and the variables
+# of the ranks, each with its reason, are here once, whatever starts the ranks.
+# shellcheck disable=SC2034 # which read what is set here
+set -euo pipefail
+
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)
+me=$(basename "$0")
+ranks='' port='' key='' interface='' extra=() gloo='' dry_run='' hosts='' names=() settings=() mpi_is_open='' prefix=()
+
+stop() { printf '%s: %s See %s --help.\n' "$me" "$*" "$0" >&2; exit 2; }
+
+# The options of both scripts, then the words for hvd-dqn, which stay in `words`.
+read_options() {
+    local list='' file=''
+    while [[ ${1:-} == -* ]]; do
+        case $1 in
+            -h | --help) sed -n '2,/^[^#]/s/^# \{0,1\}//p' "$0"; exit 0 ;;
+            --dry-run) dry_run=1; shift; continue ;;
+            --gloo) [ "$me" = horovodrun.sh ] || stop "--gloo is horovodrun.sh's: mpirun has no Gloo."
+                gloo=1; shift; continue ;;
+            -np | -H | --hostfile | -p | -i | --interface | --extra) ;;
+            *) stop "unknown option $1: options come before the command of hvd-dqn, its settings after it." ;;
+        esac
+        [ -n "${2:-}" ] || stop "$1 needs a value."
+        case $1 in
+            -np) ranks=$2 ;;
+            -H) list=$2 ;;
+            --hostfile) file=$2 ;;
+            -p) port=$2 ;;
+            -i) key=$2 ;;
+            --interface) interface=$2 ;;
+            --extra) read -ra more <<<"$2"; extra+=("${more[@]}") ;;
+        esac
+        shift 2
+    done
+    words=("$@")
+    [ $# -gt 0 ] || stop "expected what hvd-dqn shall do, for example: $0 -np 2 train cartpole."
+    [[ $ranks =~ ^([1-9][0-9]*)?$ ]] || stop "-np takes a number of ranks, not $ranks."
+    [[ $port =~ ^[0-9]*$ ]] || stop "-p takes the number of ssh's port, not $port."
+    [ -z "$key" ] || [ -r "$key" ] || stop "-i takes ssh's private key; there is no readable file $key."
+    [ -z "$file" ] || [ -z "$list" ] || stop "-H and --hostfile both name the hosts: give one."
+    [ -z "$file" ] || [ -r "$file" ] || stop "--hostfile takes a file of lines \`host slots=2\`; there is no readable file $file."
+    # A comment, a blank line, `host slots=2` as mpirun writes it, or `host` once per slot as batch systems do.
+    [ -z "$file" ] || list=$(sed -e 's/#.*//' -e 's/[[:space:]]*$//' -e '/^$/d' -e 's/[[:space:]]\+slots[[:space:]]*=[[:space:]]*/:/' "$file" | paste -sd,)
+    [ -z "$file" ] || [ -n "$list" ] || stop "$file names no host: expected lines \`host slots=2\`."
+    count_slots "${list:-localhost:${ranks:-2}}"
+}
+
+# Fills `hosts` (a:2,b:2) and `names`, and checks the number of ranks; a host that is named again has that many slots more.
+count_slots() {
+    local entry name total=0
+    local -A slots=()
+    for entry in ${1//,/ }; do
+        [[ $entry =~ ^([A-Za-z0-9_.-]+)(:([1-9][0-9]*))?$ ]] || stop "expected hosts as a:2,b:2 (name:slots), not $entry."
+        name=${BASH_REMATCH[1]}
+        [ -n "${slots[$name]:-}" ] || names+=("$name")
+        slots[$name]=$((${slots[$name]:-0} + ${BASH_REMATCH[3]:-1}))
+        total=$((total + ${BASH_REMATCH[3]:-1}))
+    done
+    for name in "${names[@]}"; do hosts+=${hosts:+,}$name:${slots[$name]}; done
+    ranks=${ranks:-$total}
+    ((ranks <= total)) || stop "$ranks ranks do not fit into the $total slots of $hosts: lower -np or give more slots."
+}
+
+is_here() {
+    local address
+    [[ " localhost $(hostname) $(hostname -s) " != *" $1 "* ]] || return 0
+    address=$(getent ahostsv4 "$1" | awk 'NR == 1 {print $1}') && [[ -n $address && " $(hostname -I 2>/dev/null) " == *" $address "* || $address == 127.* ]]
+}
+# An MPI in a folder of its own is not on the PATH that ssh gives a daemon on another host.
+find_mpi() {
+    mpi=$(command -v mpirun) || stop "there is no mpirun on PATH: run $root/launch/setup.sh, or load your MPI's module."
+    [[ $(mpirun --version 2>&1) != *'Open MPI'* ]] || mpi_is_open=1
+    [[ $mpi == /usr/bin/* || $mpi == /bin/* ]] || ! is_far || prefix=(--prefix "$(dirname "$(dirname "$mpi")")")
+}
+is_far() { # whether any host is another one
+    local name
+    for name in "${names[@]}"; do is_here "$name" || return 0; done
+    return 1
+}
+
+# Says why ranks cannot be started on the host $1; nothing where they can.
+examine() {
+    local said
+    local -a ssh=(ssh -o BatchMode=yes -o ConnectTimeout=10 ${port:+-p "$port"} ${key:+-i "$key"} "$1")
+    if ! said=$("${ssh[@]}" true 2>&1 </dev/null); then
+        echo "$1 cannot be reached by ssh ($(tail -n 1 <<<"$said" | tr -d '\r')); it must open without a password, port by -p, key by -i."
+    elif ! "${ssh[@]}" "test -x $(printf %q "$root")/.venv/bin/hvd-dqn && test -d $(printf %q "$PWD")" 2>/dev/null </dev/null; then
+        echo "$1 does not see $root/.venv and $PWD: all hosts must share these folders, under the same names."
+    fi
+}
+
+check() {
+    local name complaints
+    [ -x "$root/.venv/bin/hvd-dqn" ] || stop "there is no $root/.venv yet: run $root/launch/setup.sh."
+    complaints=$(for name in "${names[@]}"; do is_here "$name" || examine "$name" & done; wait)
+    [ -z "$complaints" ] || stop "$(paste -sd' ' <<<"$complaints")"
+}
+
+# What every rank shall find in its environment; `keep` leaves a value that is set already.
+setting() { export "$1=$2"; settings+=("$1=$2"); }
+keep() { setting "$1" "${!1:-$2}"; }
+set_environment() {
+    export PATH=$root/.venv/bin:$PATH
+    keep TF_CPP_MIN_LOG_LEVEL 2 # TensorFlow's start-up notes, once per rank, hide the lines that matter
+    # A rank's output goes through pipes: tell rank 0 which terminal its progress display can be drawn on.
+    if [ -t 2 ] && is_here "${names[0]}"; then setting HVD_DQN_TTY "$(tty <&2)"; fi
+    [ -z "$interface" ] || setting NCCL_SOCKET_IFNAME "$interface"
+    [ -z "$gloo" ] || return 0
+    keep OMPI_MCA_mpi_yield_when_idle 1 # ranks that wait otherwise spin, and take the core from those that work
+    # On Ctrl-C mpirun ends its ranks with SIGTERM, and after this many seconds with SIGKILL: its own 1 is too short for a checkpoint.
+    keep OMPI_MCA_odls_base_sigkill_timeout 5
+    if [ -n "$interface" ]; then # else Open MPI tries every network that it sees, those of containers included
+        setting OMPI_MCA_btl_tcp_if_include "$interface" # between ranks
+        setting OMPI_MCA_oob_tcp_if_include "$interface" # between mpirun and its daemons
+    fi
+    is_far || return 0
+    [ -z "$port$key" ] || setting OMPI_MCA_plm_rsh_args "${port:+-p $port}${port:+${key:+ }}${key:+-i $key}"
+    # A lost host ends the job within a minute, with a message. mpirun asks its daemons from the tenth silent second on, four
+    # times; where something still waits for its way over the lost link, TCP does not ask, and ssh.sh ends mpirun.
+    keep OMPI_MCA_oob_tcp_keepalive_time 10
+    keep OMPI_MCA_oob_tcp_keepalive_intvl 5
+    keep OMPI_MCA_oob_tcp_keepalive_probes 4
+    keep OMPI_MCA_plm_rsh_agent "$root/launch/ssh.sh"
+}
+
+# Words as a shell would read them back, quoted only where they must be.
+show() {
+    local word line=''
+    for word in "$@"; do
+        [[ $word =~ ^[]A-Za-z0-9_@%+=:,./^[-]+$ ]] || word=$(printf %q "$word")
+        line+=" $word"
+    done
+    printf '%s\n' "${line# }"
+}
+
+# Checks the hosts, shows the command and becomes it; a dry run only shows it.
+start() {
+    local line
+    line="PATH=$(show "$root/.venv/bin"):\$PATH $(show "${settings[@]}" "$@")"
+    if [ -n "$dry_run" ]; then echo "$line"; exit 0; fi
+    check
+    echo "+ $line" >&2
+    exec "$@"
+}
