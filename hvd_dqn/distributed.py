@@ -13,7 +13,14 @@ from typing import Any, NoReturn, Protocol, TypeVar
 import numpy as np
 
 from hvd_dqn.errors import InputError, RunError
-from hvd_dqn.placement import is_elastic, is_launched, pin_gpu, set_communication_defaults
+from hvd_dqn.placement import (
+    gpu_conflict,
+    is_elastic,
+    is_launched,
+    pin_gpu,
+    set_communication_defaults,
+    srun_tasks,
+)
 
 T = TypeVar("T")
 
@@ -125,7 +132,7 @@ class HorovodWorld:
     elastic = changed = False
 
     def __init__(self) -> None:
-        pin_gpu()  # before MPI starts: CUDA must not see the other ranks' devices
+        self.gpu = pin_gpu()  # before Horovod starts: it must not see the other ranks' devices
         import horovod.tensorflow as hvd
 
         self._hvd = hvd
@@ -283,6 +290,7 @@ def in_step(world: World, action: Callable[[], T]) -> T:
 def connect() -> World:
     """The world this process was started into; alone, neither Horovod, mpi4py nor TensorFlow is imported."""
     if not is_launched():
+        _refuse_strangers()
         return Solo()
     set_communication_defaults()
     if is_elastic():
@@ -291,12 +299,35 @@ def connect() -> World:
     under_gloo = "HOROVOD_GLOO_RENDEZVOUS_ADDR" in os.environ
     size = int(os.environ["HOROVOD_SIZE"]) if under_gloo else _mpi_size()
     if size == 1:
+        _refuse_strangers()
         return Solo()
     if importlib.util.find_spec("horovod") is None:
         raise InputError(
             f"{size} ranks need Horovod, which is not installed: run launch/setup.sh, or start one process."
         )
-    return HorovodWorld()
+    world = HorovodWorld()
+    if world.describe()["nccl_built"]:
+        conflict = gpu_conflict(world.gather((world.hostname, world.gpu)))
+        if conflict:
+            _refuse(conflict, world.rank)
+    return world
+
+
+def _refuse_strangers() -> None:
+    """srun without MPI would start the same training several times over, each in a process that finds itself alone."""
+    if srun_tasks() > 1:
+        _refuse(
+            f"srun started {srun_tasks()} tasks that know nothing of each other: use `srun --mpi=pmix`, or mpirun "
+            "inside the job where `srun --mpi=list` has no pmix.",
+            int(os.environ.get("SLURM_PROCID", 0)),
+        )
+
+
+def _refuse(complaint: str, rank: int) -> NoReturn:
+    """Bad input that all ranks see before there is a world to agree in: the first alone says so."""
+    if rank == 0:
+        raise InputError(complaint)
+    sys.exit(2)
 
 
 def _horovod_build() -> dict[str, Any]:

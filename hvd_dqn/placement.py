@@ -1,14 +1,16 @@
 """What this rank has of its host: cores, threads and a GPU, as the launcher and the environment say."""
 
+import ctypes
 import os
-import socket
-
-from hvd_dqn.errors import InputError
+import re
+from collections import defaultdict
+from collections.abc import Sequence
 
 # Set by mpirun, by horovodrun's Gloo launcher and by srun in every rank they start.
 LAUNCHER_VARIABLES = ("OMPI_COMM_WORLD_RANK", "HOROVOD_RANK", "PMIX_RANK", "PMI_RANK")
 LOCAL_RANK_VARIABLES = ("OMPI_COMM_WORLD_LOCAL_RANK", "HOROVOD_LOCAL_RANK", "SLURM_LOCALID", "MPI_LOCALRANKID")
 LOCAL_SIZE_VARIABLES = ("OMPI_COMM_WORLD_LOCAL_SIZE", "HOROVOD_LOCAL_SIZE", "MPI_LOCALNRANKS")
+UNKNOWN_GPU = "unknown"  # there is one, whose id cannot be asked for
 
 
 def is_launched() -> bool:
@@ -31,15 +33,25 @@ def set_communication_defaults() -> None:
 
 def set_thread_defaults() -> int:
     """Gives this rank its share of the cores; whatever the environment already says wins. Call before TensorFlow starts."""
-    threads = cores() if "SLURM_CPUS_PER_TASK" in os.environ or _is_bound() else max(1, cores() // _local_size())
+    share = threads(len(os.sched_getaffinity(0)), os.cpu_count() or 1, _is_bound())
     for name in ("OMP_NUM_THREADS", "TF_NUM_INTRAOP_THREADS"):
-        os.environ.setdefault(name, str(threads))
+        os.environ.setdefault(name, str(share))
     # A phase is one chain of operations: a second thread between them only costs (up to 1.6x on two ranks here).
     os.environ.setdefault("TF_NUM_INTEROP_THREADS", "1")
     # TensorFlow leaves oneDNN off on AMD: Nature CNN 69 -> 43 ms per update, MLP 256-256 979 -> 893 us.
     os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # only errors: the CPU's features and the like are no news
-    return threads
+    return share
+
+
+def threads(usable: int, on_host: int, is_bound: bool) -> int:
+    """This rank's share of its host's cores: `usable` by this process, `on_host` altogether.
+
+    A rank that is bound may still share its cores: Open MPI binds several ranks to all cores of a socket.
+    """
+    of_job = int(os.environ.get("SLURM_CPUS_ON_NODE", on_host if is_bound else usable))
+    wished = int(os.environ.get("SLURM_CPUS_PER_TASK", usable))
+    return max(1, min(usable, wished, of_job // local_size()))
 
 
 def cores() -> int:
@@ -48,42 +60,84 @@ def cores() -> int:
 
 
 def _is_bound() -> bool:
-    """Whether the launcher gave this rank cores of its own: its parent may use more of them."""
+    """Whether the launcher gave this rank cores of its own: it says so, or its own process may use more of them."""
+    if "OMPI_MCA_orte_bound_at_launch" in os.environ:
+        return True
     try:
         return os.sched_getaffinity(0) < os.sched_getaffinity(os.getppid())
     except OSError:
         return False
 
 
-def _local_rank() -> int:
-    return _first(LOCAL_RANK_VARIABLES, 0)
+def local_rank() -> int:
+    return next((int(os.environ[name]) for name in LOCAL_RANK_VARIABLES if name in os.environ), 0)
 
 
-def _local_size() -> int:
-    return _first(LOCAL_SIZE_VARIABLES, 1)
+def local_size() -> int:
+    """How many ranks the launcher started on this host."""
+    for name in LOCAL_SIZE_VARIABLES:
+        if name in os.environ:
+            return int(os.environ[name])
+    # srun counts node by node, "4(x2),3" for 4, 4 and 3, in the order of SLURM_NODEID.
+    counts = re.findall(r"(\d+)(?:\(x(\d+)\))?", os.environ.get("SLURM_STEP_TASKS_PER_NODE", "1"))
+    each = [int(tasks) for tasks, times in counts for _ in range(int(times or 1))]
+    return each[min(int(os.environ.get("SLURM_NODEID", 0)), len(each) - 1)]
 
 
-def _first(names: tuple[str, ...], default: int) -> int:
-    return next((int(os.environ[name]) for name in names if name in os.environ), default)
+def srun_tasks() -> int:
+    """How many tasks srun started, this one among them; 1 where something else started this process."""
+    if "OMPI_COMM_WORLD_RANK" in os.environ or "HOROVOD_RANK" in os.environ:
+        return 1  # mpirun starts its daemons by srun
+    return int(os.environ.get("SLURM_STEP_NUM_TASKS", 1))
 
 
-def pin_gpu() -> None:
-    """Leaves this rank one GPU and lets its memory grow, whether it sees all GPUs of the host or only its own.
+def pin_gpu() -> str | None:
+    """Leaves this rank one GPU and lets its memory grow. Returns that GPU's id, or None where there is none.
 
-    Raises InputError where two ranks would share one GPU, which NCCL does not do.
+    Ranks that all see the same GPUs take them in turn, and a rank that sees but its own takes that one.
     """
     import tensorflow as tf
 
     gpus = tf.config.list_physical_devices("GPU")
     if not gpus:
-        return
-    local_rank = _local_rank()
-    # One visible GPU and several local ranks: the launcher already dealt them out, or there are too few.
-    index = 0 if len(gpus) == 1 and "CUDA_VISIBLE_DEVICES" in os.environ else local_rank
-    if index >= len(gpus):
-        raise InputError(
-            f"Local rank {local_rank} has no GPU of its own: {len(gpus)} are visible on {socket.gethostname()}. "
-            "Start at most one rank per GPU, or hide the GPUs with CUDA_VISIBLE_DEVICES= to train on the CPU."
-        )
+        return None
+    index = local_rank() % len(gpus)
     tf.config.set_visible_devices(gpus[index], "GPU")
     tf.config.experimental.set_memory_growth(gpus[index], True)
+    return gpu_id(index)
+
+
+def gpu_id(index: int, library: str = "libcuda.so.1") -> str:
+    """The id that no other GPU has, of the visible GPU of that number.
+
+    Its number says little: where a launcher shows each rank only its own GPU, every rank calls it 0.
+    """
+    uuid, device = (ctypes.c_ubyte * 16)(), ctypes.c_int()
+    try:
+        cuda = ctypes.CDLL(library)
+        ask = cuda.cuDeviceGetUuid_v2 if hasattr(cuda, "cuDeviceGetUuid_v2") else cuda.cuDeviceGetUuid
+        failed = cuda.cuInit(0) or cuda.cuDeviceGet(ctypes.byref(device), index) or ask(ctypes.byref(uuid), device)
+    except (OSError, AttributeError):
+        failed = True
+    return UNKNOWN_GPU if failed else bytes(uuid).hex()
+
+
+def gpu_conflict(places: Sequence[tuple[str, str | None]]) -> str | None:
+    """Why NCCL cannot join ranks with these (host, GPU id), in the order of the ranks, and the cure; None if it can."""
+    bare = [rank for rank, (_, gpu) in enumerate(places) if gpu is None]
+    if 0 < len(bare) < len(places):
+        return (
+            f"Rank {bare[0]} on {places[bare[0]][0]} sees no GPU, and others do ({len(places) - len(bare)} of "
+            f"{len(places)} ranks): give every rank one, or hide all with CUDA_VISIBLE_DEVICES= to train on CPUs."
+        )
+    owners: dict[tuple[str, str | None], list[str]] = defaultdict(list)
+    for rank, place in enumerate(places):
+        owners[place].append(str(rank))
+    for (host, gpu), ranks in owners.items():
+        if gpu not in (None, UNKNOWN_GPU) and len(ranks) > 1:
+            return (
+                f"Ranks {', '.join(ranks)} would share one GPU of {host}, which NCCL does not do: start one rank per GPU "
+                "and let ranks see all GPUs of their host or each its own (srun --gpus-per-task=1), or hide the GPUs "
+                "with CUDA_VISIBLE_DEVICES= to train on CPUs."
+            )
+    return None
