@@ -135,7 +135,10 @@ class HorovodWorld:
         self.gpu = pin_gpu()  # before Horovod starts: it must not see the other ranks' devices
         import horovod.tensorflow as hvd
 
-        self._hvd = hvd
+        from hvd_dqn.graphs import Graph
+
+        self._hvd, self._graph = hvd, Graph
+        self._reductions: dict[str, Graph] = {}
         self._comm: Any = None  # mpi4py's communicator, where MPI is in charge
         if "HOROVOD_GLOO_RENDEZVOUS_ADDR" in os.environ:
             hvd.init()
@@ -206,7 +209,10 @@ class HorovodWorld:
     def _reduce(self, values: np.ndarray, op: Any, name: str) -> np.ndarray:
         values = np.asarray(values, np.float64)
         # Horovod: a name stands for one shape, so that its response cache keeps the negotiation short.
-        return self._hvd.allreduce(values, op=op, name=f"{name}.{'x'.join(map(str, values.shape))}").numpy()
+        name = f"{name}.{'x'.join(map(str, values.shape))}"
+        if name not in self._reductions:
+            self._reductions[name] = self._graph(lambda tensor: [self._hvd.allreduce(tensor, op=op, name=name)])
+        return self._reductions[name](values)[0]
 
     def any(self, flag: bool) -> bool:
         return bool(self.max(np.array([float(flag)]))[0])

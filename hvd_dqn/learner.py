@@ -8,6 +8,7 @@ import numpy as np
 import tensorflow as tf
 
 from hvd_dqn.distributed import World
+from hvd_dqn.graphs import Graph
 from hvd_dqn.losses import chosen, double_q_target, huber, q_target, squared
 from hvd_dqn.networks import Mlp, Network
 from hvd_dqn.transition import Batch
@@ -98,7 +99,8 @@ class Learner:
             xla = isinstance(self.online, Mlp) and parameters <= XLA_PARAMETERS and planned >= XLA_UPDATES
         # Horovod: XLA cannot compile a phase inside which ranks talk, or may do so when others have joined.
         self.compiled = xla and (self._averages_parameters or (world.size == 1 and not world.elastic))
-        self._updates: Callable[..., tf.Tensor] | None = None  # made for the shapes of the first batch
+        # K may differ from phase to phase: one graph serves them all.
+        self._updates = Graph(self._take_updates, compiled=self.compiled)
         self._average = tf.function(self._average_parameters)
 
     @property
@@ -115,21 +117,14 @@ class Learner:
         """Takes K updates from a batch of leading dimensions [K, passes * B]; `target_copies` is [K] bool."""
         # Parameters are averaged after the phase, and only then may they become the target of all ranks.
         copies = np.zeros_like(target_copies) if self._averages_parameters else target_copies
-        arguments = (*batch, np.float32(learning_rate), copies, _ends(copies, batch.next_observation[0].nbytes))
-        if self._updates is None:
-            # K may differ from phase to phase: one graph serves them all.
-            self._updates = tf.function(
-                self._take_updates,
-                input_signature=[tf.TensorSpec([None, *x.shape[1:]] if x.ndim else [], x.dtype) for x in arguments],
-                jit_compile=self.compiled,
-            )
-        sums = self._updates(*arguments)
+        ends = _ends(copies, batch.next_observation[0].nbytes)
+        (sums,) = self._updates(*batch, np.float32(learning_rate), copies, ends)
         if self._averages_parameters:
             self._average()
             if target_copies.any():
                 self._copy_target()
         self._refresh()
-        loss, mean_q, gradient_norm, skipped, culprits = sums.numpy().tolist()
+        loss, mean_q, gradient_norm, skipped, culprits = sums.tolist()
         updates = len(target_copies) - round(skipped)
         return Phase(updates, loss, mean_q, gradient_norm, round(skipped), round(culprits))
 
@@ -143,7 +138,7 @@ class Learner:
         learning_rate: tf.Tensor,  # []
         copies: tf.Tensor,  # [K]
         ends: tf.Tensor,  # [S]
-    ) -> tf.Tensor:
+    ) -> list[tf.Tensor]:
         self.optimizer.learning_rate.assign(learning_rate)
         batch = Batch(observation, action, reward, discount, next_observation)
         sums = tf.zeros([5])
@@ -153,7 +148,7 @@ class Learner:
                 sums += self._take_update(minibatch, self.target(minibatch.next_observation))
                 if copies[k]:
                     self._copy_target()
-            return sums
+            return [sums]
         begin = tf.constant(0)
         for end in ends:
             q_next_target = self._values_ahead(next_observation[begin:end])
@@ -162,7 +157,7 @@ class Learner:
             if copies[end - 1]:
                 self._copy_target()
             begin = end
-        return sums
+        return [sums]
 
     def _values_ahead(self, next_observation: tf.Tensor) -> tf.Tensor:
         """The target network's values [S, B, A] of several minibatches [S, B, ...]."""

@@ -10,6 +10,7 @@ import numpy as np
 import tensorflow as tf
 
 from hvd_dqn.errors import InputError
+from hvd_dqn.graphs import Graph
 
 Array = Any  # np.ndarray or tf.Tensor: the MLP computes with either
 
@@ -57,7 +58,7 @@ class FlatNetwork:
         self._sizes = [math.prod(shape) for shape in shapes]
         self.theta = tf.Variable(_initial(shapes, rng), name="theta")
         self.variables = [self.theta]
-        self._compiled = tf.function(self.__call__, reduce_retracing=True)
+        self._q_values = Graph(lambda observation: [self(observation)])
 
     def __call__(self, observation: tf.Tensor) -> tf.Tensor:
         weights = [
@@ -66,7 +67,7 @@ class FlatNetwork:
         return self._forward(weights, encode(observation, self._categories))
 
     def q_values(self, observation: np.ndarray) -> np.ndarray:
-        return self._compiled(tf.constant(observation)).numpy()
+        return self._q_values(observation)[0]
 
     def refresh(self) -> None:
         pass
@@ -87,16 +88,16 @@ class Mlp(FlatNetwork):
     ) -> None:
         shapes = _dense_shapes(inputs, hidden, actions, dueling)
         super().__init__(shapes, lambda weights, x: _dense(weights, _flatten(x), dueling), categories, rng)
+        self._theta = Graph(lambda: [self.theta])
         self._copy: list[np.ndarray] | None = None
 
     def refresh(self) -> None:
         self._copy = None
 
     def _weights(self) -> list[np.ndarray]:
-        # Kept from update to update: TensorFlow 2.15 loses 96 bytes with every read under Python 3.11 (its issue 62551).
         if self._copy is None:
             ends = list(itertools.accumulate(self._sizes))
-            parts = np.split(self.theta.numpy(), ends[:-1])
+            parts = np.split(self._theta()[0], ends[:-1])
             self._copy = [part.reshape(shape) for part, shape in zip(parts, self._shapes, strict=True)]
         return self._copy
 
@@ -150,13 +151,13 @@ class KerasNetwork:
     def __init__(self, model: Any, categories: int | None) -> None:
         self._model, self._categories = model, categories
         self.variables = model.trainable_variables
-        self._compiled = tf.function(self.__call__, reduce_retracing=True)
+        self._q_values = Graph(lambda observation: [self(observation)])
 
     def __call__(self, observation: tf.Tensor) -> tf.Tensor:
         return self._model(encode(observation, self._categories))
 
     def q_values(self, observation: np.ndarray) -> np.ndarray:
-        return self._compiled(tf.constant(observation)).numpy()
+        return self._q_values(observation)[0]
 
     def refresh(self) -> None:
         pass

@@ -9,7 +9,7 @@ import hvd_dqn
 
 FLOORS = {
     0: ["errors", "config", "schedules", "transition", "arrays", "signals", "placement"],
-    1: ["plan", "copies", "workers", "vectors"],
+    1: ["plan", "graphs", "copies", "workers", "vectors"],
     2: ["envs", "networks", "losses", "replay", "distributed", "normalizer"],
     3: ["elastic", "actor", "learner", "metrics", "resharding", "watchdog"],
     4: ["evaluation", "checkpoint", "plots", "run", "progress"],

@@ -1,0 +1,46 @@
+"""Graphs between NumPy arrays: the same numbers as eagerly, and no memory lost."""
+
+import numpy as np
+import psutil
+import pytest
+import tensorflow as tf
+
+from hvd_dqn.graphs import Graph
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_arrays_go_in_and_come_out_whatever_their_leading_dimension(compiled):
+    graph = Graph(lambda x, y, scale: [scale * x, tf.reduce_sum(y, axis=1)], compiled=compiled)
+    for n in (3, 5):
+        x, y = np.arange(n, dtype=np.float32), np.arange(4 * n).reshape(n, 4)
+        scaled, sums = graph(x, y, np.float32(2))
+        np.testing.assert_array_equal(scaled, 2 * x)
+        np.testing.assert_array_equal(sums, y.sum(axis=1))
+        assert (scaled.dtype, sums.dtype) == (np.float32, np.int64)
+
+
+def test_a_result_is_not_overwritten_by_the_next_call():
+    variable = tf.Variable([1.0, 2.0])
+    graph = Graph(lambda: [variable])
+    before = graph()[0]
+    variable.assign([3.0, 4.0])
+    assert before.tolist() == [1, 2]
+    assert graph()[0].tolist() == [3, 4]
+
+
+def test_calls_lose_no_memory():
+    graph = Graph(lambda *arrays: [tf.add_n(arrays)])
+    arrays = [np.full(8, i, np.float32) for i in range(8)]
+    for _ in range(500):
+        graph(*arrays)
+    before = psutil.Process().memory_info().rss
+    for _ in range(10_000):
+        graph(*arrays)
+    # With an eager tensor for each argument, 48 bytes each: 4 MB.
+    assert psutil.Process().memory_info().rss - before < 2e6
+
+
+def test_an_error_in_the_graph_is_raised():
+    graph = Graph(lambda x: [tf.debugging.check_numerics(x, "here")])
+    with pytest.raises(tf.errors.InvalidArgumentError):
+        graph(np.array([np.nan]))
