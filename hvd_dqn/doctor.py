@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import tensorflow as tf
+from rich import box
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
@@ -114,7 +115,13 @@ def _time_allreduce(world: World, floats: int, times: int) -> dict[str, float]:
         several(values).numpy()
         seconds.append((time.perf_counter() - start) / PER_CALL)
     low, median, high = 1e6 * np.percentile(world.max(np.array(seconds)), [25, 50, 75])
-    return {"bytes": 4 * floats, "median": float(median), "low": float(low), "high": float(high)}
+    return {
+        "bytes": 4 * floats,
+        "median": float(median),
+        "low": float(low),
+        "high": float(high),
+        "megabytes_per_second": 4 * floats / float(median),  # B/µs
+    }
 
 
 Ranks = Sequence[dict[str, Any]]
@@ -236,31 +243,41 @@ def render(report: dict[str, Any]) -> RenderableType:
     chief = report["ranks"][0]
     about = Table.grid(padding=(0, 2))
     about.add_row("versions", _pairs({"hvd_dqn": report["hvd_dqn"], **chief["versions"]}))
-    build = {name.replace("_", " "): value for name, value in chief["horovod"].items()}
+    build = {k.replace("_", " "): v for k, v in chief["horovod"].items() if k.endswith(("_built", "_error"))}
     about.add_row("Horovod", _pairs(build) if build else "not installed")
     about.add_row("settings", _pairs(chief["settings"], "="))
     for row in report["allreduce"]:
         spread = f"{row['median']:,.0f} µs (quartiles {row['low']:,.0f} and {row['high']:,.0f})"
-        about.add_row("all-reduce", f"{row['bytes'] / 1e3:,.0f} kB in {spread}")
-    ranks = Table("rank", "host", "local rank", "cores", "threads", "GPU")
+        about.add_row(
+            "all-reduce", f"{row['bytes'] / 1e3:,.0f} kB in {spread}: {row['megabytes_per_second']:,.0f} MB/s"
+        )
+    ranks = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
+    for title in ("rank", "host", "local\nrank", "cores", "threads", "device", "MPI", "thread\nlevel", "controller"):
+        # What may become long folds where the terminal is narrow: nothing loses its end.
+        ranks.add_column(title, overflow="fold", no_wrap=title not in ("host", "cores", "device", "MPI"))
     for rank in report["ranks"]:
+        horovod = rank["horovod"]
         ranks.add_row(
-            f"{rank['rank']} of {rank['size']}",
+            f"{rank['rank']}/{rank['size']}",
             rank["host"],
-            f"{rank['local_rank']} of {rank['local_size']}",
+            f"{rank['local_rank']}/{rank['local_size']}",
             _ranges(rank["cores"]),
             str(rank["threads"]),
-            ", ".join(rank["gpus"]) or "none",
+            ", ".join(f"GPU {gpu}" for gpu in rank["gpus"]) or "CPU",
+            " ".join(horovod.get("mpi_library", "none").split()),
+            horovod.get("mpi_thread_level", "none"),
+            next((name for name in ("MPI", "Gloo") if horovod.get(f"{name.lower()}_enabled")), "none"),
         )
     complaints = Table.grid(padding=(0, 1))
     for complaint in report["problems"]:
-        complaints.add_row("!", Text(complaint))
+        complaints.add_row("!", Text(complaint, overflow="fold"))
     return Group(about, ranks, complaints if report["problems"] else "No problem found.")
 
 
 def _pairs(values: Mapping[str, Any], between: str = " ") -> Text:
     words = {True: "yes", False: "no"}
-    return Text(", ".join(f"{k}{between}{words[v] if isinstance(v, bool) else v}" for k, v in values.items()))
+    pairs = ", ".join(f"{k}{between}{words[v] if isinstance(v, bool) else v}" for k, v in values.items())
+    return Text(pairs, overflow="fold")
 
 
 def _ranges(numbers: Sequence[int]) -> str:

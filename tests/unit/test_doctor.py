@@ -1,6 +1,7 @@
 """What the doctor finds, alone and in made-up reports of several ranks."""
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -108,7 +109,7 @@ def test_a_process_alone_is_examined_without_talking_to_anyone():
     assert only["versions"]["tensorflow"].startswith("2.15.")
     assert report["allreduce"] == []
     text = shown(report)
-    assert "0 of 1" in text
+    assert re.search(r"^0/1 .* CPU +none +none +none", text, re.MULTILINE)
     assert f"tensorflow {only['versions']['tensorflow']}" in " ".join(text.split())
 
 
@@ -133,27 +134,56 @@ def test_the_slowest_rank_counts_in_each_allreduce(monkeypatch):
         def max(self, values):
             return np.full(values.shape, 3e-4)
 
-    monkeypatch.setattr(doctor, "ALLREDUCES", {10: 20, 1000: 10})
+    monkeypatch.setattr(doctor, "ALLREDUCES", {10: 20, 1500: 10})
     rows = doctor.examine(Pair())["allreduce"]
-    assert [row["bytes"] for row in rows] == [40, 4000]
+    assert [row["bytes"] for row in rows] == [40, 6000]
     assert all(row["low"] == row["median"] == row["high"] == pytest.approx(300) for row in rows)
+    assert rows[1]["megabytes_per_second"] == pytest.approx(20)  # 6,000 B in 300 µs
+
+
+MPI = {"mpi_built": True, "nccl_built": False, "mpi_enabled": True, "gloo_enabled": False}
+MPI |= {"mpi_library": "Open MPI v4.1.4", "mpi_thread_level": "MULTIPLE"}
+GLOO = {"mpi_built": True, "nccl_built": False, "mpi_enabled": False, "gloo_enabled": True}
+SMALL = {"bytes": 18_440, "median": 129.4, "low": 124.0, "high": 155.0, "megabytes_per_second": 142.5}
+LARGE = {"bytes": 6_748_824, "median": 18_423.0, "low": 18_384.0, "high": 18_462.0, "megabytes_per_second": 366.3}
 
 
 def test_people_see_a_row_per_rank_and_every_allreduce():
-    timed = {"bytes": 18_440, "median": 129.4, "low": 124.0, "high": 155.0}
     report = {
         "hvd_dqn": "0",
-        "ranks": [rank(i, 3, cores=[0, 1, 2, 5]) for i in range(3)],
-        "allreduce": [timed],
+        "ranks": [rank(i, 3, cores=[0, 1, 2, 5], horovod=MPI, gpus=["7"][i:]) for i in range(3)],
+        "allreduce": [SMALL, LARGE],
         "problems": [],
     }
-    text = shown(report)
-    for i in range(3):
-        assert f"{i} of 3" in text
-    assert "0-2, 5" in text
-    assert "18 kB in 129 µs" in text
+    text = shown(report, width=100)
+    for i, device in enumerate(["GPU 7", "CPU", "CPU"]):
+        row = f"{i}/3 +one +{i}/3 +0-2, 5 +1 +{device} +Open MPI v4.1.4 +MULTIPLE +MPI *$"
+        assert re.search(row, text, re.MULTILINE), text
+    assert "18 kB in 129 µs (quartiles 124 and 155): 142 MB/s" in text
+    assert "6,749 kB in 18,423 µs (quartiles 18,384 and 18,462): 366 MB/s" in text
     assert "mpi built yes, nccl built no" in text
     assert "No problem found." in text
+
+
+@pytest.mark.parametrize("width", [80, 100, 140])
+def test_nothing_is_cut_off_in_a_narrow_terminal(width):
+    long = {
+        "host": "W" * 34,
+        "gpus": ["Z" * 12],
+        "horovod": {**MPI, "mpi_library": "Y" * 25},
+        "cores": [*range(0, 64, 2)],
+        "settings": {"OMPI_MCA_mca_base_component_path": "Q" * 200},
+    }
+    report = {"hvd_dqn": "0", "ranks": [rank(7, 1024, **long)], "allreduce": [LARGE], "problems": ["X" * 300]}
+    text = shown(report, width)
+    assert all(len(line) <= width for line in text.splitlines())
+    assert [text.count(letter) for letter in "WZYXQ"] == [34, 12, 25, 300, 200]
+    assert {"7/1024", "62", "MULTIPLE", "MPI", "controller"} <= set(text.split())
+
+
+def test_under_gloo_there_is_no_mpi_to_name():
+    text = shown({"hvd_dqn": "0", "ranks": [rank(0, horovod=GLOO)], "allreduce": [], "problems": []}, width=100)
+    assert re.search(r"^0/2 .* CPU +none +none +Gloo *$", text, re.MULTILINE), text
 
 
 def test_a_gpu_is_known_by_its_number_on_the_host():
