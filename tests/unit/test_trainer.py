@@ -15,6 +15,7 @@ from hvd_dqn.checkpoint import Checkpoints, divide
 from hvd_dqn.config import Config
 from hvd_dqn.distributed import Solo
 from hvd_dqn.errors import InputError, JobError, RunError
+from hvd_dqn.replay import TRUNCATED
 from hvd_dqn.trainer import Trainer
 
 
@@ -310,6 +311,63 @@ def test_a_checkpoint_with_other_contents_is_refused_in_words_or_taken(
     if snapshot is not None:
         with contextlib.suppress(InputError, RunError):
             Trainer(small.model_copy(update={"total_steps": 960}), Solo(), snapshot).close()
+
+
+class Voting(TapeWorld):
+    """Whose other ranks vote as `others` says, whatever this one does."""
+
+    others = 0.0
+
+    def max(self, values):
+        return np.full(np.shape(values), self.others)
+
+
+@pytest.mark.parametrize("others", [0.0, 1.0])
+def test_all_ranks_stop_or_none_does(others, tmp_path):
+    world = Voting(1, 2)
+    world.others = others
+    trainer = Trainer(config(evaluation={"target_return": None}), world, None, lambda: not others)
+    records = list(trainer.train(Checkpoints(tmp_path, world)))
+    trainer.close()
+    assert records[-1].kind == ("stopped" if others else "result")
+    assert records[-1].row["total_steps"] == (120 if others else 960)  # the first vote of two ranks with 12 copies each
+
+
+def test_of_equal_evaluations_the_newest_is_the_best(tmp_path):
+    # Episodes of Identity have a length of one step, and this return whatever is done.
+    always = config(env={"id": "hvd_dqn.envs:Identity-v0", "kwargs": {"n": 1, "length": 2}})
+    trainer = Trainer(always.model_copy(update={"total_steps": 720}), Solo())
+    records = list(trainer.train(Checkpoints(tmp_path, Solo())))
+    trainer.close()
+    assert [r.row["total_steps"] for r in records if r.kind == "evaluation"] == [300, 600, 720]
+    assert trainer.agent.best == (2.0, 720)
+
+
+def test_the_running_mean_is_that_of_all_observations(tmp_path):
+    _, trainer = play(config(env={"normalize_observation": True}, evaluation={"target_return": None}), Solo(), tmp_path)
+    assert trainer.agent.normalizer.state()["count"] == 960
+    assert np.any(trainer.agent.normalizer.mean)
+
+
+def test_a_run_that_cannot_go_on_exactly_draws_other_numbers_than_at_its_start(tmp_path):
+    settings = config(evaluation={"target_return": None}, checkpoint={"save_replay": False})
+    _, first = play(settings, Solo(), tmp_path)
+    longer = settings.model_copy(update={"total_steps": 1_920})
+    resumed = Trainer(longer, Solo(), Checkpoints(tmp_path, Solo()).newest(print))
+    resumed.close()
+    assert resumed.agent._rng(0).random() != first.agent._rng(0).random()
+
+
+def test_environments_that_cannot_be_put_back_end_their_episodes_in_the_replay(tmp_path, monkeypatch):
+    settings = config(evaluation={"target_return": None})
+    _, trainer = play(settings, Solo(), tmp_path)
+    monkeypatch.setattr("hvd_dqn.envs.Environments.probe", lambda self: False)
+    longer = settings.model_copy(update={"total_steps": 1_920})
+    records, resumed = play(longer, Solo(), tmp_path, Checkpoints(tmp_path, Solo()).newest(print))
+    assert "12 of 12 environments start new episodes" in records[0].text
+    count = lambda agent: int(np.count_nonzero(agent.replay.arrays()["kinds"] == TRUNCATED))  # noqa: E731
+    assert count(trainer.agent) == 0  # CartPole is never truncated so early
+    assert count(resumed.agent) > 0
 
 
 def test_a_finished_run_has_nothing_left_to_train(tmp_path):
