@@ -94,6 +94,8 @@ examine() {
 check() {
     local name complaints
     [ -x "$root/.venv/bin/hvd-dqn" ] || stop "there is no $root/.venv yet: run $root/launch/setup.sh."
+    # In a batch job Open MPI starts its daemons through the batch system; ssh between its nodes is often closed.
+    [[ $me != mpirun.sh || -z ${SLURM_JOB_ID:-}${PBS_JOBID:-}${LSB_JOBID:-} ]] || return 0
     complaints=$(for name in "${names[@]}"; do is_here "$name" || examine "$name" & done; wait)
     [ -z "$complaints" ] || stop "$(paste -sd' ' <<<"$complaints")"
 }

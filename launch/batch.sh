@@ -1,0 +1,88 @@
+#!/usr/bin/env bash
+# What the batch scripts of slurm/, pbs/ and lsf/ share; nothing to run by itself. Who sources it has set `script`
+# (its name), `root` (the project's folder), `job` (the job's name and id) and `again` (how people start it).
+# shellcheck disable=SC2154 # what they set
+set -euo pipefail
+
+words=() run_dir='' began_at='' code='' was_ended=''
+
+stop() { echo "$script: $*" >&2; exit 2; }
+need_venv() { [ -x "$root/.venv/bin/hvd-dqn" ] || stop "there is no $root/.venv yet: run $root/launch/setup.sh."; }
+
+# prepare WORDS...: goes to the project's folder. Leaves in `words` what `hvd-dqn train` shall do, in `run_dir` where.
+prepare() {
+    local word more
+    read -ra more <<<"${HVD_DQN_ARGS:-}"
+    for word in "$@" ${more[@]+"${more[@]}"}; do
+        case $word in
+            --) ;;
+            --run-dir* | --run_dir* | --resume)
+                stop "$word is mine to say: set HVD_DQN_RUN_DIR, and the job goes on with the run that is there." ;;
+            *) words+=("$word") ;;
+        esac
+    done
+    [ ${#words[@]} -gt 0 ] || stop "expected what to train, for example: $again"
+    cd "$root"
+    run_dir=${HVD_DQN_RUN_DIR:-runs/${job//\//-}} # a job that is requeued keeps its id, and so finds its run
+    began_at=$(newest)
+    if [ -n "$began_at" ]; then
+        echo "$script: going on with $run_dir from $began_at total steps" >&2
+        words+=(--resume)
+    elif [ -e "$run_dir/run.json" ]; then # its host went down, perhaps, before the first checkpoint
+        mv "$run_dir" "$run_dir-without-checkpoint-$(date +%Y%m%d-%H%M%S)"
+    fi
+    words+=(--run-dir "$run_dir")
+}
+
+# The total steps of the newest checkpoint that can be gone on from.
+newest() {
+    local manifest steps last=''
+    for manifest in "$run_dir"/checkpoints/*/MANIFEST.json; do
+        grep -qs '"resumable": true' "$manifest" || continue
+        steps=$(basename "$(dirname "$manifest")")
+        ((10#$steps <= 10#${last:-0})) || last=$((10#$steps))
+    done
+    echo "$last"
+}
+
+# run COMMAND...: shows it and waits for its end through all signals. Leaves its exit code in `code`.
+run() {
+    local program
+    echo "+ $*" >&2
+    "$@" &
+    program=$!
+    # srun and mpirun pass USR1 on to their ranks, which save and end; with TERM they would give them little time.
+    trap 'kill -USR1 "$program" 2>/dev/null || true' USR1
+    trap 'was_ended=1; kill -USR1 "$program" 2>/dev/null || true' TERM INT
+    while :; do
+        wait "$program" && code=0 || code=$?
+        kill -0 "$program" 2>/dev/null || break # it still runs: only the wait was ended, by a signal to this shell
+    done
+    trap - USR1 TERM INT
+}
+
+# Options and their reasons are mpirun.sh's. HOSTS as a:2,b:2.
+run_by_mpirun() { run launch/mpirun.sh -H "$1" train "${words[@]}"; }
+
+# Whether the job shall be started again: it saved because its time was nearly over, and it had got on. With too short a
+# time it would come back for ever, and so might one that is cancelled: Slurm lets it.
+goes_on() {
+    [ "$code" = 75 ] || return 1
+    if [ -n "$was_ended" ]; then
+        echo "$script: ended from outside. To go on: HVD_DQN_RUN_DIR=$run_dir $again" >&2
+    elif [ "$(newest)" = "$began_at" ]; then
+        echo "$script: stopped before it got on, and so would the next start be: give the job more time." >&2
+    else
+        return 0
+    fi
+    return 1
+}
+
+# finish COMMAND...: ends the job, after COMMAND has started it again where it shall go on.
+finish() {
+    if goes_on; then
+        echo "+ $*" >&2
+        "$@" || echo "$script: not started again. To go on: HVD_DQN_RUN_DIR=$run_dir $again" >&2
+    fi
+    exit "$code"
+}
