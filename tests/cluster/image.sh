@@ -19,7 +19,7 @@ base='' cold='' dry_run=''
 
 # What must not be in the image: compilers, private keys, what the build was given of this machine. Prints and succeeds on finding any.
 unwanted='command -v gcc cc g++ c++ || grep -rlI --include="*key*" --include="id_*" "PRIVATE KEY-----" /etc /home /opt/hvd_dqn ||
-    find /run/pip /root/.cache /opt/hvd_dqn/.venv/setup-logs -type f | grep .'
+    find /mnt /srv /root/.cache /opt/hvd_dqn/.venv/setup-logs -type f 2>/dev/null | grep .'
 
 say() { printf '%s\n' "$*" >&2; }
 stop() { say "image.sh: $*"; exit "${code:-1}"; }
@@ -59,11 +59,13 @@ driver = "overlay"
 graphroot = "$work/store"
 runroot = "$work/run"
 CONF
-    # pip in the build is this machine's: its certificates and its index.
+    # pip in the build is this machine's: its certificates and its index. /mnt and /srv are in every base, so that no empty mount
+    # point stays in the image.
     cp -L "${PIP_CERT:-${SSL_CERT_FILE:-/etc/ssl/certs/ca-certificates.crt}}" "$work/pip/certificates.crt"
     {
         echo "[global]"
-        echo "cert = /run/pip/certificates.crt"
+        echo "cert = /mnt/certificates.crt"
+        echo "cache-dir = /srv"
         for key in index-url trusted-host proxy; do
             if value=$(python3 -m pip config get "global.$key" 2>/dev/null); then echo "$key = $value"; fi
         done
@@ -71,7 +73,7 @@ CONF
 }
 
 build() {
-    local options=(--isolation chroot -f docker/Dockerfile -t "$image" -v "$work/pip:/run/pip:ro") cache
+    local options=(--isolation chroot -f docker/Dockerfile -t "$image" -v "$work/pip:/mnt:ro") cache
     if [ -z "$base" ] && [ -z "$dry_run" ] && timeout 60 buildah pull -q debian:12-slim 2>/dev/null; then
         base=debian:12-slim
     elif [ -z "$base" ]; then
@@ -83,10 +85,10 @@ build() {
     fi
     if [ -z "$cold" ] && cache=$(python3 -m pip cache dir 2>/dev/null); then
         run mkdir -p "$cache"
-        options+=(-v "$cache:/root/.cache/pip")
+        options+=(-v "$cache:/srv")
     fi
     run buildah bud "${options[@]}" --build-arg "BASE=$base" --build-arg "BUILD_BASE=$base" \
-        --build-arg PIP_CONFIG_FILE=/run/pip/pip.conf .
+        --build-arg PIP_CONFIG_FILE=/mnt/pip.conf .
 }
 
 # stops CODE COMMAND...: a run without end, stopped as `docker stop` does, ends with this code.
@@ -94,9 +96,9 @@ stops() {
     local expected=$1
     shift
     run podman run -d --name stopped "$image" "$@" train identity --run-dir runs/long --total_steps 1000000000 \
-        --evaluation.target_return None
+        --evaluation.target_return None --checkpoint.period 2000
     if [ -z "$dry_run" ]; then
-        for _ in {1..300}; do ! podman logs stopped 2>&1 | grep -q '^checkpoint at' || break; sleep 1; done
+        for _ in {1..300}; do ! podman logs stopped 2>&1 | grep -q 'checkpoint at' || break; sleep 1; done
     fi
     run podman stop -t 60 stopped
     expect 0 "^$expected\$" podman wait stopped
@@ -114,13 +116,38 @@ prove() {
     run install -d -m 777 "$work/runs"
     expect 0 'identity: return 10.0 .* on 1 rank' podman run --rm --user 4321 -v "$work/runs:/home/hvd/runs" "$image" train identity --run-dir runs/mine
     expect 0 'run.json' ls "$work/runs/mine"
-    expect 2 'expected' podman run --rm "$image" train nonsense
-    stops 75 hvd-dqn
-    stops 75 mpirun -np 2 --bind-to none hvd-dqn
+    expect 2 'There is no preset' podman run --rm "$image" train nonsense
+    for launcher in hvd-dqn "mpirun -np 2 --bind-to none hvd-dqn" "horovodrun -np 2 hvd-dqn"; do
+        # shellcheck disable=SC2086 # words
+        stops 75 $launcher
+    done
+
     # Three containers, joined by ssh.
-    expect 0 'identity: return 10.0 .* on 2 ranks' "${compose[@]}" run --rm head train identity --run-dir runs/three
-    expect 0 '"worker2"' podman run --rm -v hvd-dqn-runs:/home/hvd/runs "$image" cat runs/three/run.json
+    expect 0 'identity: return 10.0 .* on 2 ranks' "${compose[@]}" run --rm -T head train identity --run-dir runs/three
+    expect 0 'worker2' podman run --rm -v hvd-dqn-runs:/home/hvd/runs "$image" cat runs/three/run.json
     run "${compose[@]}" down -v
+    expect 1 'expected an answer by ssh from nobody within 2 s' podman run --rm -e HVD_DQN_CLUSTER_SECONDS=2 \
+        --entrypoint '["/opt/hvd_dqn/docker/cluster.sh", "head", "nobody"]' "$image" train identity
+
+    # What Kubernetes' MPI Operator would give them, as docker/mpijob.yaml asks: a key that root owns and others may read, in a
+    # folder without write access, a file of hosts, and these variables.
+    local hosts=(hvd-dqn-worker-{0,1}) job=(--network job -v "$work/key:/home/hvd/.ssh:ro" -v "$work/runs:/home/hvd/runs")
+    run install -d -m 1777 "$work/key"
+    run ssh-keygen -q -t rsa -N '' -f "$work/key/id_rsa"
+    run cp "$work/key/id_rsa.pub" "$work/key/authorized_keys"
+    run chmod 644 "$work"/key/{id_rsa,id_rsa.pub,authorized_keys}
+    [ -n "$dry_run" ] || printf '%s slots=1\n' "${hosts[@]}" >"$work/hostfile"
+    run podman network create job
+    for host in "${hosts[@]}"; do
+        run podman run -d --name "$host" --hostname "$host" "${job[@]}" \
+            --entrypoint '["tini", "--", "/opt/hvd_dqn/docker/cluster.sh", "worker"]' "$image"
+    done
+    expect 0 'identity: return 10.0 .* on 2 ranks' podman run --rm --name launcher "${job[@]}" -v "$work/hostfile:/etc/mpi/hostfile:ro" \
+        -e OMPI_MCA_orte_default_hostfile=/etc/mpi/hostfile -e OMPI_MCA_orte_keep_fqdn_hostnames=true \
+        -e "OMPI_MCA_plm_rsh_args=-o ConnectionAttempts=10" \
+        --entrypoint '["tini", "-g", "--", "/opt/hvd_dqn/docker/cluster.sh", "head", "/etc/mpi/hostfile"]' \
+        "$image" train identity --run-dir /home/hvd/runs/job
+    run podman rm -f -t 1 "${hosts[@]}"
 }
 
 # ---- Options ----
