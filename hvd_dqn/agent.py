@@ -138,7 +138,8 @@ class Agent:
     def evaluate(self, cycle: int, episodes: int) -> Row | None:
         """The row of evaluations.csv; None where a rank was asked to stop. A collective."""
         total_steps = self.plan.total_steps_after(cycle)
-        row = self.evaluator.evaluate(episodes, round=total_steps)
+        with self.ledger.timed("evaluate"):
+            row = self.evaluator.evaluate(episodes, round=total_steps)
         return None if row is None else {"total_steps": total_steps, "seconds": self.ledger.seconds, **row}
 
     def describe(self) -> dict[str, str]:

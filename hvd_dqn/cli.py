@@ -53,6 +53,8 @@ class TrainOptions:
     """Go on from the newest checkpoint in --run-dir."""
     elastic: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Go on without ranks that die, and with those that join; under horovodrun's --host-discovery-script."""
+    timeline: Path | None = None
+    """Where to write when each rank was ready for each collective, and how long it took; for chrome://tracing."""
     settings: Annotated[Config, tyro.conf.arg(name=""), tyro.conf.FlagConversionOff] = field(default_factory=Config)
 
 
@@ -100,6 +102,8 @@ def main() -> None:
     world: World | None = None
     try:
         set_thread_defaults()
+        if any(word.partition("=")[0] == "--timeline" for word in sys.argv):
+            os.environ["HOROVOD_TIMELINE"] = "DYNAMIC"  # which Horovod has to know before it starts
         world = connect()
         if world.rank != 0:
             sys.stdout = open(os.devnull, "w")  # noqa: SIM115  # results are the chief's to print
@@ -197,6 +201,7 @@ def _settings_of_run(run: Run, preset: str | None) -> Config:
 def train(arguments: Sequence[str], world: World) -> None:
     options, name, config = in_step(world, lambda: read_settings(arguments))
     _check_elastic(options, config)
+    in_step(world, lambda: _check_timeline(options, world))
     stop = StopRequest()
     # An elastic job's launcher ends single ranks by SIGTERM.
     stop.install(for_all=not options.elastic)
@@ -212,7 +217,8 @@ def train(arguments: Sequence[str], world: World) -> None:
             odd = [rank for rank, digest in enumerate(digests) if digest != digests[0]]
             raise InputError(f"The ranks were started with different settings: ranks {odd} differ from rank 0.")
         run = Run(Path(world.gather(str(options.run_dir or default_path(name)))[0]))
-        stopped = job.train(config, name, run, world, stop, resume=options.resume)
+        with world.timeline(options.timeline) if options.timeline else contextlib.nullcontext():
+            stopped = job.train(config, name, run, world, stop, resume=options.resume)
         world.barrier()  # nobody's files are half-written when the launcher sees the first rank end
     if stopped:
         stop.ignore()
@@ -233,6 +239,18 @@ def _check_elastic(options: TrainOptions, config: Config) -> None:
         raise InputError(
             "--elastic needs --run-dir DIR, which all hosts share: any rank may become the one that writes."
         )
+
+
+def _check_timeline(options: TrainOptions, world: World) -> None:
+    if options.timeline is None:
+        return
+    if world.size == 1 or options.elastic:
+        raise InputError("--timeline is for two ranks or more that stay together: one alone has nobody to wait for.")
+    try:
+        if world.rank == 0:
+            options.timeline.touch()
+    except OSError as error:
+        raise InputError(f"--timeline {options.timeline} cannot be written: {error.strerror}.") from None
 
 
 def evaluate(arguments: Sequence[str], world: World) -> None:

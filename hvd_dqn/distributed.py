@@ -7,7 +7,9 @@ import sys
 import threading
 import traceback
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
 from typing import Any, NoReturn, Protocol, TypeVar
 
 import numpy as np
@@ -65,6 +67,13 @@ class World(Protocol):
 
     def barrier(self) -> None: ...
 
+    def timeline(self, path: Path) -> AbstractContextManager[None]:
+        """While it is open, Horovod writes each of its collectives to `path`, on the chief, as chrome://tracing reads it.
+
+        No collective. HOROVOD_TIMELINE must have been DYNAMIC before the world was made.
+        """
+        ...
+
     def describe(self) -> dict[str, Any]:
         """What Horovod and MPI say about themselves on this rank, for the doctor; empty without them."""
         ...
@@ -111,6 +120,9 @@ class Solo:
 
     def barrier(self) -> None:
         pass
+
+    def timeline(self, path: Path) -> AbstractContextManager[None]:
+        return nullcontext()  # there is nobody to talk to
 
     def describe(self) -> dict[str, Any]:
         return _horovod_build()
@@ -224,6 +236,17 @@ class HorovodWorld:
 
     def barrier(self) -> None:
         self.sum(np.zeros(1))  # horovod.tensorflow has no barrier of its own
+
+    @contextmanager
+    def timeline(self, path: Path) -> Iterator[None]:
+        if self.rank != 0:  # all of them are the chief's to see
+            yield
+            return
+        self._hvd.start_timeline(str(path))
+        try:
+            yield
+        finally:
+            self._hvd.stop_timeline()
 
     def describe(self) -> dict[str, Any]:
         found = _horovod_build() | {"mpi_enabled": self._hvd.mpi_enabled(), "gloo_enabled": self._hvd.gloo_enabled()}

@@ -1,5 +1,6 @@
 """Calls of TensorFlow graphs from NumPy arrays to NumPy arrays."""
 
+import functools
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -17,12 +18,11 @@ class Graph:
         self._function = tf.function(function, jit_compile=True) if compiled else function
         self._arguments: list[np.ndarray] = []
         self._results: list[np.ndarray] = []
-        self._run: Callable[[], None] | None = None
+        # Partial: TensorFlow takes the same method of other instances for one that is traced time and again, and warns.
+        self._run = tf.function(functools.partial(self._body))
 
     def __call__(self, *arguments: np.ndarray | np.generic) -> list[np.ndarray]:
         self._arguments = [np.asarray(argument) for argument in arguments]
-        if self._run is None:
-            self._run = tf.function(self._body)
         self._run()
         self._arguments = []
         return self._results

@@ -12,7 +12,7 @@ import numpy as np
 
 from hvd_dqn.errors import InputError
 
-TIMED = ("act", "env", "sample", "update")
+TIMED = ("act", "env", "sample", "update", "evaluate", "save")
 COLUMNS = (
     "total_steps", "cycle", "updates", "seconds", "steps_per_second", "updates_per_second", "epsilon", "learning_rate",
     "loss", "mean_q", "gradient_norm", "episodes", "return_mean", "return_max", "length_mean", "replay_size", "skipped_updates",
@@ -56,6 +56,7 @@ class Ledger:
     def __init__(self, world: Reducer) -> None:
         self._world = world
         self._timers = {name: Timer() for name in TIMED}
+        self._spent = dict.fromkeys(TIMED, 0.0)  # until the present window
         self._began = perf_counter()
         self._total_steps = self._updates = 0  # at the last report
         self._start_window()
@@ -66,13 +67,19 @@ class Ledger:
         self._return_max = -math.inf
         self._phases = np.zeros(4)  # updates, sum of losses, of mean q, of gradient norms
         self._skipped = 0
-        for timer in self._timers.values():
+        for name, timer in self._timers.items():
+            self._spent[name] += timer.seconds
             timer.seconds = 0.0
 
     @property
     def seconds(self) -> float:
         """Wall time of the run, over all its resumes."""
         return perf_counter() - self._began
+
+    @property
+    def spent(self) -> dict[str, float]:
+        """Seconds of this rank in each of `TIMED`, over all resumes of the run."""
+        return {name: self._spent[name] + timer.seconds for name, timer in self._timers.items()}
 
     def timed(self, name: str) -> Timer:
         """Counts the time inside `with ledger.timed("act"):` as one of `TIMED`."""
@@ -132,14 +139,20 @@ class Ledger:
         self._start_window()
         return dict(zip(COLUMNS, values, strict=True))
 
-    def state(self) -> dict[str, float]:
+    def state(self) -> dict[str, Any]:
         """What all ranks share; see `window_state` for what has not been reported yet."""
-        return {"seconds": self.seconds, "total_steps": self._total_steps, "updates": self._updates}
+        return {
+            "seconds": self.seconds,
+            "total_steps": self._total_steps,
+            "updates": self._updates,
+            "spent": dict(self._spent),
+        }
 
-    def load_state(self, state: dict[str, float]) -> None:
+    def load_state(self, state: dict[str, Any]) -> None:
         self._began = perf_counter() - state["seconds"]
         self._total_steps, self._updates = int(state["total_steps"]), int(state["updates"])
         self._start_window()
+        self._spent = {name: float(state["spent"][name]) for name in TIMED}
 
     def window_state(self) -> dict[str, Any]:
         """What this rank has collected since the last report."""

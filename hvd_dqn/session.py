@@ -6,7 +6,7 @@ from types import TracebackType
 from hvd_dqn.checkpoint import Snapshot
 from hvd_dqn.errors import InputError
 from hvd_dqn.evaluation import COLUMNS as EVALUATION_COLUMNS
-from hvd_dqn.metrics import COLUMNS, CsvWriter, Row, TensorBoardWriter, Writer, Writers
+from hvd_dqn.metrics import COLUMNS, CsvWriter, Ledger, Row, TensorBoardWriter, Writer, Writers
 from hvd_dqn.plots import plot
 from hvd_dqn.progress import Progress, open_stream
 from hvd_dqn.run import Run, differing, now
@@ -52,6 +52,7 @@ class Session:
         best_return, best_steps = trainer.agent.best or (row["return_mean"], int(row["total_steps"]))
         self._run.note(ended="finished", finished=now(), result=row, best=(best_return, best_steps))
         plot([self._run.path], self._run.path / "curve.png")
+        print(f"{self._run.about()['preset']}: {where_the_time_went(trainer.agent.ledger)}")
         print(
             f"{self._run.about()['preset']}: return {row['return_mean']:.1f} ± {row['return_std']:.1f} over "
             f"{row['episodes']:.0f} episodes after {row['total_steps']:,.0f} total steps and {row['seconds']:.0f} s on "
@@ -71,6 +72,13 @@ class Session:
         if kind is not None:
             with contextlib.suppress(InputError):
                 self._run.note(ended=f"failed: {kind.__name__}: {error}", finished=now())
+
+
+def where_the_time_went(ledger: Ledger) -> str:
+    """The parts of this rank's time, the largest first. Waiting for other ranks is part of what was waited in."""
+    spent = ledger.spent | {"rest": ledger.seconds - sum(ledger.spent.values())}
+    parts = sorted(spent.items(), key=lambda part: -part[1])
+    return "time: " + ", ".join(f"{100 * seconds / ledger.seconds:.0f} % {name}" for name, seconds in parts)
 
 
 class NullSession(Session):

@@ -191,14 +191,15 @@ class Trainer:
         agent = self.agent
         part = agent.part() if self.config.checkpoint.save_replay and not only_weights else None
         try:
-            saved = checkpoints.save(
-                total_steps,
-                agent.learner.state(),
-                agent.state(total_steps, finished),
-                part=part,
-                resumable=not only_weights,
-                best=None if agent.best is None else agent.best[1],
-            )
+            with agent.ledger.timed("save"):
+                saved = checkpoints.save(
+                    total_steps,
+                    agent.learner.state(),
+                    agent.state(total_steps, finished),
+                    part=part,
+                    resumable=not only_weights,
+                    best=None if agent.best is None else agent.best[1],
+                )
         except JobError as error:
             if self.config.checkpoint.on_failure == "stop":
                 raise JobError(f"{error} Make room and go on with --resume.") from None

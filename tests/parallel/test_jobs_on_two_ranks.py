@@ -55,6 +55,19 @@ def test_one_seed_gives_one_run_on_two_ranks(tmp_path):
     assert texts[0] == texts[1]
 
 
+def test_the_timeline_tells_of_every_averaged_update_and_the_end_where_the_time_went(tmp_path):
+    # horovodrun takes `--timeline` for a beginning of its own options unless `--` ends them.
+    command = ["hvd-dqn", "train", "identity", "--run_dir", tmp_path / "run", "--timeline", tmp_path / "timeline"]
+    done = horovodrun(2, "--", *command)
+    assert done.returncode == 0, done.stdout + done.stderr
+    events = json.loads((tmp_path / "timeline").read_text())
+    averages = {e["pid"] for e in events if e.get("args", {}).get("name", "").endswith("grads_0_1of1")}
+    updates = int((tmp_path / "run/metrics.csv").read_text().splitlines()[-1].split(",")[2])
+    assert sum(e.get("name") == "ALLREDUCE" and e["pid"] in averages for e in events) == updates > 50
+    shares = re.search(r"identity: time: (.*)", done.stdout)[1]
+    assert 95 <= sum(int(share) for share in re.findall(r"(\d+) % ", shares)) <= 105
+
+
 #                             words                                                             the line says
 @pytest.mark.parametrize(
     ("words", "line"),

@@ -104,6 +104,7 @@ BAD_INPUT = [
     (["trian"], r"no command 'trian'. Did you mean `train`"),
     (["train"], r"Name a preset \(acrobot, cartpole"),
     (["train", "cartpol"], r"no preset 'cartpol'. Did you mean `cartpole`"),
+    (["train", "identity", "--timeline", "t.json"], r"--timeline is for two ranks or more"),
     (["train", "identity", "--learner.batch_sise", "3"], r"Did you mean `--learner.batch_size`"),
     (["train", "identity", "--learner.batch_size", "0"], r"`learner.batch_size`: .*greater than or equal to 1.*0"),
     (["train", "identity", "--learner.batch_size", "many"], r"--learner.batch_size: invalid literal .*'many'"),

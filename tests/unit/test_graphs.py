@@ -44,3 +44,9 @@ def test_an_error_in_the_graph_is_raised():
     graph = Graph(lambda x: [tf.debugging.check_numerics(x, "here")])
     with pytest.raises(tf.errors.InvalidArgumentError):
         graph(np.array([np.nan]))
+
+
+def test_many_graphs_are_no_reason_for_a_warning(caplog):
+    graphs = [Graph(lambda x, i=i: [x + i]) for i in range(12)]
+    assert [int(graph(np.int64(1))[0]) for graph in graphs] == list(range(1, 13))
+    assert "retracing" not in caplog.text

@@ -81,7 +81,7 @@ def test_a_row_has_exactly_the_designs_columns_in_order():
     expected = (
         "total_steps cycle updates seconds steps_per_second updates_per_second epsilon learning_rate loss "
         "mean_q gradient_norm episodes return_mean return_max length_mean replay_size skipped_updates "
-        "time_act time_env time_sample time_update"
+        "time_act time_env time_sample time_update time_evaluate time_save"
     )
     assert list(report(Ledger(Solo()))) == list(COLUMNS) == expected.split()
 
@@ -197,14 +197,19 @@ def test_times_are_the_mean_of_the_ranks_and_rates_count_all_steps_of_the_window
 
 def test_a_resumed_run_goes_on_counting_seconds_steps_and_updates():
     ledger = Ledger(Solo())
-    ledger.load_state({"seconds": 1000.0, "total_steps": 5000, "updates": 500})
-    time.sleep(0.02)
+    before = {"act": 1.0, "env": 2.0, "sample": 3.0, "update": 400.0, "evaluate": 5.0, "save": 6.0}
+    ledger.load_state({"seconds": 1000.0, "total_steps": 5000, "updates": 500, "spent": before})
+    with ledger.timed("update"):
+        time.sleep(0.02)
+    assert ledger.spent | {"update": 400.0} == before
+    assert ledger.spent["update"] >= 400.02
     row = report(ledger, total_steps=5100, updates=500)
     assert 1000.02 <= row["seconds"] < 1001
     assert row["steps_per_second"] <= 100 / 0.02  # not 5100 steps in 20 ms
     assert row["updates_per_second"] == 0
     state = ledger.state()
     assert (state["total_steps"], state["updates"]) == (5100, 500)
+    assert state["spent"] == ledger.spent
     assert state["seconds"] >= row["seconds"]
 
 
