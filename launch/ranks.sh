@@ -119,11 +119,11 @@ set_environment() {
     fi
     is_far || return 0
     [ -z "$port$key" ] || setting OMPI_MCA_plm_rsh_args "${port:+-p $port}${port:+${key:+ }}${key:+-i $key}"
-    # A lost host ends the job within a minute, with a message. mpirun asks its daemons from the tenth silent second on, four
-    # times; where something still waits for its way over the lost link, TCP does not ask, and ssh.sh ends mpirun.
+    # A lost host ends the job within a minute, with a message: mpirun asks its daemons from the tenth silent second on, three
+    # times. Where something still waits for its way over the lost link TCP does not ask, and ssh.sh ends mpirun.
     keep OMPI_MCA_oob_tcp_keepalive_time 10
     keep OMPI_MCA_oob_tcp_keepalive_intvl 5
-    keep OMPI_MCA_oob_tcp_keepalive_probes 4
+    keep OMPI_MCA_oob_tcp_keepalive_probes 3
     keep OMPI_MCA_plm_rsh_agent "$root/launch/ssh.sh"
 }
 

@@ -1,22 +1,23 @@
 #!/usr/bin/env bash
-# The ssh through which mpirun starts its daemon on another host and holds it: ssh.sh [options of ssh...] HOST COMMAND...
-# It notices within half a minute that the host is gone, and then sees to it that mpirun ends: once its ranks have aborted,
-# Open MPI waits without end for the answer of a daemon that it can no longer reach.
+# The ssh through which mpirun starts its daemon on another host and holds it: ssh.sh [options of ssh...] HOST COMMAND
+# It notices within half a minute that the host is gone, says so, and sees to it that mpirun ends: once its ranks have
+# aborted, Open MPI waits for the answer of a daemon that it can no longer reach.
 set -euo pipefail
 
 launcher=$PPID # mpirun, or on large clusters the daemon that starts this one
+host=${*: -2:1}
 code=0
-# A host that leaves six questions in a row, 5 s apart, without an answer is gone: TCP alone would try for a quarter of an hour.
-ssh -o ServerAliveInterval=5 -o ServerAliveCountMax=6 "$@" || code=$?
+# A host is gone when it has answered nothing for 25 s: TCP alone would try for a quarter of an hour.
+ssh -o ServerAliveInterval=5 -o ServerAliveCountMax=4 "$@" || code=$?
 
-is_there() { [[ $(ps -o comm= -p "$launcher") =~ ^(mpirun|orterun|orted)$ ]]; }
-end_launcher() {
-    sleep 5 # it ends by itself where its ranks have not aborted yet
-    is_there || return 0
-    echo "ssh.sh: the link to a host of this job is lost, and mpirun waits for it: ending mpirun." >&2
-    kill -s KILL "$launcher" # asked by SIGTERM, Open MPI 4.1 ends in a segmentation fault
-    rm -rf "${TMPDIR:-/tmp}/ompi.$(hostname).$UID/pid.$launcher" # what it would have cleared away
-}
-# 255 is ssh's own failure, all others are the daemon's.
-if [ "$code" = 255 ]; then end_launcher & fi
+is_there() { [[ $(cat "/proc/$launcher/comm" 2>/dev/null) =~ ^(mpirun|orterun|orted)$ ]]; }
+# 255 is ssh's own failure, all others are the daemon's; at once it is one to connect, of which mpirun tells by itself.
+if [ "$code" = 255 ] && [ "$SECONDS" -ge 20 ] && is_there; then
+    echo "ssh.sh: $host has answered nothing for 25 s: it or the link to it is down. This ends the job." >&2
+    sleep 15 # where its ranks have not aborted yet, mpirun ends by itself and gives them ten seconds for that
+    if is_there; then
+        kill -s KILL "$launcher" # asked by SIGTERM, Open MPI 4.1 ends in a segmentation fault
+        rm -rf "${TMPDIR:-/tmp}/ompi.$(hostname).$UID/pid.$launcher" # what it would have cleared away
+    fi
+fi
 exit "$code"

@@ -181,7 +181,7 @@ def path(tmp_path):
 
 LOCAL = "TF_CPP_MIN_LOG_LEVEL=2 OMPI_MCA_mpi_yield_when_idle=1 OMPI_MCA_odls_base_sigkill_timeout=5"
 FAR = (
-    "OMPI_MCA_oob_tcp_keepalive_time=10 OMPI_MCA_oob_tcp_keepalive_intvl=5 OMPI_MCA_oob_tcp_keepalive_probes=4 "
+    "OMPI_MCA_oob_tcp_keepalive_time=10 OMPI_MCA_oob_tcp_keepalive_intvl=5 OMPI_MCA_oob_tcp_keepalive_probes=3 "
     "OMPI_MCA_plm_rsh_agent={root}/launch/ssh.sh"
 )
 NETWORK = (
@@ -309,3 +309,13 @@ def test_a_host_that_lacks_the_shared_folders_is_named(project, path, tmp_path):
     assert (done.returncode, len(done.stderr.splitlines())) == (2, 1)
     for host in ("a.x", "b.x"):
         assert f"{host} does not see {project}/.venv and {os.getcwd()}" in done.stderr
+
+
+@pytest.mark.parametrize("code", [0, 3, 255])
+def test_the_ssh_of_mpirun_ends_as_ssh_does_and_at_once(tmp_path, code):
+    write_script(tmp_path / "bin" / "ssh", f'printf "%s\\n" "$@"; exit {code}')
+    done = run(
+        ROOT / "launch" / "ssh.sh", "-p", "22", "a.x", " orted 'a b'", env={"PATH": f"{tmp_path / 'bin'}:/usr/bin:/bin"}
+    )
+    assert (done.returncode, done.stderr) == (code, "")
+    assert done.stdout.splitlines()[-4:] == ["-p", "22", "a.x", " orted 'a b'"]
