@@ -124,7 +124,7 @@ prove() {
 
     # Three containers, joined by ssh.
     expect 0 'identity: return 10.0 .* on 2 ranks' "${compose[@]}" run --rm -T head train identity --run-dir runs/three
-    expect 0 'worker2' podman run --rm -v hvd-dqn-runs:/home/hvd/runs "$image" cat runs/three/run.json
+    expect 0 'worker2' "${compose[@]}" run --rm -T head doctor
     run "${compose[@]}" down -v
     expect 1 'expected an answer by ssh from nobody within 2 s' podman run --rm -e HVD_DQN_CLUSTER_SECONDS=2 \
         --entrypoint '["/opt/hvd_dqn/docker/cluster.sh", "head", "nobody"]' "$image" train identity
