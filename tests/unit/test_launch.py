@@ -44,7 +44,19 @@ def project(tmp_path):
 
 @pytest.fixture(autouse=True)
 def plain_environment(monkeypatch):
-    passed_on = ("HVD_DQN_", "HOROVOD_", "NCCL_", "TF_", "OMP_", "XLA_", "MALLOC_", "OMPI_MCA_")
+    passed_on = (
+        "SLURM_",
+        "PBS_",
+        "LSB_",
+        "HVD_DQN_",
+        "HOROVOD_",
+        "NCCL_",
+        "TF_",
+        "OMP_",
+        "XLA_",
+        "MALLOC_",
+        "OMPI_MCA_",
+    )
     for name in ["PYTHON", "LD_LIBRARY_PATH", "PYTHONPATH", *os.environ]:
         if name in ("PYTHON", "LD_LIBRARY_PATH", "PYTHONPATH") or name.startswith(passed_on):
             monkeypatch.delenv(name, raising=False)
@@ -300,6 +312,23 @@ def test_an_mpi_that_cannot_do_it_is_named(project, tmp_path, mpirun, script, li
     done = run(project / "launch" / script, "train", "cartpole", env={"PATH": str(tools)})
     assert (done.returncode, len(done.stderr.splitlines())) == (2, 1), done.stderr
     assert line in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("script", "env", "code"),
+    [
+        ("mpirun.sh", {}, 2),
+        ("mpirun.sh", {"SLURM_JOB_ID": "7"}, 0),
+        ("horovodrun.sh", {"SLURM_JOB_ID": "7"}, 2),  # it needs ssh even there
+        ("mpirun.sh", {"OMPI_MCA_plm_rsh_agent": "rsh"}, 0),
+    ],
+)
+def test_no_ssh_is_asked_for_where_mpirun_needs_none(project, path, script, env, code):
+    for launcher in ["hvd-dqn", "horovodrun"]:
+        write_script(project / ".venv" / "bin" / launcher, "")
+    done = run(project / "launch" / script, "-H", "a.x:1,b.x:1", "train", "cartpole", env={"PATH": path, **env})
+    assert done.returncode == code, done.stderr
+    assert ("cannot be reached" in done.stderr) == (code == 2)
 
 
 def test_a_host_that_lacks_the_shared_folders_is_named(project, path, tmp_path):
