@@ -78,7 +78,7 @@ build() {
         base=debian:12-slim
     elif [ -z "$base" ]; then
         base=localhost/debian:12
-        run debootstrap --variant=minbase bookworm "$work/debian"
+        run debootstrap --variant=minbase bookworm "$work/debian" >/dev/null
         say "+ tar -C $work/debian -c . | podman import -q - $base"
         [ -n "$dry_run" ] || tar -C "$work/debian" -c . | podman import -q - "$base"
         run rm -rf "$work/debian"
@@ -198,6 +198,7 @@ for tool in buildah dnsmasq podman podman-compose runc debootstrap ip unshare; d
 done
 work=$(mktemp -d "${TMPDIR:-/tmp}/hvd_dqn-image.XXXXXX")
 trap 'rm -rf "$work"; rmdir /sys/fs/cgroup/*/libpod_parent{/*,} 2>/dev/null || true' EXIT
+sums=$(sha256sum "${parts[@]}") # of now: a change in the meantime was not proved
 unshare --mount --pid --fork --kill-child --mount-proc "$0" --part engine "$work" "${words[@]}"
-sha256sum "${parts[@]}" >"$passed"
+echo "$sums" >"$passed"
 say "image.sh: passed after $((SECONDS / 60)) min. Commit $passed."
