@@ -59,7 +59,7 @@ def learner(world: World, networks: Sequence[str] = tuple(CASES), repeats: int =
     for i, name in enumerate(networks):
         case = CASES[name]
         microseconds = 1e6 * seconds[:, 2 * i : 2 * i + 2] / (case.phases * case.updates)
-        alone, sampled = _spread(microseconds[:, 0]), _spread(microseconds[:, 1])
+        alone, sampled = spread(microseconds[:, 0]), spread(microseconds[:, 1])
         results.append(
             {
                 "network": name,
@@ -141,7 +141,7 @@ def _seconds(job: Callable[[], None], world: World) -> float:
     return time.perf_counter() - start
 
 
-def _spread(values: np.ndarray) -> dict[str, float]:
+def spread(values: np.ndarray) -> dict[str, float]:
     low, median, high = np.percentile(values, [25, 50, 75])
     return {"median": float(median), "low": float(low), "high": float(high)}
 
@@ -191,13 +191,8 @@ def cpu() -> str:
 
 def table(result: dict[str, Any]) -> Table:
     """The result of `learner` for people."""
-    machine = result["machine"]
-    ranks, threads = _count(result["ranks"], "rank"), _count(result["threads"], "thread")
-    where = ", ".join(machine["gpus"]) or machine["cpu"]
-    title = f"{ranks} of {threads} on {where} ({_count(machine['cores'], 'core')})"
     measured = f"median of {result['repeats']} and half its interquartile range"
-    caption = f"{measured}; commit {result['commit']}: {result['command']}"
-    made = Table(title=title, caption=caption, title_justify="left", caption_justify="left")
+    made = made_table(result, measured)
     made.add_column("network")
     for heading in ("batch", "updates per phase", "µs per update", "with sampling", "updates/s"):
         made.add_column(heading, justify="right")
@@ -206,17 +201,27 @@ def table(result: dict[str, Any]) -> Table:
             row["network"],
             str(row["batch"]),
             str(row["updates_per_phase"]),
-            _with_spread(row["microseconds_per_update"]),
-            _with_spread(row["microseconds_with_sampling"]),
+            with_spread(row["microseconds_per_update"]),
+            with_spread(row["microseconds_with_sampling"]),
             f"{row['updates_per_second']:,.4g}",
         )
     return made
 
 
-def _with_spread(spread: dict[str, float]) -> str:
+def made_table(result: dict[str, Any], measured: str) -> Table:
+    """An empty table, headed by the machine and closed by what was measured how."""
+    machine = result["machine"]
+    ranks, threads = count(result["ranks"], "rank"), count(result["threads"], "thread")
+    where = ", ".join(machine["gpus"]) or machine["cpu"]
+    title = f"{ranks} of {threads} on {where} ({count(machine['cores'], 'core')})"
+    caption = f"{measured}; commit {result['commit']}: {result['command']}"
+    return Table(title=title, caption=caption, title_justify="left", caption_justify="left")
+
+
+def with_spread(spread: dict[str, float], unit: str = "") -> str:
     half = (spread["high"] - spread["low"]) / 2
-    return f"{spread['median']:,.0f} ± {100 * half / spread['median']:.0f} %"
+    return f"{spread['median']:,.0f}{unit} ± {100 * half / spread['median']:.0f} %"
 
 
-def _count(number: int, noun: str) -> str:
+def count(number: int, noun: str) -> str:
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"

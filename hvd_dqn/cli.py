@@ -32,7 +32,10 @@ usage: hvd-dqn COMMAND ...
   train PRESET | --config FILE  [--section.setting VALUE ...] [--run-dir DIR] [--resume] [--elastic]
   evaluate RUN_DIR              [--episodes 100] [--seed S] [--epsilon E] [--best] [--json]
   plot RUN_DIR...               [-o FILE.png]
-  bench learner                 [--json]
+  bench learner | allreduce     [--json]
+  bench loop CASE               [--total-steps N] [--batch B] [--envs E] [--sync gradients | parameters] [--json]
+  bench scaling                 [--case CASE] [--ranks 1,2,4,8] [--scaling weak | strong | both] [--rounds 5] [--json]
+  bench project                 [--case CASE] [--ranks 512] [--files FILE ...] [--json]
   doctor                        [--json]
   presets
 
@@ -308,18 +311,9 @@ def _plot(options: PlotOptions) -> None:
 
 
 def bench(arguments: Sequence[str], world: World) -> None:
-    from rich import print as show
+    from hvd_dqn import bench_commands
 
-    from hvd_dqn import bench as benchmarks
-
-    known = {"learner": benchmarks.learner}
-    name = arguments[0] if arguments else ""
-    if name not in known:
-        agree_on = f"There is no benchmark {name!r}.{nearest(name, known)} Benchmarks: {', '.join(known)}."
-        raise InputError(agree_on)
-    options = in_step(world, lambda: parse(JsonOptions, arguments[1:], f"hvd-dqn bench {name}"))
-    result = known[name](world)
-    print(json.dumps(result)) if options.json else show(benchmarks.table(result))
+    bench_commands.bench(arguments, world)
 
 
 def doctor(arguments: Sequence[str], world: World) -> None:

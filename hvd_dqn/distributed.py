@@ -67,6 +67,10 @@ class World(Protocol):
 
     def barrier(self) -> None: ...
 
+    def raw_sum(self) -> Callable[[np.ndarray], None] | None:
+        """MPI's own sum over ranks, in place, to measure what Horovod adds; None where MPI is not in charge. No collective."""
+        ...
+
     def timeline(self, path: Path) -> AbstractContextManager[None]:
         """While it is open, Horovod writes each of its collectives to `path`, on the chief, as chrome://tracing reads it.
 
@@ -120,6 +124,9 @@ class Solo:
 
     def barrier(self) -> None:
         pass
+
+    def raw_sum(self) -> Callable[[np.ndarray], None] | None:
+        return None
 
     def timeline(self, path: Path) -> AbstractContextManager[None]:
         return nullcontext()  # there is nobody to talk to
@@ -236,6 +243,13 @@ class HorovodWorld:
 
     def barrier(self) -> None:
         self.sum(np.zeros(1))  # horovod.tensorflow has no barrier of its own
+
+    def raw_sum(self) -> Callable[[np.ndarray], None] | None:
+        if self._comm is None:
+            return None
+        from mpi4py import MPI
+
+        return lambda values: self._comm.Allreduce(MPI.IN_PLACE, values)
 
     @contextmanager
     def timeline(self, path: Path) -> Iterator[None]:

@@ -1,0 +1,213 @@
+"""How fast whole training is: environment steps and updates per second of the real loop, at settings that others can copy."""
+
+import contextlib
+import math
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from rich.table import Table
+
+from hvd_dqn.bench import made_table, provenance
+from hvd_dqn.checkpoint import Checkpoints
+from hvd_dqn.config import Config, nearest
+from hvd_dqn.distributed import World, in_step
+from hvd_dqn.errors import InputError
+from hvd_dqn.learner import Phase
+from hvd_dqn.projection import expected_waits
+from hvd_dqn.trainer import Trainer
+
+# Ranks that the waiting is computed for, from one rank's phases.
+RANKS = tuple(2**i for i in range(1, 10))
+PHASES = 4  # the least that is measured
+PARTS = ("act", "env", "sample", "update")  # of the ledger's
+
+
+class Case(NamedTuple):
+    """The settings of one training; the periods and `total_steps` are one rank's."""
+
+    settings: dict[str, dict[str, Any]]
+    total_steps: int
+
+
+CASES = {
+    # Stable-Baselines3's zoo, dqn.yml: 128 updates of 64 every 256 steps are a replay ratio of 32.
+    "cartpole-zoo": Case(
+        {
+            "env": {"id": "CartPole-v1", "envs_per_rank": 1},
+            "agent": {"hidden": (256, 256), "double": False, "epsilon_end": 0.04, "epsilon_steps": 8_000},
+            "replay": {"capacity": 100_000},
+            "learner": {
+                "batch_size": 64, "replay_ratio": 32, "learn_start": 1_000, "train_period": 256, "target_period": 10,
+                "learning_rate": 2.3e-3,
+            },
+        },
+        total_steps=20_000,
+    ),
+    # An update per 4 steps: 4 after each step of the 16 environments. Compiled, as it is in runs that are worth waiting for.
+    "cartpole-16": Case(
+        {
+            "env": {"id": "CartPole-v1", "envs_per_rank": 16},
+            "agent": {"hidden": (64, 64), "double": False},
+            "replay": {"capacity": 100_000},
+            "learner": {
+                "batch_size": 64, "replay_ratio": 16, "learn_start": 1_024, "train_period": 16, "target_period": 512,
+                "xla": True,
+            },
+        },
+        total_steps=60_000,
+    ),
+    # 16 * 32 / (4 * 16): the same number of updates per step, of 32 images.
+    "pixels": Case(
+        {
+            "env": {"id": "hvd_dqn.pixels:Pixels-v0", "envs_per_rank": 16, "frame_stack": 4},
+            "agent": {"network": "cnn", "hidden": (512,), "double": False},
+            "replay": {"capacity": 10_000},  # 10,000 * 84 * 84 B = 71 MB
+            "learner": {
+                "batch_size": 32, "replay_ratio": 8, "learn_start": 512, "train_period": 16, "target_period": 1_024,
+                "learning_rate": 1e-4,
+            },
+        },
+        total_steps=2_000,
+    ),
+}  # fmt: skip
+
+
+def settings(
+    name: str, ranks: int, *, total_steps: int | None = None, batch: int | None = None, envs: int | None = None,
+    sync: str = "gradients",
+) -> Config:  # fmt: skip
+    """The case's settings for so many ranks, each of which works as one alone would: all periods grow with their number.
+
+    `batch` and `envs` are each rank's. With another batch the replay ratio stays, and so does the number of updates per phase:
+    the period between phases changes with it.
+    """
+    if name not in CASES:
+        raise InputError(f"There is no case {name!r}.{nearest(name, CASES)} Cases: {', '.join(CASES)}.")
+    case = CASES[name]
+    given = {section: dict(values) for section, values in case.settings.items()}
+    learner, env = given["learner"], given["env"]
+    batch, envs = batch or learner["batch_size"], envs or env["envs_per_rank"]
+    if batch < 1 or envs < 1:
+        raise InputError(f"--batch and --envs must be at least 1. Received: {batch} and {envs}.")
+    period = max(1, learner["train_period"] * batch // learner["batch_size"])
+    start = max(learner["learn_start"], batch, envs)
+    learner |= {"batch_size": batch, "learn_start": ranks * start, "train_period": ranks * period}
+    learner["target_period"] *= ranks
+    env["envs_per_rank"] = envs
+    given["agent"]["epsilon_steps"] = ranks * given["agent"].get("epsilon_steps", 10_000)
+    given["replay"]["capacity"] = ranks * max(given["replay"]["capacity"], start)
+    step = math.ceil(max(period, envs) / envs) * envs  # of one rank, from phase to phase
+    # The first phase may be a shorter one: the graphs are traced, and compiled, by the end of the second.
+    least = ranks * (start + (2 + PHASES) * step)
+    total_steps = total_steps or max(ranks * case.total_steps, least)
+    if total_steps < least:
+        raise InputError(f"--total-steps must be at least {least:,} for {PHASES} phases to measure: {total_steps:,}.")
+    never = 10 * total_steps
+    return Config.model_validate(
+        {
+            **given,
+            "total_steps": total_steps,
+            "ranks": {"sync": sync},
+            "report": {"period": ranks * 1_000},
+            "evaluation": {"period": never, "episodes": 1, "final_episodes": 1},
+            "checkpoint": {"period": never, "save_replay": False},
+        }
+    )
+
+
+def loop(
+    world: World, case: str, *, total_steps: int | None = None, batch: int | None = None, envs: int | None = None,
+    sync: str = "gradients", ready: Callable[[], None] = lambda: None,
+) -> dict[str, Any]:  # fmt: skip
+    """Trains, and measures from the end of the second phase on, when all graphs are made. All ranks call it.
+
+    Votes and drift checks are part of it, as they are of every run; evaluations and checkpoints are not. `total_steps` are
+    those of all ranks. `ready` is called before the measurement begins.
+    """
+    config = in_step(
+        world, lambda: settings(case, world.size, total_steps=total_steps, batch=batch, envs=envs, sync=sync)
+    )
+    trainer = in_step(world, lambda: Trainer(config, world))
+    watch = Stopwatch(trainer, ready)
+    with tempfile.TemporaryDirectory() as folder, contextlib.closing(trainer):
+        with contextlib.closing(trainer.train(Checkpoints(Path(folder), world))) as records:
+            for record in records:
+                if record.kind == "report" and record.row["total_steps"] >= config.total_steps:
+                    break  # before the evaluation that ends a run
+        measured = watch.result()
+    learner = config.learner
+    row = {"case": case, "sync": sync, "batch": learner.batch_size, "envs": config.env.envs_per_rank, **measured}
+    return {"benchmark": "loop", **provenance(), "ranks": world.size, "results": [row]}
+
+
+class Stopwatch:
+    """Measures a training from the end of its second phase to the end of its last."""
+
+    def __init__(self, trainer: Trainer, ready: Callable[[], None]) -> None:
+        self._agent, self._ready = trainer.agent, ready
+        self._world, self._learn = trainer.world, trainer.agent.learn
+        self._ends: list[float] = []  # of phases
+        self._marks: list[
+            tuple[int, int, dict[str, float]]
+        ] = []  # total steps, updates and seconds spent: at both ends
+        trainer.agent.learn = self._learn_timed  # type: ignore[method-assign]
+        self._phases = 0
+
+    def _learn_timed(self, cycle: int) -> Phase:
+        phase = self._learn(cycle)
+        self._phases += 1
+        if self._phases == 2:
+            self._ready()
+        if self._phases >= 2:
+            agent = self._agent
+            self._ends.append(time.perf_counter())
+            self._marks[1:] = [(agent.plan.total_steps_after(cycle), agent.updates, agent.ledger.spent)]
+        return phase
+
+    def result(self) -> dict[str, Any]:
+        """Rates of all ranks together, the seconds of the mean rank in each part, and how its phases vary. A collective."""
+        (first_steps, first_updates, spent_before), (steps, updates, spent) = self._marks
+        phases = np.diff(self._ends)
+        parts = np.array([spent[name] - spent_before[name] for name in PARTS])
+        time_spent = self._world.sum(parts) / self._world.size
+        seconds = float(self._world.max(np.array([self._ends[-1] - self._ends[0]]))[0])
+        total_steps, taken = steps - first_steps, updates - first_updates
+        variables = self._agent.learner.online.variables
+        return {
+            "steps_per_second": total_steps / seconds,
+            "updates_per_second": taken / seconds,
+            "total_steps": total_steps,
+            "updates": taken,
+            "seconds": seconds,
+            "time": dict(zip(PARTS, time_spent.tolist(), strict=True)),
+            "phase": {
+                "count": len(phases),
+                "updates": taken / len(phases),
+                "seconds": float(phases.mean()),
+                # Of the chief's phases: meaningful for a rank alone, whose phases wait for nobody.
+                "waits": expected_waits(phases, RANKS),
+                "message_bytes": int(sum(4 * np.prod(variable.shape) for variable in variables)),
+            },
+        }
+
+
+def table(result: dict[str, Any]) -> Table:
+    """The result of `loop` for people."""
+    made = made_table(result, "one run; of all ranks together, and the parts of a rank's time")
+    made.add_column("case")
+    for heading in ("steps/s", "updates/s", "batch", *PARTS, "rest"):
+        made.add_column(heading, justify="right")
+    for row in result["results"]:
+        parts = [100 * row["time"][name] / row["seconds"] for name in PARTS]
+        made.add_row(
+            row["case"],
+            f"{row['steps_per_second']:,.4g}",
+            f"{row['updates_per_second']:,.4g}",
+            str(row["batch"]),
+            *(f"{part:.0f} %" for part in (*parts, 100 - sum(parts))),
+        )
+    return made
