@@ -1,12 +1,13 @@
 #!/usr/bin/env bash
 # Joins containers by ssh, with a key that is made at the first start in ~/.ssh, which all of them share:
 #   cluster.sh worker                  waits for the key, then serves ssh on port 2222
-#   cluster.sh head HOSTS COMMAND...   makes the key, waits for the hosts, runs `hvd-dqn COMMAND...` on them by launch/mpirun.sh
+#   cluster.sh head HOSTS COMMAND...   makes the key, waits for the hosts, starts launch/mpirun.sh COMMAND... on them
 # HOSTS is a:2,b:2 (names and slots) or a file of lines `a slots=2`, such as Kubernetes' MPI Operator writes.
 set -euo pipefail
 
 keys=/home/hvd/.ssh
 patience=${HVD_DQN_CLUSTER_SECONDS:-300} # how long to wait for the others
+example="For example: head worker1,worker2 train cartpole"
 stop() { echo "cluster.sh: $*" >&2; exit "${code:-1}"; }
 
 # wait_for WHAT CURE COMMAND...: until the command succeeds.
@@ -21,19 +22,20 @@ wait_for() {
 
 case ${1:-} in
     worker)
-        wait_for "$keys/authorized_keys" "Start the head, and mount one volume as $keys in all containers." test -s "$keys/authorized_keys"
+        wait_for "$keys/authorized_keys" "Start the head, and mount one volume as $keys in all containers." \
+            test -s "$keys/authorized_keys"
         set -x
         exec /usr/sbin/sshd -D -e -f /opt/hvd_dqn/docker/sshd_config
         ;;
     head) ;;
-    *) code=2 stop "expected \`worker\` or \`head HOSTS COMMAND...\`, received \`$*\`. For example: head worker1,worker2 train cartpole" ;;
+    *) code=2 stop "expected \`worker\` or \`head HOSTS COMMAND...\`, received \`$*\`. $example" ;;
 esac
-[ $# -ge 3 ] || code=2 stop "expected hosts and a command of hvd-dqn, received \`$*\`. For example: head worker1,worker2 train cartpole"
+[ $# -ge 3 ] || code=2 stop "expected hosts and a command of hvd-dqn, received \`$*\`. $example"
 hosts=$2
 shift 2
 
 if [ ! -s "$keys/authorized_keys" ]; then
-    [ -w "$keys" ] || stop "$keys must belong to $(id -un) (uid $(id -u)), it does not: mount a volume that was made by this image."
+    [ -w "$keys" ] || stop "expected that $(id -un) (uid $(id -u)) may write $keys, it may not: mount a new volume there."
     rm -f "$keys"/id_rsa*
     ssh-keygen -q -t rsa -b 3072 -N "" -C hvd_dqn -f "$keys/id_rsa"
     # The file that workers wait for comes last and whole.
@@ -49,7 +51,7 @@ else
     names=$(tr , '\n' <<<"$hosts" | cut -d: -f1)
 fi
 for name in $names; do
-    wait_for "an answer by ssh from $name" "Is it started with \`cluster.sh worker\`, on this network and with the same $keys?" \
+    wait_for "an answer by ssh from $name" "Does it run \`cluster.sh worker\`, on this network, with the same $keys?" \
         ssh -o BatchMode=yes -o ConnectTimeout=5 "$name" true
 done
 

@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# Builds docker/'s CPU image and proves it: unit tests inside, training on one and on two ranks, stopping, three containers by ssh.
+# Builds docker/'s CPU image and proves it: unit tests, training on one rank and two, stopping, containers joined by ssh.
 #   tests/cluster/image.sh [options]      as root, with the packages that .ci/run installs; about 15 minutes
 #     --if-changed   does nothing when what the image is made from is as it was when this last passed (docker/PASSED)
-#     --base IMAGE   build on this image; debian:12-slim unless said, and where no registry answers one made by debootstrap
+#     --base IMAGE   build on this image; debian:12-slim unless said, or where no registry answers one by debootstrap
 #     --cold         without pip's cache: Horovod is compiled, which takes six minutes more
 #     --dry-run      prints the commands instead
-# When it passes it renews docker/PASSED, to be committed. All it makes is in one temporary directory, a network and a process
-# tree of its own, and gone at its end.
+# When it passes it renews docker/PASSED, to be committed. All it makes is in one temporary directory, a network and a
+# process tree of its own, and gone at its end.
 set -euo pipefail
 
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
@@ -17,8 +17,9 @@ passed=docker/PASSED
 image=localhost/hvd-dqn
 base='' cold='' dry_run=''
 
-# What must not be in the image: compilers, private keys, what the build was given of this machine. Prints and succeeds on finding any.
-unwanted='command -v gcc cc g++ c++ || grep -rlI --include="*key*" --include="id_*" "PRIVATE KEY-----" /etc /home /opt/hvd_dqn ||
+# Finds what must not be in the image: compilers, private keys, what the build was given of this machine.
+unwanted='command -v gcc cc g++ c++ ||
+    grep -rlI --include="*key*" --include="id_*" "PRIVATE KEY-----" /etc /home /opt/hvd_dqn ||
     find /mnt /srv /root/.cache /opt/hvd_dqn/.venv/setup-logs -type f 2>/dev/null | grep .'
 
 say() { printf '%s\n' "$*" >&2; }
@@ -59,8 +60,8 @@ driver = "overlay"
 graphroot = "$work/store"
 runroot = "$work/run"
 CONF
-    # pip in the build is this machine's: its certificates and its index. /mnt and /srv are in every base, so that no empty mount
-    # point stays in the image.
+    # pip in the build is this machine's: its certificates and its index. /mnt and /srv are in every base, so that no empty
+    # mount point stays in the image.
     cp -L "${PIP_CERT:-${SSL_CERT_FILE:-/etc/ssl/certs/ca-certificates.crt}}" "$work/pip/certificates.crt"
     {
         echo "[global]"
@@ -114,7 +115,8 @@ prove() {
     expect 0 'identity: return 10.0 .* on 2 ranks' podman run --rm "$image" horovodrun -np 2 hvd-dqn train identity
     # A user without a name, as with --user "$(id -u)", and runs in a directory of the host.
     run install -d -m 777 "$work/runs"
-    expect 0 'identity: return 10.0 .* on 1 rank' podman run --rm --user 4321 -v "$work/runs:/home/hvd/runs" "$image" train identity --run-dir runs/mine
+    expect 0 'identity: return 10.0 .* on 1 rank' podman run --rm --user 4321 \
+        -v "$work/runs:/home/hvd/runs" "$image" train identity --run-dir runs/mine
     expect 0 'run.json' ls "$work/runs/mine"
     expect 2 'There is no preset' podman run --rm "$image" train nonsense
     for launcher in hvd-dqn "mpirun -np 2 --bind-to none hvd-dqn" "horovodrun -np 2 hvd-dqn"; do
@@ -129,9 +131,10 @@ prove() {
     expect 1 'expected an answer by ssh from nobody within 2 s' podman run --rm -e HVD_DQN_CLUSTER_SECONDS=2 \
         --entrypoint '["/opt/hvd_dqn/docker/cluster.sh", "head", "nobody"]' "$image" train identity
 
-    # What Kubernetes' MPI Operator would give them, as docker/mpijob.yaml asks: a key that root owns and others may read, in a
-    # folder without write access, a file of hosts, and these variables.
-    local hosts=(hvd-dqn-worker-{0,1}) job=(--network job -v "$work/key:/home/hvd/.ssh:ro" -v "$work/runs:/home/hvd/runs")
+    # What Kubernetes' MPI Operator would give them, as docker/mpijob.yaml asks: a key that root owns and others may read, in
+    # a folder without write access, a file of hosts, and these variables.
+    local hosts=(hvd-dqn-worker-{0,1})
+    local job=(--network job -v "$work/key:/home/hvd/.ssh:ro" -v "$work/runs:/home/hvd/runs")
     run install -d -m 1777 "$work/key"
     run ssh-keygen -q -t rsa -N '' -f "$work/key/id_rsa"
     run cp "$work/key/id_rsa.pub" "$work/key/authorized_keys"
@@ -142,9 +145,9 @@ prove() {
         run podman run -d --name "$host" --hostname "$host" "${job[@]}" \
             --entrypoint '["tini", "--", "/opt/hvd_dqn/docker/cluster.sh", "worker"]' "$image"
     done
-    expect 0 'identity: return 10.0 .* on 2 ranks' podman run --rm --name launcher "${job[@]}" -v "$work/hostfile:/etc/mpi/hostfile:ro" \
-        -e OMPI_MCA_orte_default_hostfile=/etc/mpi/hostfile -e OMPI_MCA_orte_keep_fqdn_hostnames=true \
-        -e "OMPI_MCA_plm_rsh_args=-o ConnectionAttempts=10" \
+    expect 0 'identity: return 10.0 .* on 2 ranks' podman run --rm --name launcher "${job[@]}" \
+        -v "$work/hostfile:/etc/mpi/hostfile:ro" -e OMPI_MCA_orte_default_hostfile=/etc/mpi/hostfile \
+        -e OMPI_MCA_orte_keep_fqdn_hostnames=true -e "OMPI_MCA_plm_rsh_args=-o ConnectionAttempts=10" \
         --entrypoint '["tini", "-g", "--", "/opt/hvd_dqn/docker/cluster.sh", "head", "/etc/mpi/hostfile"]' \
         "$image" train identity --run-dir /home/hvd/runs/job
     run podman rm -f -t 1 "${hosts[@]}"
@@ -175,7 +178,10 @@ done
 
 case $part in
     engine) # in a process tree and with mounts of its own, which end with it
-        for folder in /run/{containers,libpod,runc} /var/lib/cni; do mkdir -p "$folder" && mount -t tmpfs none "$folder"; done
+        for folder in /run/{containers,libpod,runc} /var/lib/cni; do
+            mkdir -p "$folder"
+            mount -t tmpfs none "$folder"
+        done
         configure
         export CONTAINERS_CONF=$work/containers.conf CONTAINERS_STORAGE_CONF=$work/storage.conf
         build
@@ -193,8 +199,8 @@ esac
 if [ -n "$dry_run" ]; then build && prove && exit; fi
 [ "$(id -u)" = 0 ] || stop "expected to run as root, who may mount, received $(id -un)."
 for tool in buildah dnsmasq podman podman-compose runc debootstrap ip unshare; do
-    command -v "$tool" >/dev/null || stop "there is no $tool: apt-get install --no-install-recommends buildah debootstrap" \
-        "golang-github-containernetworking-plugin-dnsname iproute2 podman podman-compose runc"
+    command -v "$tool" >/dev/null || stop "there is no $tool: apt-get install --no-install-recommends buildah \
+debootstrap golang-github-containernetworking-plugin-dnsname iproute2 podman podman-compose runc"
 done
 work=$(mktemp -d "${TMPDIR:-/tmp}/hvd_dqn-image.XXXXXX")
 trap 'rm -rf "$work"; rmdir /sys/fs/cgroup/*/libpod_parent{/*,} 2>/dev/null || true' EXIT
