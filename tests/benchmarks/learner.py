@@ -1,159 +1,106 @@
-"""The learner against Stable-Baselines3's `DQN.train`, and two ranks against one, on this machine.
+"""One update of ours beside those of other projects and beside what this machine can do.
 
-    tests/benchmarks/setup.sh && .venv/bin/python -m tests.benchmarks.learner [--rounds 5] [--json]
+    tests/benchmarks/setup.sh && .venv/bin/python -m tests.benchmarks.learner [--rounds 5] [--networks ...] [--json]
 
-Every round starts three jobs, one after the other, each of one thread per rank: SB3, `hvd-dqn bench learner`, and the
-same under `horovodrun -np 2`. Networks, batch, Adam, Huber loss, clipping to a gradient norm of 10 and the updates
-between two copies into the target network are equal; double Q-learning is off on both sides. SB3 draws a batch inside
-every update, so the ratio that counts has our sampling included; the one without is reported beside it. Ratios are
-formed within a round; their median over rounds is given with the lowest and the highest.
+Every round starts these jobs one after the other, each of one thread per rank: `hvd-dqn bench learner`, the same under
+`horovodrun -np 2`, Stable-Baselines3's `DQN.train`, Tianshou's `DQN.update`, the same update as a JAX `lax.scan` (the limit for
+one process), and the matrix products of the update alone (the floor: their operations at the machine's rate for their shapes).
+Networks, batch, Adam, Huber loss, clipping to a gradient norm of 10 and the updates between two copies into the target network
+are equal; double Q-learning is off. What differs: SB3 and Tianshou draw a batch inside every update, so the ratios to them have
+our sampling included; Tianshou also asks the online network for the next observations, which its DQN always does; ours and
+JAX's get K batches at once. Ratios are formed within a round; their median is given with the lowest and the highest.
 """
 
-import argparse
-import json
-import re
-import statistics
-import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
-from rich import print as show
 from rich.table import Table
 
-from hvd_dqn.bench import CASES, provenance
-from tests.ranks import run
+from hvd_dqn.bench import CASES
+from tests.benchmarks import compare
+from tests.benchmarks.compare import Round, cell, ratio, spread, target
 
-HERE = Path(__file__).parent
-ONE_THREAD = {"OMP_NUM_THREADS": "1", "TF_NUM_INTRAOP_THREADS": "1", "TF_NUM_INTEROP_THREADS": "1"}
-OURS = ("hvd-dqn", "bench", "learner", "--json")
-PEER_REPEATS = 5
-# At least so many times as many updates per second as SB3, and at most so many times one rank's time on two ranks.
-TARGETS = {"mlp-64-64": (5.0, None), "mlp-256-256": (4.0, 1.6), "nature-cnn": (1.0, None)}
+PEERS = ("sb3", "tianshou", "jax", "floor")
+REPEATS = 5  # of each peer, within a round
+# The ratio's name, what is above, what is below, and the limits by network.
+RATIOS = {
+    "JAX's time, times": ("ours", "jax", "≤", {"mlp-64-64": 1.5, "mlp-256-256": 1.5}),
+    "JAX's time, both sampling": ("ours, sampling", "jax, sampling", "≤", {}),
+    "the floor's time, times": ("ours", "floor", "≤", {"nature-cnn": 1.4}),
+    "the floor's at peak rate": ("ours", "floor at peak", "≤", {}),
+    "times as fast as SB3": ("sb3", "ours, sampling", "≥", {"mlp-64-64": 8.0, "mlp-256-256": 5.0, "nature-cnn": 1.4}),
+    "times as fast as Tianshou": ("tianshou", "ours, sampling", "≥", {}),
+    "two ranks over one": ("ours, two ranks", "ours", "≤", {}),
+}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = compare.arguments(__doc__)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
+    parser.add_argument("--networks", nargs="+", choices=list(CASES), default=list(CASES))
     options = parser.parse_args()
-    peers = HERE / ".peers" / "bin" / "python"
-    if not peers.exists():
-        sys.exit(f"{peers} does not exist: run tests/benchmarks/setup.sh first.")
-    rounds = []
-    for i in range(options.rounds):
-        print(f"round {i + 1} of {options.rounds}", file=sys.stderr, flush=True)
-        rounds.append(one_round(peers))
-    result = summary(rounds)
-    print(json.dumps(result)) if options.json else show(table(result))
+    cases = {name: CASES[name]._asdict() for name in options.networks}
+    request = {"what": "learner", "repeats": REPEATS, "cases": cases}
+    jobs = {
+        "one": lambda: compare.ours("bench", "learner", "--json"),
+        "two": lambda: compare.ours("bench", "learner", "--json", ranks=2),
+        **{name: lambda name=name: compare.peer(name, request) for name in compare.present(PEERS)},
+    }
+    made = compare.rounds(jobs, options.rounds)
+    result = compare.told("learner", made, results=[summary(name, made) for name in options.networks])
+    # What is under the numbers: both forms of the JAX update, and the rate of the matrix products.
+    result["jax_forms"] = [r["jax"]["forms"] for r in made if "jax" in r]
+    result["products"] = [r["floor"]["products"] for r in made if "floor" in r]
+    compare.tell(result, table(result), options.json)
 
 
-def one_round(peers: Path) -> dict[str, Any]:
-    request = {"repeats": PEER_REPEATS, "cases": {name: case._asdict() for name, case in CASES.items()}}
-    return {
-        "sb3": answer([peers, HERE / "peer.py", json.dumps(request)]),
-        "one": answer(OURS),
-        "two": answer(["horovodrun", "-np", "2", *OURS]),
+def microseconds(network: str, made: Sequence[Round]) -> dict[str, list[float]]:
+    """By job, one number for each round."""
+
+    def ours(job: str, what: str) -> list[float]:
+        rows = (next(row for row in r[job]["results"] if row["network"] == network) for r in made)
+        return [row[what]["median"] for row in rows]
+
+    found = {
+        "ours": ours("one", "microseconds_per_update"),
+        "ours, sampling": ours("one", "microseconds_with_sampling"),
+        "ours, two ranks": ours("two", "microseconds_per_update"),
+    }
+    theirs = {
+        "sb3": ("sb3", "microseconds"),
+        "tianshou": ("tianshou", "microseconds"),
+        "jax": ("jax", "microseconds"),
+        "jax, sampling": ("jax", "microseconds_with_sampling"),
+        "floor": ("floor", "microseconds"),
+        "floor at peak": ("floor", "microseconds_at_peak"),
+    }
+    return found | {
+        name: [r[job][what][network] for r in made] for name, (job, what) in theirs.items() if job in made[0]
     }
 
 
-def answer(command: Sequence[str | Path]) -> dict[str, Any]:
-    """Runs `command` and reads the JSON object that it prints."""
-    done = run(command, **ONE_THREAD)
-    # horovodrun names the rank before every piece of output that arrives, within a line too.
-    out = re.sub(r"\[\d+,\d+\]<stdout>: ?", "", done.stdout)
-    found = re.search(r"\{.*\}", out)
-    if done.returncode or not found:
-        sys.exit(
-            f"{' '.join(map(str, command[:4]))} failed with exit code {done.returncode}:\n{done.stdout}{done.stderr}"
-        )
-    return json.loads(found.group())
-
-
-def summary(rounds: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    def ours(a_round: dict[str, Any], job: str, network: str, what: str) -> float:
-        return next(row for row in a_round[job]["results"] if row["network"] == network)[what]["median"]
-
-    results = []
-    for name, case in CASES.items():
-        sb3 = [r["sb3"]["microseconds"][name] for r in rounds]
-        one, one_sampled, two, two_sampled = (
-            [ours(r, job, name, what) for r in rounds]
-            for job in ("one", "two")
-            for what in ("microseconds_per_update", "microseconds_with_sampling")
-        )
-        results.append(
-            {
-                "network": name,
-                "batch": case.batch,
-                "updates_per_phase": case.updates,
-                "microseconds": {
-                    "sb3": spread(sb3),
-                    "one_rank": spread(one),
-                    "one_rank_with_sampling": spread(one_sampled),
-                    "two_ranks": spread(two),
-                    "two_ranks_with_sampling": spread(two_sampled),
-                },
-                "sb3_over_ours_with_sampling": spread(ratios(sb3, one_sampled)),
-                "sb3_over_ours_without_sampling": spread(ratios(sb3, one)),
-                "two_ranks_over_one": spread(ratios(two, one)),
-                "targets": {"sb3_over_ours": TARGETS[name][0], "two_ranks_over_one": TARGETS[name][1]},
-            }
-        )
+def summary(network: str, made: Sequence[Round]) -> dict[str, Any]:
+    times, case = microseconds(network, made), CASES[network]
+    ratios: dict[str, Any] = {}
+    for name, (above, below, sign, limits) in RATIOS.items():
+        if above in times and below in times:
+            ratios[name] = ratio(times[above], times[below])
+            if network in limits:
+                ratios[name]["target"] = target(sign, limits[network], ratios[name])
     return {
-        "benchmark": "learner against Stable-Baselines3",
-        **provenance(),
-        # Several where somebody changed the code while this ran.
-        "commit": ", ".join(sorted({r[job]["commit"] for r in rounds for job in ("one", "two")})),
-        "threads": 1,
-        "command": " ".join(["python -m tests.benchmarks.learner", *sys.argv[1:]]),
-        "peers": rounds[0]["sb3"]["versions"],
-        "rounds": len(rounds),
-        "results": results,
+        "network": network,
+        "batch": case.batch,
+        "updates_per_phase": case.updates,
+        "microseconds": {name: spread(values) for name, values in times.items()},
+        "ratios": ratios,
     }
-
-
-def ratios(above: Sequence[float], below: Sequence[float]) -> list[float]:
-    return [a / b for a, b in zip(above, below, strict=True)]
-
-
-def spread(values: Sequence[float]) -> dict[str, float]:
-    return {"median": statistics.median(values), "low": min(values), "high": max(values)}
 
 
 def table(result: dict[str, Any]) -> Table:
-    machine = result["machine"]
-    peers = ", ".join(f"{name} {version}" for name, version in result["peers"].items())
-    measured = f"median (lowest - highest) of {result['rounds']} rounds; {peers}"
-    made = Table(
-        title=f"µs per update, one thread per rank, {machine['cpu']} ({machine['cores']} cores)",
-        caption=f"{measured}; commit {result['commit']}: {result['command']}",
-        title_justify="left",
-        caption_justify="left",
-    )
-    made.add_column("")
-    for row in result["results"]:
-        made.add_column(row["network"], justify="right")
-
-    def add(label: str, *names: str, form: str = ",.0f", target: str = "", sign: str = "") -> None:
-        cells = []
-        for row in result["results"]:
-            value: Any = row
-            for name in names:
-                value = value[name]
-            wanted = row["targets"].get(target)
-            cell = f"{value['median']:{form}} ({value['low']:{form}} - {value['high']:{form}})"
-            cells.append(f"{cell}, wanted {sign} {wanted:g}" if wanted else cell)
-        made.add_row(label, *cells)
-
-    add("SB3, sampling included", "microseconds", "sb3")
-    add("ours, sampling included", "microseconds", "one_rank_with_sampling")
-    add("ours, the update alone", "microseconds", "one_rank")
-    add("ours, two ranks", "microseconds", "two_ranks")
-    add("times as fast as SB3", "sb3_over_ours_with_sampling", form=".2f", target="sb3_over_ours", sign="≥")
-    add("without our sampling", "sb3_over_ours_without_sampling", form=".2f")
-    add("two ranks over one", "two_ranks_over_one", form=".2f", target="two_ranks_over_one", sign="≤")
-    return made
+    rows = result["results"]
+    lines = {name: [cell(row["microseconds"][name]) for row in rows] for name in rows[0]["microseconds"]}
+    lines |= {name: [cell(row["ratios"][name], ".2f") for row in rows] for name in rows[0]["ratios"]}
+    return compare.table(result, "µs per update", [row["network"] for row in rows], lines)
 
 
 if __name__ == "__main__":

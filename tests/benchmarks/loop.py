@@ -1,0 +1,112 @@
+"""Environment steps and updates per second of whole training, ours and other projects', at equal settings.
+
+    tests/benchmarks/setup.sh && .venv/bin/python -m tests.benchmarks.loop [--rounds 5] [--cases ...] [--peers ...] [--json]
+
+The settings are those of `hvd-dqn bench loop`: `cartpole-zoo` (one environment, 128 updates every 256 steps, as in
+Stable-Baselines3's zoo), `cartpole-16` and `pixels` (16 environments, an update per 4 steps). Every round runs ours on one
+rank, ours on two (each rank with the environments and the batch of one: their steps are added up), Stable-Baselines3, Tianshou
+and RLlib, one after the other, one thread per process. All are timed from their own first updates on, without evaluations
+and checkpoints.
+
+What differs: every project steps cheap environments as it recommends, ours by Gymnasium's vector class of CartPole, SB3 by
+DummyVecEnv, Tianshou by DummyVectorEnv, RLlib in as many worker processes as there are cores, so that ours on two ranks is
+what it is held against. RLlib takes a few more steps per update than it is asked for, which lowers its updates/s, not its
+steps/s, and pads its convolutions; Tianshou asks the online network for the next observations too. The target network of SB3
+and Tianshou stays as it is within a phase of updates, ours is copied at any update. `--total-steps` are a job's, on one rank.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+from rich.table import Table
+
+from hvd_dqn.bench_loop import CASES, settings
+from hvd_dqn.config import Config
+from tests.benchmarks import compare
+from tests.benchmarks.compare import Round, cell, ratio, spread
+
+PEERS = ("sb3", "tianshou", "rllib")
+RATES = ("steps_per_second", "updates_per_second")
+
+
+def main() -> None:
+    parser = compare.arguments(__doc__)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--cases", nargs="+", choices=list(CASES), default=list(CASES))
+    parser.add_argument("--peers", nargs="*", choices=PEERS, default=PEERS)
+    parser.add_argument("--total-steps", type=int, help="of each job on one rank; default: the case's own")
+    options = parser.parse_args()
+    peers = compare.present(options.peers)
+    results, made = [], []
+    for case in options.cases:
+        made = compare.rounds(jobs(case, peers, options.total_steps), options.rounds)
+        results.append(summary(case, made))
+    result = compare.told("loop", made, results=results)
+    compare.tell(result, table(result), options.json)
+
+
+def jobs(case: str, peers: Sequence[str], total_steps: int | None) -> dict[str, compare.Job]:
+    config = settings(case, 1, total_steps=total_steps)
+
+    def ours(ranks: int) -> dict[str, Any]:
+        words = ["bench", "loop", case, "--json", "--total-steps", str(ranks * config.total_steps)]
+        return compare.ours(*words, ranks=ranks)["results"][0]
+
+    request = {"what": "loop", **job(config)}
+    return {
+        "ours": lambda: ours(1),
+        "ours, two ranks": lambda: ours(2),
+        **{name: lambda name=name: compare.peer(name, request) for name in peers},
+    }
+
+
+def job(config: Config) -> dict[str, Any]:
+    """The fields of the peers' Job, of a run on one rank. Their loss is Huber's, gamma 0.99, Adam's epsilon their own."""
+    learner = config.learner
+    return {
+        "env": config.env.id,
+        "envs": config.env.envs_per_rank,
+        "image": config.agent.network == "cnn",
+        "hidden": list(config.agent.hidden),
+        "learning_rate": learner.learning_rate,
+        "batch": learner.batch_size,
+        "capacity": config.replay.capacity,
+        "learn_start": learner.learn_start,
+        "train_period": learner.train_period,
+        "updates": round(learner.train_period * learner.replay_ratio / learner.batch_size),
+        "target_period": learner.target_period,
+        "epsilon_end": config.agent.epsilon_end,
+        "epsilon_steps": config.agent.epsilon_steps,
+        "total_steps": config.total_steps,
+        "seed": config.seed,
+    }
+
+
+def summary(case: str, made: Sequence[Round]) -> dict[str, Any]:
+    rates = {name: {what: [r[name][what] for r in made] for what in RATES} for name in made[0]}
+    ratios = {}
+    for name in made[0]:
+        if name not in ("ours", "ours, two ranks"):
+            mine = "ours, two ranks" if name == "rllib" else "ours"
+            ratios[f"{mine} over {name}"] = ratio(rates[mine][RATES[0]], rates[name][RATES[0]])
+    ratios["two ranks over one"] = ratio(rates["ours, two ranks"][RATES[0]], rates["ours"][RATES[0]])
+    return {
+        "case": case,
+        "rates": {name: {what: spread(values) for what, values in each.items()} for name, each in rates.items()},
+        "ratios": ratios,
+        "runs": made,
+    }
+
+
+def table(result: dict[str, Any]) -> Table:
+    rows = result["results"]
+    lines: dict[str, list[str]] = {}
+    for name in rows[0]["rates"]:
+        for what, unit in zip(RATES, ("steps/s", "updates/s"), strict=True):
+            lines[f"{name}: {unit}"] = [cell(row["rates"][name][what]) for row in rows]
+    lines |= {name: [cell(row["ratios"][name], ".2f") for row in rows] for name in rows[0]["ratios"]}
+    return compare.table(result, "Whole training", [row["case"] for row in rows], lines)
+
+
+if __name__ == "__main__":
+    main()
