@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
 # What the batch scripts of slurm/, pbs/ and lsf/ share; nothing to run by itself. Who sources it has set `script`
-# (its name), `root` (the project's folder), `job` (the job's name and id) and `again` (how people start it).
+# (its name), `root` (the project's folder), `job` (the job's name and id) and `submit` (the command that submits it).
 # shellcheck disable=SC2154 # what they set
 set -euo pipefail
 
-words=() run_dir='' began_at='' code='' was_ended=''
+words=() to_train='' run_dir='' began_at='' code='' was_ended=''
 
 stop() { echo "$script: $*" >&2; exit 2; }
 need_venv() { [ -x "$root/.venv/bin/hvd-dqn" ] || stop "there is no $root/.venv yet: run $root/launch/setup.sh."; }
@@ -21,7 +21,8 @@ prepare() {
             *) words+=("$word") ;;
         esac
     done
-    [ ${#words[@]} -gt 0 ] || stop "expected what to train, for example: $again"
+    to_train=${words[*]}
+    [ -n "$to_train" ] || stop "expected what to train, for example: HVD_DQN_ARGS=cartpole $submit"
     cd "$root"
     run_dir=${HVD_DQN_RUN_DIR:-runs/${job//\//-}} # a job that is requeued keeps its id, and so finds its run
     began_at=$(newest)
@@ -65,12 +66,14 @@ run() {
 # Options and their reasons are mpirun.sh's. HOSTS as a:2,b:2.
 run_by_mpirun() { run launch/mpirun.sh -H "$1" train "${words[@]}"; }
 
+how_to_go_on() { echo "To go on: HVD_DQN_RUN_DIR=$run_dir HVD_DQN_ARGS='$to_train' $submit"; }
+
 # Whether the job shall be started again: it saved because its time was nearly over, and it had got on. With too short a
 # time it would come back for ever, and so might one that is cancelled: Slurm lets it.
 goes_on() {
     [ "$code" = 75 ] || return 1
     if [ -n "$was_ended" ]; then
-        echo "$script: ended from outside. To go on: HVD_DQN_RUN_DIR=$run_dir $again" >&2
+        echo "$script: ended from outside. $(how_to_go_on)" >&2
     elif [ "$(newest)" = "$began_at" ]; then
         echo "$script: stopped before it got on, and so would the next start be: give the job more time." >&2
     else
@@ -83,7 +86,7 @@ goes_on() {
 finish() {
     if goes_on; then
         echo "+ $*" >&2
-        "$@" || echo "$script: not started again. To go on: HVD_DQN_RUN_DIR=$run_dir $again" >&2
+        "$@" || echo "$script: not started again. $(how_to_go_on)" >&2
     fi
     exit "$code"
 }

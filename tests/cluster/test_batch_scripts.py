@@ -1,0 +1,265 @@
+"""The batch scripts by themselves: what they run, when they start the job again, and what they refuse, without a cluster.
+
+What the batch systems do is imitated after their manuals; test_slurm.py has the real Slurm.
+"""
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tests.ranks import ROOT, wait_until
+
+SCRIPTS = [path for system in ("slurm", "pbs", "lsf") for path in sorted((ROOT / "launch" / system).iterdir())]
+# Each program leaves the words it was started with in `calls`; the one that trains makes a checkpoint and ends as told.
+FAKE = """#!/bin/bash
+echo "$(basename "$0") $*" >>"$CALLS"
+case $(basename "$0") in
+    srun) [ "$*" != --mpi=list ] || { echo "MPI plugin types are... ${PLUGINS:-none pmix pmi2}"; exit; } ;;
+    scontrol) [ "$1" != show ] || printf '%s\\n' ${HOSTS:-alone}; exit ;;
+    qstat) printf 'Job Id: %s\\n    Resource_List.select = %s\\n    Resource_List.walltime = %s\\n' "$3" \\
+        $'2:ncpus=8:mpi\\n\\tprocs=2' "${WALLTIME:-02:00:00}"; exit ;;
+    qsub) echo "env $HVD_DQN_RUN_DIR $HVD_DQN_ARGS" >>"$CALLS"; exit ;;
+    mpirun) [ "$*" != --version ] || { echo "mpirun (Open MPI) 4.1.4"; exit; } ;;
+esac
+trap 'signalled=1' USR1
+trap '' TERM
+touch "$CALLS.running"
+while [ -n "$WAIT" ] && [ -z "$signalled" ]; do sleep 0.05; done
+if [ -n "$STEPS" ]; then
+    mkdir -p "$RUN_DIR/checkpoints/$STEPS"
+    echo '{"resumable": true}' >"$RUN_DIR/checkpoints/$STEPS/MANIFEST.json"
+    touch "$RUN_DIR/run.json"
+fi
+exit "$CODE"
+"""
+SYSTEMS = {
+    "slurm": {
+        "SLURM_JOB_NAME": "my/job",
+        "SLURM_JOB_ID": "7",
+        "SLURM_JOB_NODELIST": "a,b,c",
+        "SLURM_TASKS_PER_NODE": "4(x2),3",
+        "HOSTS": "a b c",
+    },
+    "pbs": {"PBS_JOBNAME": "my/job", "PBS_JOBID": "7", "PBS_QUEUE": "batch", "PBS_NODEFILE": "{folder}/nodes"},
+    "lsf": {"LSB_JOBNAME": "my/job", "LSB_JOBID": "7", "LSB_MCPU_HOSTS": "a 4 b 2 "},
+}
+
+
+class Project:
+    """The launch scripts in a folder of their own, and a PATH of imitated programs."""
+
+    def __init__(self, folder):
+        self.folder, self.run_dir = folder, folder / "runs/my-job-7"
+        shutil.copytree(ROOT / "launch", folder / "launch")
+        (folder / "nodes").write_text("a\na\nb\nb\n")
+        for path in (
+            "bin/srun",
+            "bin/scontrol",
+            "bin/qstat",
+            "bin/qsub",
+            "bin/mpirun",
+            "bin/apptainer",
+            ".venv/bin/hvd-dqn",
+        ):
+            (folder / path).parent.mkdir(parents=True, exist_ok=True)
+            (folder / path).write_text(FAKE)
+            (folder / path).chmod(0o755)
+
+    def start(self, script, *words, **environment):
+        system = script.split("/")[0]
+        launchers = ("SLURM_", "PBS_", "LSB_", "HVD_DQN_")
+        variables = {k: v for k, v in os.environ.items() if not k.startswith(launchers)}
+        variables |= {k: v.format(folder=self.folder) for k, v in SYSTEMS[system].items()}
+        variables |= {"PATH": f"{self.folder}/bin:{os.environ['PATH']}", "CALLS": str(self.folder / "calls")}
+        variables |= {"RUN_DIR": str(self.run_dir), "CODE": "0", "STEPS": "", "WAIT": "", **environment}
+        # A copy of the script somewhere else, as batch systems run it, in the folder where the job was submitted.
+        copy = shutil.copy(self.folder / "launch" / script, self.folder / "copy")
+        return subprocess.Popen(
+            ["bash", copy, *words], cwd=environment.get("CWD", self.folder), env=variables, text=True,
+            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        )  # fmt: skip
+
+    def run(self, script, *words, **environment):
+        process = self.start(script, *words, **environment)
+        said = process.communicate(timeout=120)[0]
+        return process.returncode, said
+
+    @property
+    def calls(self):
+        return (self.folder / "calls").read_text().splitlines() if (self.folder / "calls").exists() else []
+
+
+@pytest.fixture
+def project(tmp_path):
+    return Project(tmp_path)
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+def test_script_parses_and_says_what_it_does(script):
+    assert subprocess.run(["bash", "-n", script], capture_output=True, text=True).stderr == ""
+    lines = script.read_text().splitlines()
+    assert lines[0] == "#!/usr/bin/env bash"
+    assert lines[1].startswith("# Trains ")
+    assert "set -euo pipefail" in lines
+    assert max(map(len, lines)) <= 120
+
+
+@pytest.mark.skipif(shutil.which("shellcheck") is None, reason="shellcheck is not installed")
+def test_shellcheck_finds_nothing():
+    found = subprocess.run(["shellcheck", "-x", *SCRIPTS], capture_output=True, text=True, timeout=120)
+    assert found.returncode == 0, found.stdout
+
+
+SRUN = "srun --mpi=pmix --export=ALL --kill-on-bad-exit=0"
+
+
+#  script                         environment                        what is started; {0} is the project's folder
+@pytest.mark.parametrize(
+    ("script", "environment", "command"),
+    [
+        ("slurm/train.sbatch", {}, SRUN + " {0}/.venv/bin/hvd-dqn"),
+        ("slurm/train.sbatch", {"SLURM_CPUS_PER_TASK": "4"}, SRUN + " --cpus-per-task=4 {0}/.venv/bin/hvd-dqn"),
+        (
+            "slurm/train-apptainer.sbatch",
+            {"SLURM_GPUS_ON_NODE": "4"},
+            SRUN + " apptainer exec --bind {0} --pwd {0} --nv {0}/hvd-dqn.sif hvd-dqn",
+        ),
+        ("slurm/train-mpirun.sbatch", {}, "mpirun -np 11 -H a:4,b:4,c:3 "),
+        ("pbs/train.pbs", {}, "mpirun -np 4 -H a:2,b:2 "),
+        ("lsf/train.lsf", {}, "mpirun -np 6 -H a:4,b:2 "),
+    ],
+)
+def test_the_ranks_are_started_on_all_that_the_job_was_given(script, environment, command, project):
+    (project.folder / "hvd-dqn.sif").touch()
+    code, said = project.run(script, HVD_DQN_ARGS="cartpole --seed 3", **environment)
+    assert code == 0, said
+    started = next(call for call in project.calls if call.startswith(command.split()[0]) and "train" in call)
+    assert started.startswith(command.format(project.folder)), started
+    assert started.endswith(" train cartpole --seed 3 --run-dir runs/my-job-7")
+
+
+def test_settings_come_as_words_and_from_the_environment(project):
+    code, said = project.run(
+        "slurm/train.sbatch", "cartpole", "--", "--env.id", "a b", HVD_DQN_ARGS="--seed 3  --seed 4"
+    )
+    assert code == 0, said
+    assert project.calls[-1].endswith(" train cartpole --env.id a b --seed 3 --seed 4 --run-dir runs/my-job-7")
+
+
+STARTS_AGAIN = {
+    "slurm/train.sbatch": "scontrol requeue 7",
+    "slurm/train-mpirun.sbatch": "scontrol requeue 7",
+    "slurm/train-apptainer.sbatch": "scontrol requeue 7",
+    "pbs/train.pbs": "qsub -N my/job -q batch -l select=2:ncpus=8:mpiprocs=2 -l walltime=02:00:00 -v "
+    "HVD_DQN_ROOT,HVD_DQN_RUN_DIR,HVD_DQN_ARGS launch/pbs/train.pbs",
+}
+
+
+@pytest.mark.parametrize("script", [*STARTS_AGAIN, "lsf/train.lsf"])
+@pytest.mark.parametrize(
+    ("ends_with", "steps", "signals", "code", "again"),
+    [
+        (0, "400", [], 0, False),
+        (1, "400", [], 1, False),
+        (2, "", [], 2, False),
+        (75, "400", ["SIGUSR1"], 75, True),
+        (75, "", ["SIGUSR1"], 75, False),  # no checkpoint that was not there before: its time is too short
+        (75, "400", ["SIGTERM"], 75, False),  # cancelled
+        (75, "400", ["SIGUSR1", "SIGTERM"], 75, False),
+    ],
+)
+def test_only_a_job_that_saved_and_got_on_is_started_again(script, ends_with, steps, signals, code, again, project):
+    (project.folder / "hvd-dqn.sif").touch()
+    wait = "1" if signals else ""
+    process = project.start(script, HVD_DQN_ARGS="identity", CODE=str(ends_with), STEPS=steps, WAIT=wait)
+    if signals:
+        wait_until((project.folder / "calls.running").exists, "nothing is started")
+    for name in signals:
+        process.send_signal(signal.Signals[name])
+    said = process.communicate(timeout=120)[0]
+    is_lsf = script == "lsf/train.lsf"  # which starts a job again that ends with 75
+    assert process.returncode == (1 if is_lsf and code == 75 and not again else code), said
+    assert (STARTS_AGAIN.get(script) in project.calls) == (again and not is_lsf)
+    if script == "pbs/train.pbs" and again:
+        assert project.calls[-1] == "env runs/my-job-7 identity"
+    if code == 75 and not again:
+        way_out = r"ended from outside\. To go on: HVD_DQN_RUN_DIR=runs/my-job-7 HVD_DQN_ARGS='identity' [sqb]"
+        assert re.search(way_out + "|stopped before it got on", said), said
+
+
+def test_pbs_asks_the_job_to_save_two_minutes_before_its_time_is_over(project):
+    # 124 s: four are left until then.
+    code, said = project.run(
+        "pbs/train.pbs", HVD_DQN_ARGS="identity", CODE="75", STEPS="400", WAIT="1", WALLTIME="00:02:04"
+    )
+    assert code == 75, said
+    assert any(call.startswith("qsub ") for call in project.calls)
+
+
+def test_a_job_goes_on_with_the_newest_checkpoint_that_can_be_gone_on_from(project):
+    for steps, is_resumable in [("800", "true"), ("1000", "true"), ("9000", "false")]:
+        manifest = project.run_dir / "checkpoints" / steps / "MANIFEST.json"
+        manifest.parent.mkdir(parents=True)
+        manifest.write_text(f'{{"resumable": {is_resumable}}}')
+    (project.run_dir / "checkpoints/9500").mkdir()  # half-written
+    code, said = project.run("slurm/train.sbatch", "identity")
+    assert code == 0
+    assert "going on with runs/my-job-7 from 1000 total steps" in said
+    assert project.calls[-1].endswith(" train identity --resume --run-dir runs/my-job-7")
+
+
+def test_a_run_that_ended_before_its_first_checkpoint_is_put_aside(project):
+    project.run_dir.mkdir(parents=True)
+    (project.run_dir / "run.json").touch()
+    code, said = project.run("slurm/train.sbatch", "identity")
+    assert code == 0, said
+    assert project.calls[-1].endswith(" train identity --run-dir runs/my-job-7")
+    (aside,) = project.run_dir.parent.iterdir()
+    assert aside.name.startswith("my-job-7-without-checkpoint-")
+    assert (aside / "run.json").exists()
+
+
+def test_a_run_can_be_named(project):
+    code, said = project.run("slurm/train.sbatch", "identity", HVD_DQN_RUN_DIR="elsewhere/mine")
+    assert code == 0, said
+    assert project.calls[-1].endswith(" train identity --run-dir elsewhere/mine")
+
+
+@pytest.mark.parametrize("script", [str(path.relative_to(ROOT / "launch")) for path in SCRIPTS])
+@pytest.mark.parametrize(
+    ("words", "environment", "breaks", "line"),
+    [
+        ([], {}, None, "expected what to train, for example: "),
+        (["identity", "--resume"], {}, None, "--resume is mine to say: set HVD_DQN_RUN_DIR"),
+        (["identity", "--run_dir=x"], {}, None, "--run_dir=x is mine to say: set HVD_DQN_RUN_DIR"),
+        (
+            ["identity"],
+            {"HVD_DQN_ROOT": "/nowhere"},
+            None,
+            "/nowhere is not the folder of hvd_dqn: submit from there, or",
+        ),
+        (["identity"], {}, ".venv", "launch/setup.sh"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(script, words, environment, breaks, line, project):
+    if breaks and "apptainer" not in script:
+        shutil.rmtree(project.folder / breaks)
+    code, said = project.run(script, *words, **environment)
+    assert code == 2, said
+    assert len(said.splitlines()) == 1, said
+    assert said.startswith(f"{Path(script).name}: ")
+    assert (line in said) or ("apptainer" in script and "there is no image" in said), said
+    assert not [call for call in project.calls if "train" in call]
+
+
+@pytest.mark.parametrize("script", ["slurm/train.sbatch", "slurm/train-apptainer.sbatch"])
+def test_a_site_without_pmix_is_told_so(script, project):
+    (project.folder / "hvd-dqn.sif").touch()
+    code, said = project.run(script, "identity", PLUGINS="none pmi2")
+    assert code == 2
+    assert re.fullmatch(r"\S+: srun has no pmix here .*\n", said), said
