@@ -75,17 +75,20 @@ def main() -> None:
     figure, (memory, files) = plt.subplots(1, 2, figsize=(10, 3.2), constrained_layout=True)
     thirds = np.array_split(samples, 3)
     for rank in range(options.ranks):
-        memory.plot(samples[:, rank, 0], samples[:, rank, 1], label=f"rank {rank}")
-        files.plot(samples[:, rank, 0], samples[:, rank, 2], label=f"rank {rank}")
+        style = ("-", "--")[rank % 2]  # the ranks' lines lie on each other
+        memory.plot(samples[:, rank, 0], samples[:, rank, 1], style, label=f"rank {rank}")
+        files.plot(samples[:, rank, 0], samples[:, rank, 2], style, label=f"rank {rank}")
         before, after = (np.median(third[:, rank, 1:], axis=0) for third in thirds[1:])
         print(
             f"rank {rank}: {before[0]:.1f} MB and {before[1]:.0f} open files in the second third of {options.minutes:g} "
             f"minutes, {after[0]:.1f} MB and {after[1]:.0f} in the last"
         )
     print(f"{int(steps):,} total steps")
-    memory.set(xlabel="minutes", ylabel="resident memory, MB", ylim=(0, None))
-    files.set(xlabel="minutes", ylabel="open files", ylim=(0, None))
-    memory.legend(frameon=False)
+    for axes, what, highest in zip(
+        (memory, files), ("resident memory, MB", "open files"), samples.max((0, 1))[1:], strict=True
+    ):
+        axes.set(xlabel="minutes", ylabel=what, ylim=(0, 1.2 * highest))
+    memory.legend(frameon=False, loc="lower right")
     figure.savefig(options.out, dpi=110)
 
 
