@@ -17,19 +17,23 @@ from ray.tune.registry import register_env
 
 
 class Stacked(gym.Wrapper):
-    """The last four frames [84, 84, 1] as [84, 84, 4]."""
+    """The last four frames as floats [84, 84, 4], scaled here as RLlib's Atari wrapper does: its networks take no bytes."""
 
     def __init__(self, env: gym.Env) -> None:
         super().__init__(gym.wrappers.FrameStackObservation(env, 4))
-        self.observation_space = gym.spaces.Box(0, 255, (*env.observation_space.shape[:2], 4), np.uint8)
+        self.observation_space = gym.spaces.Box(0, 1, (*env.observation_space.shape[:2], 4), np.float32)
 
     def reset(self, **options: Any) -> tuple[np.ndarray, dict]:
         observation, info = self.env.reset(**options)
-        return observation[..., 0].transpose(1, 2, 0), info
+        return self._scaled(observation), info
 
     def step(self, action: Any) -> tuple:
         observation, *rest = self.env.step(action)
-        return observation[..., 0].transpose(1, 2, 0), *rest
+        return self._scaled(observation), *rest
+
+    @staticmethod
+    def _scaled(observation: np.ndarray) -> np.ndarray:
+        return observation[..., 0].transpose(1, 2, 0).astype(np.float32) / 255.0
 
 
 def make_env(job: shared.Job) -> gym.Env:
@@ -53,6 +57,7 @@ def config(job: shared.Job, runners: int) -> DQNConfig:
             num_env_runners=runners, num_envs_per_env_runner=job.envs // runners, rollout_fragment_length=fragment
         )
         .learners(num_learners=0)
+        .fault_tolerance(restart_failed_env_runners=False)  # a failure shall be seen
         .rl_module(model_config=model)
         .training(
             lr=job.learning_rate,
@@ -67,6 +72,8 @@ def config(job: shared.Job, runners: int) -> DQNConfig:
             n_step=1,
             grad_clip=10.0,
         )
+        # Its iterations end with a report; the default, every 1,000 steps, is too coarse for short runs.
+        .reporting(min_sample_timesteps_per_iteration=min(1_000, job.total_steps // 20))
         .debugging(seed=job.seed, log_level="ERROR")
     )
 
@@ -96,7 +103,7 @@ if __name__ == "__main__":
     os.environ |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_DEDUP_LOGS": "0"}
     with tempfile.TemporaryDirectory(prefix="ray") as folder:
         ray.init(
-            include_dashboard=False, log_to_driver=bool(os.environ.get("RLLIB_LOG")), logging_level="error", _temp_dir=folder,
+            include_dashboard=False, log_to_driver=False, logging_level="error", _temp_dir=folder,
             object_store_memory=300_000_000,
         )  # fmt: skip
         try:
