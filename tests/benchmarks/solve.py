@@ -37,7 +37,7 @@ ZOO = {
     },
     "lunarlander": {
         "env": "LunarLander-v3", "hidden": [256, 256], "learning_rate": 6.3e-4, "batch": 128, "capacity": 50_000,
-        "learn_start": 128, "train_period": 4, "updates": 4, "target_period": 250, "epsilon_end": 0.1,
+        "learn_start": 0, "train_period": 4, "updates": 4, "target_period": 250, "epsilon_end": 0.1,
         "epsilon_steps": 12_000, "total_steps": 300_000,
     },
 }  # fmt: skip

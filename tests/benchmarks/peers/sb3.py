@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import shared
 import torch
 from stable_baselines3 import DQN
@@ -32,14 +33,11 @@ def phases(case: dict[str, Any]) -> tuple[Callable[[], None], int]:
     )
     model.set_logger(Logger(folder=None, output_formats=[]))
     # The policy of images wants channels first, which the wrapper of a real environment would have seen to.
-    order = (2, 0, 1) if images and model.observation_space.shape[0] == 4 else None
+    order = (2, 0, 1) if images else (0,)
 
     def write(observation: Any, action: int, reward: float, terminated: bool, following: Any) -> None:
-        if order:
-            observation, following = observation.transpose(order), following.transpose(order)
-        model.replay_buffer.add(
-            observation[None], following[None], torch.tensor([[action]]).numpy(), [reward], [terminated], [{}]
-        )
+        one = observation.transpose(order)[None], following.transpose(order)[None], np.array([[action]])
+        model.replay_buffer.add(*one, np.array([reward]), np.array([terminated]), [{}])
 
     shared.transitions(case, write)
 
