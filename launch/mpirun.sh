@@ -23,7 +23,8 @@ options+=(--bind-to none --map-by slot) # a rank has several threads: bound to o
 options+=(-mca pml ob1 -mca btl ^openib) # Horovod's own choice: TCP and shared memory, which stand several threads
 [ "$(id -u)" != 0 ] || options+=(--allow-run-as-root) # containers; Open MPI otherwise refuses
 # Ranks on other hosts get nothing but what is named; OMPI_MCA_... goes by itself.
+travels='^(PATH|LD_LIBRARY_PATH|PYTHONPATH|(HVD_DQN|HOROVOD|NCCL|TF|OMP|XLA|MALLOC)_.*)$'
 for name in $(compgen -e | LC_ALL=C sort); do
-    [[ ! $name =~ ^(PATH|LD_LIBRARY_PATH|PYTHONPATH|(HVD_DQN|HOROVOD|NCCL|TF|OMP|XLA|MALLOC)_.*)$ ]] || options+=(-x "$name")
+    [[ ! $name =~ $travels ]] || options+=(-x "$name")
 done
 start mpirun "${options[@]}" ${extra[@]+"${extra[@]}"} hvd-dqn "${words[@]}"

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# What horovodrun.sh and mpirun.sh share; nothing to run by itself. Their options, the check of the hosts and the variables
-# of the ranks, each with its reason, are here once, whatever starts the ranks.
+# What horovodrun.sh and mpirun.sh share; nothing to run by itself. Their options, the check of the hosts and the
+# variables of the ranks, each with its reason, are here once, whatever starts the ranks.
 # shellcheck disable=SC2034 # which read what is set here
 set -euo pipefail
 
@@ -40,19 +40,21 @@ read_options() {
     [[ $port =~ ^[0-9]*$ ]] || stop "-p takes the number of ssh's port, not $port."
     [ -z "$key" ] || [ -r "$key" ] || stop "-i takes ssh's private key; there is no readable file $key."
     [ -z "$file" ] || [ -z "$list" ] || stop "-H and --hostfile both name the hosts: give one."
-    [ -z "$file" ] || [ -r "$file" ] || stop "--hostfile takes a file of lines \`host slots=2\`; there is no readable file $file."
+    [ -z "$file" ] || [ -r "$file" ] || stop "--hostfile takes lines \`host slots=2\`; there is no readable file $file."
     # A comment, a blank line, `host slots=2` as mpirun writes it, or `host` once per slot as batch systems do.
-    [ -z "$file" ] || list=$(sed -e 's/#.*//' -e 's/[[:space:]]*$//' -e '/^$/d' -e 's/[[:space:]]\+slots[[:space:]]*=[[:space:]]*/:/' "$file" | paste -sd,)
+    local -a clean=(-e 's/#.*//' -e 's/[[:space:]]*$//' -e '/^$/d')
+    local slots='s/[[:space:]]+slots[[:space:]]*=[[:space:]]*/:/'
+    [ -z "$file" ] || list=$(sed -E "${clean[@]}" -e "$slots" "$file" | paste -sd,)
     [ -z "$file" ] || [ -n "$list" ] || stop "$file names no host: expected lines \`host slots=2\`."
     count_slots "${list:-localhost:${ranks:-2}}"
 }
 
-# Fills `hosts` (a:2,b:2) and `names`, and checks the number of ranks; a host that is named again has that many slots more.
+# Fills `hosts` (a:2,b:2) and `names`, and checks the number of ranks; a host named twice has the slots of both.
 count_slots() {
     local entry name total=0
     local -A slots=()
     for entry in ${1//,/ }; do
-        [[ $entry =~ ^([A-Za-z0-9_.-]+)(:([1-9][0-9]*))?$ ]] || stop "expected hosts as a:2,b:2 (name:slots), not $entry."
+        [[ $entry =~ ^([A-Za-z0-9_.-]+)(:([1-9][0-9]*))?$ ]] || stop "expected hosts as a:2,b:2, not $entry."
         name=${BASH_REMATCH[1]}
         [ -n "${slots[$name]:-}" ] || names+=("$name")
         slots[$name]=$((${slots[$name]:-0} + ${BASH_REMATCH[3]:-1}))
@@ -66,13 +68,8 @@ count_slots() {
 is_here() {
     local address
     [[ " localhost $(hostname) $(hostname -s) " != *" $1 "* ]] || return 0
-    address=$(getent ahostsv4 "$1" | awk 'NR == 1 {print $1}') && [[ -n $address && " $(hostname -I 2>/dev/null) " == *" $address "* || $address == 127.* ]]
-}
-# An MPI in a folder of its own is not on the PATH that ssh gives a daemon on another host.
-find_mpi() {
-    mpi=$(command -v mpirun) || stop "there is no mpirun on PATH: run $root/launch/setup.sh, or load your MPI's module."
-    [[ $(mpirun --version 2>&1) != *'Open MPI'* ]] || mpi_is_open=1
-    [[ $mpi == /usr/bin/* || $mpi == /bin/* ]] || ! is_far || prefix=(--prefix "$(dirname "$(dirname "$mpi")")")
+    address=$(getent ahostsv4 "$1" | awk 'NR == 1 {print $1}') || return 1
+    [[ $address == 127.* || (-n $address && " $(hostname -I 2>/dev/null) " == *" $address "*) ]]
 }
 is_far() { # whether any host is another one
     local name
@@ -80,13 +77,24 @@ is_far() { # whether any host is another one
     return 1
 }
 
+# An MPI in a folder of its own is not on the PATH that ssh gives a daemon on another host.
+find_mpi() {
+    mpi=$(command -v mpirun) || stop "there is no mpirun on PATH: run $root/launch/setup.sh, or load your MPI's module."
+    [[ $(mpirun --version 2>&1) != *'Open MPI'* ]] || mpi_is_open=1
+    [[ $mpi == /usr/bin/* || $mpi == /bin/* ]] || ! is_far || prefix=(--prefix "$(dirname "$(dirname "$mpi")")")
+}
+
 # Says why ranks cannot be started on the host $1; nothing where they can.
 examine() {
-    local said
+    local said sees
     local -a ssh=(ssh -o BatchMode=yes -o ConnectTimeout=10 ${port:+-p "$port"} ${key:+-i "$key"} "$1")
     if ! said=$("${ssh[@]}" true 2>&1 </dev/null); then
-        echo "$1 cannot be reached by ssh ($(tail -n 1 <<<"$said" | tr -d '\r')); it must open without a password, port by -p, key by -i."
-    elif ! "${ssh[@]}" "test -x $(printf %q "$root")/.venv/bin/hvd-dqn && test -d $(printf %q "$PWD")" 2>/dev/null </dev/null; then
+        said=$(tail -n 1 <<<"$said" | tr -d '\r')
+        echo "$1 cannot be reached by ssh ($said); it must open without a password, port by -p, key by -i."
+        return
+    fi
+    sees="test -x $(show "$root/.venv/bin/hvd-dqn") && test -d $(show "$PWD")"
+    if ! "${ssh[@]}" "$sees" 2>/dev/null </dev/null; then
         echo "$1 does not see $root/.venv and $PWD: all hosts must share these folders, under the same names."
     fi
 }
@@ -113,7 +121,7 @@ set_environment() {
     [ -z "$interface" ] || setting NCCL_SOCKET_IFNAME "$interface"
     [ -z "$gloo" ] || return 0
     keep OMPI_MCA_mpi_yield_when_idle 1 # ranks that wait otherwise spin, and take the core from those that work
-    # On Ctrl-C mpirun ends its ranks with SIGTERM, and after this many seconds with SIGKILL: its own 1 is too short for a checkpoint.
+    # On Ctrl-C mpirun ends its ranks with SIGTERM, so many seconds later with SIGKILL: its own 1 is no time to save.
     keep OMPI_MCA_odls_base_sigkill_timeout 5
     if [ -n "$interface" ]; then # else Open MPI tries every network that it sees, those of containers included
         setting OMPI_MCA_btl_tcp_if_include "$interface" # between ranks
@@ -121,8 +129,8 @@ set_environment() {
     fi
     is_far || return 0
     [ -z "$port$key" ] || setting OMPI_MCA_plm_rsh_args "${port:+-p $port}${port:+${key:+ }}${key:+-i $key}"
-    # A lost host ends the job within a minute, with a message: mpirun asks its daemons from the tenth silent second on, three
-    # times. Where something still waits for its way over the lost link TCP does not ask, and ssh.sh ends mpirun.
+    # A lost host ends the job within a minute, with a message: mpirun asks its daemons from the tenth silent second on,
+    # three times. Where something still waits for its way over the lost link TCP does not ask, and ssh.sh ends mpirun.
     keep OMPI_MCA_oob_tcp_keepalive_time 10
     keep OMPI_MCA_oob_tcp_keepalive_intvl 5
     keep OMPI_MCA_oob_tcp_keepalive_probes 3
