@@ -48,17 +48,16 @@ newest() {
 
 # run COMMAND...: shows it and waits for its end through all signals. Leaves its exit code in `code`.
 run() {
-    local program signalled=1 heard
+    local program signalled=1
     echo "+ $*" >&2
     "$@" &
-    program=$! code=127
+    program=$!
     # srun and mpirun pass USR1 on to their ranks, which save and end; with TERM they would give them little time.
     trap 'signalled=1; kill -USR1 "$program" 2>/dev/null || true' USR1
     trap 'signalled=1 was_ended=1; kill -USR1 "$program" 2>/dev/null || true' TERM INT
     while [ -n "$signalled" ]; do # a signal to this shell ends the wait, and not the program
         signalled=''
-        wait "$program" && heard=0 || heard=$?
-        [ "$heard" = 127 ] || code=$heard # 127: its end was heard before
+        wait "$program" && code=0 || code=$?
     done
     trap - USR1 TERM INT
 }
