@@ -231,6 +231,24 @@ def test_tasks_without_mpi_are_told_what_srun_needs(slurm, project):
     assert not (project / "run").exists()
 
 
+ONE_GPU = """
+import sys
+from hvd_dqn import cli, distributed
+describe = distributed.HorovodWorld.describe
+distributed.HorovodWorld.describe = lambda self: describe(self) | {"nccl_built": True}
+distributed.pin_gpu = lambda: "the same on both"
+sys.argv = ["hvd-dqn", "doctor"]
+cli.main()
+"""
+
+
+def test_two_ranks_on_one_gpu_are_refused_in_one_line(slurm):
+    done = slurm.run("srun", "--mpi=pmix", "--ntasks=2", sys.executable, "-c", ONE_GPU, **THREADS)
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.count("hvd-dqn: Ranks 0, 1 would share one GPU of ") == 1
+    assert "MPI_ABORT" not in done.stderr
+
+
 PLACE = """
 import json, os
 from hvd_dqn.placement import local_rank, local_size, set_thread_defaults
