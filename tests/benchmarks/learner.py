@@ -24,10 +24,10 @@ PEERS = ("sb3", "tianshou", "jax", "floor")
 REPEATS = 5  # of each peer, within a round
 # The ratio's name, what is above, what is below, and the limits by network.
 RATIOS = {
-    "JAX's time, times": ("ours", "jax", "≤", {"mlp-64-64": 1.5, "mlp-256-256": 1.5}),
-    "JAX's time, both sampling": ("ours, sampling", "jax, sampling", "≤", {}),
-    "the floor's time, times": ("ours", "floor", "≤", {"nature-cnn": 1.4}),
-    "the floor's at peak rate": ("ours", "floor at peak", "≤", {}),
+    "ours over JAX": ("ours", "jax", "≤", {"mlp-64-64": 1.5, "mlp-256-256": 1.5}),
+    "ours over JAX, both sampling": ("ours, sampling", "jax, sampling", "≤", {}),
+    "ours over the floor": ("ours", "floor", "≤", {"nature-cnn": 1.4}),
+    "ours over the floor at peak": ("ours", "floor at peak", "≤", {}),
     "times as fast as SB3": ("sb3", "ours, sampling", "≥", {"mlp-64-64": 8.0, "mlp-256-256": 5.0, "nature-cnn": 1.4}),
     "times as fast as Tianshou": ("tianshou", "ours, sampling", "≥", {}),
     "two ranks over one": ("ours, two ranks", "ours", "≤", {}),
