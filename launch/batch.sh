@@ -70,6 +70,7 @@ how_to_go_on() { echo "To go on: HVD_DQN_RUN_DIR=$run_dir HVD_DQN_ARGS='$to_trai
 # Whether the job shall be started again: it saved because its time was nearly over, and it had got on. With too short a
 # time it would come back for ever, and so might one that is cancelled: Slurm lets it.
 goes_on() {
+    [ "$code" != 138 ] || echo "$script: asked to stop (USR1) while it was still starting: give the job more time." >&2
     [ "$code" = 75 ] || return 1
     if [ -n "$was_ended" ]; then
         echo "$script: ended from outside. $(how_to_go_on)" >&2

@@ -192,6 +192,13 @@ def test_only_a_job_that_saved_and_got_on_is_started_again(script, ends_with, st
         assert re.search(way_out + "|stopped before it got on", said), said
 
 
+def test_a_job_whose_time_was_too_short_to_start_is_told_so(project):
+    code, said = project.run("slurm/train.sbatch", "identity", CODE="138")
+    assert code == 138
+    assert "while it was still starting: give the job more time" in said
+    assert "scontrol requeue 7" not in project.calls
+
+
 def test_pbs_asks_the_job_to_save_two_minutes_before_its_time_is_over(project):
     # 124 s: four are left until then.
     code, said = project.run(

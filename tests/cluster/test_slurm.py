@@ -272,10 +272,12 @@ def test_slurm_says_what_each_task_has_of_its_node(options, places, slurm):
     assert sorted(json.loads(line) for line in done.stdout.splitlines()) == places, done.stderr
 
 
-@pytest.mark.slow  # Slurm looks at the time about once a minute
+# Slurm looks at the time about once a minute: the job runs for two or three before it is asked to stop.
+@pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_a_job_whose_time_is_nearly_over_saves_and_goes_on(slurm, project):
     words = [word.replace("20000", "1000000000") for word in LONG]
-    job = Job(slurm, project, "train", *words, options=["--time=3"])
+    job = Job(slurm, project, "train", *words, options=["--time=5"])
     job.wait_for_checkpoint()
     wait_until(lambda: job.about["Restarts"] == "1", f"it is not requeued: {job.log}")
     before = job.checkpoints[-1]
