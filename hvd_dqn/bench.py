@@ -203,7 +203,7 @@ def table(result: dict[str, Any]) -> Table:
             str(row["updates_per_phase"]),
             with_spread(row["microseconds_per_update"]),
             with_spread(row["microseconds_with_sampling"]),
-            f"{row['updates_per_second']:,.4g}",
+            rate(row["updates_per_second"]),
         )
     return made
 
@@ -211,11 +211,15 @@ def table(result: dict[str, Any]) -> Table:
 def made_table(result: dict[str, Any], measured: str) -> Table:
     """An empty table, headed by the machine and closed by what was measured how."""
     machine = result["machine"]
-    ranks, threads = count(result["ranks"], "rank"), count(result["threads"], "thread")
-    where = ", ".join(machine["gpus"]) or machine["cpu"]
-    title = f"{ranks} of {threads} on {where} ({count(machine['cores'], 'core')})"
+    threads, where = count(result["threads"], "thread"), ", ".join(machine["gpus"]) or machine["cpu"]
+    ranks = f"{count(result['ranks'], 'rank')} of {threads}" if "ranks" in result else f"ranks of {threads}"
+    title = f"{ranks} on {where} ({count(machine['cores'], 'core')})"
     caption = f"{measured}; commit {result['commit']}: {result['command']}"
     return Table(title=title, caption=caption, title_justify="left", caption_justify="left")
+
+
+def rate(value: float) -> str:
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.4g}"
 
 
 def with_spread(spread: dict[str, float], unit: str = "") -> str:

@@ -11,17 +11,14 @@ from typing import Any, NamedTuple
 import numpy as np
 from rich.table import Table
 
-from hvd_dqn.bench import made_table, provenance
+from hvd_dqn.bench import made_table, provenance, rate
 from hvd_dqn.checkpoint import Checkpoints
 from hvd_dqn.config import Config, nearest
 from hvd_dqn.distributed import World, in_step
 from hvd_dqn.errors import InputError
 from hvd_dqn.learner import Phase
-from hvd_dqn.projection import expected_waits
 from hvd_dqn.trainer import Trainer
 
-# Ranks that the waiting is computed for, from one rank's phases.
-RANKS = tuple(2**i for i in range(1, 10))
 PHASES = 4  # the least that is measured
 PARTS = ("act", "env", "sample", "update")  # of the ledger's
 
@@ -188,8 +185,9 @@ class Stopwatch:
                 "count": len(phases),
                 "updates": taken / len(phases),
                 "seconds": float(phases.mean()),
-                # Of the chief's phases: meaningful for a rank alone, whose phases wait for nobody.
-                "waits": expected_waits(phases, RANKS),
+                # Of the chief's phases: of use for a rank alone, whose phases wait for nobody.
+                "least": float(phases.min()),
+                "deviation": float(phases.std()),
                 "message_bytes": int(sum(4 * np.prod(variable.shape) for variable in variables)),
             },
         }
@@ -205,8 +203,8 @@ def table(result: dict[str, Any]) -> Table:
         parts = [100 * row["time"][name] / row["seconds"] for name in PARTS]
         made.add_row(
             row["case"],
-            f"{row['steps_per_second']:,.4g}",
-            f"{row['updates_per_second']:,.4g}",
+            rate(row["steps_per_second"]),
+            rate(row["updates_per_second"]),
             str(row["batch"]),
             *(f"{part:.0f} %" for part in (*parts, 100 - sum(parts))),
         )

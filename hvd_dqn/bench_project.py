@@ -9,7 +9,7 @@ import numpy as np
 from rich.console import Group, RenderableType
 from rich.table import Table
 
-from hvd_dqn.bench import provenance
+from hvd_dqn.bench import provenance, rate
 from hvd_dqn.bench_jobs import apart, check_launcher, together
 from hvd_dqn.bench_loop import CASES, settings
 from hvd_dqn.bench_scaling import mean_phase, scaling
@@ -67,6 +67,7 @@ def project(
     return {
         "benchmark": "project",
         **provenance(),
+        "threads": 1,
         "case": case,
         "sync": sync,
         "measured_ranks": _allreduces(measured)["ranks"],
@@ -99,7 +100,9 @@ def measure(case: str, sync: str, say: Callable[[str], None]) -> Results:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        result = json.loads(path.read_text())
+        text = path.read_text()
+        # Before and after the JSON may stand what horovodrun writes around the lines of a rank.
+        result, _ = json.JSONDecoder().raw_decode(text[max(text.find("{"), 0) :])
         if result["benchmark"] in ("loop", "allreduce", "scaling"):
             return result
         came = f"the result of bench {result['benchmark']}"
@@ -129,8 +132,7 @@ def work_points(case: str, measured: Results) -> tuple[Phase, list[tuple[float, 
             f"`hvd-dqn bench scaling --case {case} --json` or `hvd-dqn bench loop {case} --json`."
         )
     mean = mean_phase(same)
-    waits = {int(n): wait for n, wait in mean["waits"].items()}
-    phase = Phase(own, round(mean["updates"]), mean["seconds"], waits, mean["message_bytes"])
+    phase = Phase(own, round(mean["updates"]), mean["seconds"], mean["least"], mean["deviation"], mean["message_bytes"])
     return phase, [(float(row["batch"]), row["phase"]["seconds"] / row["phase"]["updates"]) for row in rows]
 
 
@@ -237,7 +239,7 @@ def table(result: dict[str, Any]) -> RenderableType:
         shares = (f"{100 * row['seconds'][name] / whole:.0f} %" for name in ("work", "waiting", "talking"))
         batch = row["batch_for_target"]
         made.add_row(
-            str(row["ranks"]), f"{row['efficiency']:.0%}", f"{row['times_one_rank']:,.4g}", *shares,
+            str(row["ranks"]), f"{row['efficiency']:.0%}", rate(row["times_one_rank"]), *shares,
             "none" if batch is None else f"{batch:,}",
         )  # fmt: skip
     checked = Table(title="Measured, and not used for the fit", title_justify="left")
@@ -255,7 +257,7 @@ def table(result: dict[str, Any]) -> RenderableType:
         f"{1e6 * network['overhead']:,.3g} µs per doubling of the ranks; {phase['updates']} updates of "
         f"{phase['message']:,} B in each phase of {1e3 * phase['seconds']:.3g} ms. Assumed: each rank has a core of its own "
         "and is as fast as those measured; any two ranks are as near as these (else give --latency and --bandwidth); ranks "
-        "are late independently of each other, no more than the latest phase seen; nothing is sent while a rank computes. "
+        "are late independently of each other, by gamma distributed times; nothing is sent while a rank computes. "
         f"From {result['measured_ranks']} ranks on {result['machine']['cores']} cores to {result['results'][-1]['ranks']} "
         f"is {times:,.0f} times as far as was measured. averaging: {result['sync']}; commit {result['commit']}: "
         f"{result['command']}"

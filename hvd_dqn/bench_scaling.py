@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from rich.table import Table
 
-from hvd_dqn.bench import made_table, provenance, spread, with_spread
+from hvd_dqn.bench import count, made_table, provenance, spread, with_spread
 from hvd_dqn.bench_jobs import apart, check_launcher, together
 from hvd_dqn.bench_loop import CASES, settings
 from hvd_dqn.errors import InputError
@@ -47,13 +47,9 @@ def scaling(
                 say(f"round {i + 1} of {rounds}: {n} ranks, {kind}, {name}")
                 answers[n, kind, name] = _measure(case, n, kind, name, total_steps)
         measured.append(answers)
-    rows = [
-        _row(case, n, kind, sync, measured)
-        for n, kind in layouts
-        for sync in (syncs if n > 1 else ["none"])
-    ]  # fmt: skip
+    rows = [_row(case, n, kind, sync, measured) for n, kind in layouts for sync in (syncs if n > 1 else ["none"])]
     return {
-        "benchmark": "scaling", **provenance(), "threads": 1, "ranks": 1, "rounds": rounds,
+        "benchmark": "scaling", **provenance(), "threads": 1, "rounds": rounds,
         "left_out": skipped, "results": rows,
     }  # fmt: skip
 
@@ -114,7 +110,8 @@ def mean_phase(phases: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "count": sum(phase["count"] for phase in phases),
         "updates": float(np.mean([phase["updates"] for phase in phases])),
         "seconds": float(np.mean([phase["seconds"] for phase in phases])),
-        "waits": {n: float(np.mean([phase["waits"][n] for phase in phases])) for n in phases[0]["waits"]},
+        "least": min(phase["least"] for phase in phases),
+        "deviation": float(np.mean([phase["deviation"] for phase in phases])),
         "message_bytes": phases[0]["message_bytes"],
     }
 
@@ -122,9 +119,8 @@ def mean_phase(phases: Sequence[dict[str, Any]]) -> dict[str, Any]:
 def table(result: dict[str, Any]) -> Table:
     """The result of `scaling` for people."""
     left_out = f"; left out, for they do not divide: {', '.join(result['left_out'])}" if result["left_out"] else ""
-    measured = (
-        f"median of {result['rounds']} rounds and half the interquartile range; * more ranks than cores{left_out}"
-    )
+    rounds = count(result["rounds"], "round")
+    measured = f"median of {rounds} and half the interquartile range; * more ranks than cores{left_out}"
     made = made_table(result, measured)
     made.add_column("case")
     for heading in ("ranks", "scaling", "sync", "batch"):

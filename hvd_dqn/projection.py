@@ -8,11 +8,14 @@ The time of one phase of K updates of N ranks is
 is `work` over the whole: the steps per second of the job over those of N ranks that never talk.
 """
 
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
+
+DRAWS = 200_000  # of lateness: hundreds of them are later than the latest of 512 ranks usually is
 
 
 class Line(NamedTuple):
@@ -64,67 +67,77 @@ class Network(NamedTuple):
 def fit_network(ranks: int, horovod: Mapping[float, float], raw: Mapping[float, float]) -> Network:
     """From the seconds of all-reduces by their bytes, among `ranks` ranks: Horovod's, and MPI's own where it was asked.
 
-    Without MPI's, half of what a small message takes counts as the network's, as two equal waits.
+    Without small ones of MPI's, half of what a small message takes counts as the network's, as two equal waits.
     """
     whole = fit_line(list(horovod.items()))
-    # Of the fixed cost, what MPI's own fastest message takes is the network's, and the rest Horovod's. Not its smallest: beside
-    # Horovod's busy thread any of them may have been slow.
-    fixed = min(whole.fixed, *raw.values()) if raw else whole.fixed / 2
+    # Of the fixed cost, what a small message of MPI's own takes is the network's, and the rest Horovod's. The fastest of the
+    # small ones: beside Horovod's busy thread any of them may have been slow.
+    sent = {size: size * whole.slope for size in raw}
+    small = [seconds - sent[size] for size, seconds in raw.items() if sent[size] < whole.fixed / 10]
+    fixed = min(whole.fixed, max(0.0, min(small))) if small else whole.fixed / 2
     rounds, hops = math.ceil(math.log2(ranks)), 2 * (ranks - 1)
     # At two ranks and any size, doubling is one hop of the whole message; above, large messages go round the ring.
     bytes_sent = 1.0 if ranks == 2 else hops / ranks
     return Network(fixed / rounds, whole.slope / bytes_sent, (whole.fixed - fixed) / rounds)
 
 
-def expected_waits(seconds: Sequence[float] | np.ndarray, ranks: Sequence[int]) -> dict[int, float]:
-    """How much longer than the mean the longest of N independent draws from `seconds` is expected to be, for each N.
-
-    Exact for the distribution that was measured; it knows nothing longer than the longest phase seen.
-    """
-    ordered = np.sort(np.asarray(seconds, np.float64))
+def expected_wait(lateness: np.ndarray, ranks: int) -> float:
+    """How much longer than the mean the longest of N independent draws from the sample is expected to be."""
+    ordered = np.sort(lateness)
     below = np.arange(len(ordered) + 1) / len(ordered)
-    return {n: float(ordered @ np.diff(below**n) - ordered.mean()) for n in ranks}
+    return float(ordered @ np.diff(below**ranks) - ordered.mean())
 
 
 class Phase(NamedTuple):
     """What one rank alone was measured to do from the end of one phase to the end of the next, its steps included."""
 
-    batch: int  # transitions per update on this rank
+    batch: float  # transitions per update on this rank
     updates: int  # K
     seconds: float  # mean
-    waits: Mapping[int, float]  # by the number of ranks, as of `expected_waits`
+    least: float
+    deviation: float  # standard
     message: int  # bytes of the parameters
+
+
+def waiting(phase: Phase, ranks: int, waits: int) -> float:
+    """Seconds of a phase spent waiting for the slowest of the ranks, when they wait for each other so many times in it.
+
+    What a phase takes above its least is taken for gamma distributed, by its mean and deviation. That is divisible: a K-th of
+    the phase has a K-th of the shape and the same scale, be it many small delays or few long ones.
+    """
+    late, variance = phase.seconds - phase.least, phase.deviation**2
+    if late <= 0 or variance <= 0:
+        return 0.0
+    shape, scale = late**2 / variance / waits, variance / late
+    return waits * scale * _gamma_wait(float(f"{shape:.6g}"), ranks)
+
+
+@functools.lru_cache  # another batch only changes the scale
+def _gamma_wait(shape: float, ranks: int) -> float:
+    return expected_wait(np.random.default_rng(0).standard_gamma(shape, size=DRAWS), ranks)
 
 
 def cost(phase: Phase, network: Network, ranks: int, sync: str) -> dict[str, float]:
     """Seconds of a phase of `ranks` ranks, in parts: work, waiting, talking.
 
-    With gradients each of the K updates waits for the slowest rank; their times are taken to vary independently, each by
-    1/sqrt(K) of the phase's deviation. With parameters the phase waits once, and Adam's two moments are sent too.
+    With gradients every one of the K updates waits and sends; with parameters the phase does once, Adam's two moments too.
     """
     if ranks == 1:
         return {"work": phase.seconds, "waiting": 0.0, "talking": 0.0}
-    wait = phase.waits[nearest_above(phase.waits, ranks)]
-    if sync == "parameters":
-        return {"work": phase.seconds, "waiting": wait, "talking": network.allreduce(ranks, 3 * phase.message)}
-    talking = phase.updates * network.allreduce(ranks, phase.message)
-    return {"work": phase.seconds, "waiting": math.sqrt(phase.updates) * wait, "talking": talking}
+    times, size = (1, 3 * phase.message) if sync == "parameters" else (phase.updates, phase.message)
+    talking = times * network.allreduce(ranks, size)
+    return {"work": phase.seconds, "waiting": waiting(phase, ranks, times), "talking": talking}
 
 
 def efficiency(parts: Mapping[str, float]) -> float:
     return parts["work"] / sum(parts.values())
 
 
-def nearest_above(known: Mapping[int, float], ranks: int) -> int:
-    """The smallest known number of ranks that is not below `ranks`, else the largest: waiting only grows with it."""
-    return min((n for n in known if n >= ranks), default=max(known))
-
-
 def at_batch(phase: Phase, per_update: Line, batch: float) -> Phase:
-    """The same phase with another batch: its time by the line, its waits in proportion to it."""
+    """The same phase with another batch: its time by the line, what it varies by in proportion to it."""
     seconds = phase.updates * per_update(batch)
-    waits = {n: wait * seconds / phase.seconds for n, wait in phase.waits.items()}
-    return phase._replace(batch=math.ceil(batch), seconds=seconds, waits=waits)
+    factor = seconds / phase.seconds
+    return phase._replace(batch=batch, seconds=seconds, least=factor * phase.least, deviation=factor * phase.deviation)
 
 
 def batch_for(
