@@ -8,8 +8,9 @@ import os
 import shutil
 import subprocess
 import tempfile
+import threading
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import psutil
@@ -53,18 +54,30 @@ class Host:
         return [*inside, f"--wd={ranks.ROOT}", "--", *map(str, command)]
 
     def run(self, command: Sequence[str | Path], **options) -> subprocess.CompletedProcess:
-        return ranks.run(self.enter(command), **options)
+        # A job that hangs must be ended as a whole: what it leaves would hold its pipes, and nobody would hear of it.
+        alarm = threading.Timer(ranks.TIMEOUT, lambda: [process.kill() for process in self._inside()])
+        alarm.start()
+        try:
+            done = ranks.run(self.enter(command), timeout=2 * ranks.TIMEOUT, **options)
+            assert alarm.is_alive(), f"hung for {ranks.TIMEOUT} s: {command}\n{done.stdout}\n{done.stderr}"
+            return done
+        finally:
+            alarm.cancel()
 
     def processes(self) -> list[str]:
-        """The command lines of all that runs here but sshd itself."""
-        here = os.stat(f"/proc/{self.pid}/ns/pid").st_ino
-        found = []
+        """The command lines of all that runs here but sshd itself, which lets the dead lie."""
+        lines = []
+        for process in self._inside():
+            with suppress(psutil.NoSuchProcess):
+                lines.append("" if process.name() == "sshd" else " ".join(process.cmdline()))
+        return [line for line in lines if line]
+
+    def _inside(self) -> list[psutil.Process]:
+        here, found = os.stat(f"/proc/{self.pid}/ns/pid").st_ino, []
         for process in psutil.process_iter():
-            try:
-                if os.stat(f"/proc/{process.pid}/ns/pid").st_ino == here and process.name() != "sshd":
-                    found.append(" ".join(process.cmdline()))
-            except (OSError, psutil.Error):  # ended meanwhile
-                continue
+            with suppress(OSError):  # it has ended
+                if process.pid != self.pid and os.stat(f"/proc/{process.pid}/ns/pid").st_ino == here:
+                    found.append(process)
         return found
 
 
