@@ -207,8 +207,7 @@ def test_a_host_that_lacks_the_shared_folders_is_named(project, path, tmp_path):
 @pytest.mark.parametrize("code", [0, 3, 255])
 def test_the_ssh_of_mpirun_ends_as_ssh_does_and_at_once(tmp_path, code):
     write_script(tmp_path / "bin" / "ssh", f'printf "%s\\n" "$@"; exit {code}')
-    done = run(
-        ROOT / "launch" / "ssh.sh", "-p", "22", "a.x", " orted 'a b'", env={"PATH": f"{tmp_path / 'bin'}:/usr/bin:/bin"}
-    )
+    mpirun = write_script(tmp_path / "bin" / "mpirun", f"{ROOT}/launch/ssh.sh -p 22 a.x \" orted 'a b'\"; exit $?")
+    done = run(mpirun, env={"PATH": f"{tmp_path / 'bin'}:/usr/bin:/bin"})
     assert (done.returncode, done.stderr) == (code, "")
     assert done.stdout.splitlines()[-4:] == ["-p", "22", "a.x", " orted 'a b'"]
