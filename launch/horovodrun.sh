@@ -28,4 +28,7 @@ else
     # Only rank 0 prints: no [1,0]<stdout>: before every line, which horovodrun asks Open MPI for.
     [ -z "$mpi_is_open" ] || options+=(--mpi-args="-mca orte_tag_output 0${prefix[*]:+ ${prefix[*]}}")
 fi
-start horovodrun "${options[@]}" ${extra[@]+"${extra[@]}"} hvd-dqn "${words[@]}"
+# It takes the beginning of an option of its own, such as hvd-dqn's --timeline, for that option; its Gloo launcher knows no `--`.
+end=()
+[ -n "$gloo" ] || end=(--)
+start horovodrun "${options[@]}" ${extra[@]+"${extra[@]}"} ${end[@]+"${end[@]}"} hvd-dqn "${words[@]}"

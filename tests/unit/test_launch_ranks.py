@@ -72,7 +72,7 @@ MPIRUN = "--bind-to none --map-by slot -mca pml ob1 -mca btl ^openib"
     [
         (
             "horovodrun.sh train cartpole",
-            f"{LOCAL} horovodrun -np 2 -H localhost:2 --mpi-args=-mca\\ orte_tag_output\\ 0 hvd-dqn train cartpole",
+            f"{LOCAL} horovodrun -np 2 -H localhost:2 --mpi-args=-mca\\ orte_tag_output\\ 0 -- hvd-dqn train cartpole",
         ),
         (
             "horovodrun.sh --gloo -np 3 doctor --json",
@@ -82,7 +82,7 @@ MPIRUN = "--bind-to none --map-by slot -mca pml ob1 -mca btl ^openib"
             "horovodrun.sh -H a.x:2,b.x:2 -p 2222 -i {root}/setup.cfg --interface e0 --extra --verbose train cartpole",
             f"{NETWORK} OMPI_MCA_plm_rsh_args=-p\\ 2222\\ -i\\ {{root}}/setup.cfg {FAR} horovodrun -np 4 -H a.x:2,b.x:2 "
             "--network-interfaces e0 -p 2222 -i {root}/setup.cfg "
-            "--mpi-args=-mca\\ orte_tag_output\\ 0\\ --prefix\\ {mpi} --verbose hvd-dqn train cartpole",
+            "--mpi-args=-mca\\ orte_tag_output\\ 0\\ --prefix\\ {mpi} --verbose -- hvd-dqn train cartpole",
         ),
         (
             "horovodrun.sh --gloo -H a.x:2,b.x:2 --interface e0 -np 3 train cartpole",
