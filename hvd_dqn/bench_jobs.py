@@ -108,6 +108,9 @@ class _Job:
 @contextlib.contextmanager
 def _started(commands: Sequence[Sequence[str]]) -> Iterator[list[_Job]]:
     with contextlib.ExitStack() as ending:
+        # Ended itself, it ends them: they have sessions of their own, and nobody else would.
+        before = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+        ending.callback(signal.signal, signal.SIGTERM, before)
         jobs = []
         for command in commands:
             folder = ending.enter_context(tempfile.TemporaryDirectory())

@@ -1,6 +1,8 @@
 """The benchmark of scaling: who is started with what, what is made of the answers, and that nothing stays behind."""
 
 import shutil
+import signal
+import subprocess
 import sys
 
 import numpy as np
@@ -12,6 +14,7 @@ from hvd_dqn import bench_jobs
 from hvd_dqn import bench_scaling as bench
 from hvd_dqn.errors import InputError, JobError
 from hvd_dqn.placement import LAUNCHER_VARIABLES
+from tests.ranks import wait_until
 
 # Steps per second, by the number of ranks and what they average; one silent process of as many.
 JOB = {(2, "gradients"): 150.0, (2, "parameters"): 190.0, (4, "gradients"): 200.0, (4, "parameters"): 300.0}
@@ -125,7 +128,7 @@ def running(words):
 
 # What stands in for `hvd-dqn bench WORDS`: says when it is ready, waits, and answers.
 PATIENT = (
-    "import sys, time; print('noise\\nready', flush=True); began = time.monotonic(); line = sys.stdin.readline();"
+    "import sys, time; began = time.monotonic(); print('noise\\nready', flush=True); line = sys.stdin.readline();"
     'print(\'{"began": %r, "went": %r}\' % (began, time.monotonic()))'
 )
 
@@ -147,6 +150,23 @@ def test_one_that_dies_is_told_of_and_the_others_are_ended(monkeypatch):
                 job.read("ready")
             jobs[1].answer()
     assert not running(str(seconds))
+
+
+def test_whoever_ends_the_benchmark_ends_what_it_started():
+    script = (
+        "import sys; from hvd_dqn import bench_jobs;"
+        "bench_jobs.HVD_DQN = (sys.executable, '-c', 'import time; print(\\'ready\\', flush=True); time.sleep(98767)');"
+        "bench_jobs.apart(2, [])"
+    )
+    benchmark = subprocess.Popen([sys.executable, "-c", script])
+    try:
+        wait_until(lambda: len(running("time.sleep(98767)")) >= 3, "the benchmark and what it starts")
+        benchmark.terminate()
+        assert benchmark.wait(300) == 128 + signal.SIGTERM
+        assert not running("time.sleep(98767)")
+    finally:
+        for process in running("time.sleep(98767)"):
+            process.kill()
 
 
 def test_one_that_hangs_is_ended(monkeypatch):
