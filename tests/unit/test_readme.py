@@ -19,6 +19,7 @@ RUN_BY = {
     r"source \.venv/bin/activate": "launch/test.sh does the same by PATH",
     r"(horovodrun -np 2 )?hvd-dqn train (identity|cartpole)( .*)?": "tests/parallel, tests/unit/test_cli.py, tests/learning",
     r"mpirun -np 2 .*hvd-dqn train .*": "tests/parallel (different settings)",
+    r"\./launch/horovodrun\.sh -H alpha:2,beta:2 train cartpole": "tests/cluster/test_hosts.py (both launchers)",
     r"hvd-dqn train --config .*": "tests/unit/test_cli.py",
     r"hvd-dqn train .*--resume": "tests/unit/test_cli.py",
     r"hvd-dqn evaluate runs/\S+( .*)?": "tests/unit/test_cli.py",
