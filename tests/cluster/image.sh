@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Builds docker/'s CPU image and proves it: unit tests, training on one rank and two, stopping, containers joined by ssh.
+# Builds docker/'s CPU image and proves it: unit tests, training on one rank and two, stopping, several containers by ssh.
 #   tests/cluster/image.sh [options]      as root, with the packages that .ci/run installs; about 15 minutes
 #     --if-changed   does nothing when what the image is made from is as it was when this last passed (docker/PASSED)
 #     --base IMAGE   build on this image; debian:12-slim unless said, or where no registry answers one by debootstrap
@@ -60,8 +60,8 @@ driver = "overlay"
 graphroot = "$work/store"
 runroot = "$work/run"
 CONF
-    # pip in the build is this machine's: its certificates and its index. /mnt and /srv are in every base, so that no empty
-    # mount point stays in the image.
+    # pip in the build is this machine's: its certificates and its index. /mnt and /srv are in every base: no empty mount
+    # point stays in the image.
     cp -L "${PIP_CERT:-${SSL_CERT_FILE:-/etc/ssl/certs/ca-certificates.crt}}" "$work/pip/certificates.crt"
     {
         echo "[global]"
@@ -131,8 +131,8 @@ prove() {
     expect 1 'expected an answer by ssh from nobody within 2 s' podman run --rm -e HVD_DQN_CLUSTER_SECONDS=2 \
         --entrypoint '["/opt/hvd_dqn/docker/cluster.sh", "head", "nobody"]' "$image" train identity
 
-    # What Kubernetes' MPI Operator would give them, as docker/mpijob.yaml asks: a key that root owns and others may read, in
-    # a folder without write access, a file of hosts, and these variables.
+    # What Kubernetes' MPI Operator would give them, as docker/mpijob.yaml asks: a key that root owns and others may read,
+    # in a folder without write access, a file of hosts, and these variables.
     local hosts=(hvd-dqn-worker-{0,1})
     local job=(--network job -v "$work/key:/home/hvd/.ssh:ro" -v "$work/runs:/home/hvd/runs")
     run install -d -m 1777 "$work/key"
