@@ -1,6 +1,7 @@
 """A Slurm cluster of two nodes on this machine: munged, slurmctld and two slurmd, all they leave in one directory."""
 
 import os
+import random
 import re
 import shutil
 import socket
@@ -21,6 +22,8 @@ SlurmUser=root
 AuthType=auth/munge
 # A requeued job waits for as long as a credential holds: two minutes unless said.
 AuthInfo=socket={folder}/munge.socket,cred_expire=5
+# Open MPI names its shared memory by the job's number: another test's cluster on this machine shall have others.
+FirstJobId={first_job}
 StateSaveLocation={folder}/state
 SlurmctldPidFile={folder}/slurmctld.pid
 SlurmctldLogFile={folder}/slurmctld.log
@@ -83,7 +86,8 @@ def open_slurm(folder: Path) -> Iterator[Slurm]:
     with ExitStack() as sockets:  # three free ports: each is taken until all are known
         found = [sockets.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(3)]
         ports = [end.getsockname()[1] for end in found]
-    (folder / "slurm.conf").write_text(CONFIGURATION.format(host=host, folder=folder, ports=ports))
+    first_job = random.randrange(1, 60_000_000)
+    (folder / "slurm.conf").write_text(CONFIGURATION.format(host=host, folder=folder, ports=ports, first_job=first_job))
     (folder / "gres.conf").write_text(GRES.format(host=host))
     (folder / "munge.key").touch(mode=0o600)
     (folder / "munge.key").write_bytes(os.urandom(128))
