@@ -29,7 +29,7 @@ prepare() {
     if [ -n "$began_at" ]; then
         echo "$script: going on with $run_dir from $began_at total steps" >&2
         words+=(--resume)
-    elif [ -e "$run_dir/run.json" ]; then # its host went down, perhaps, before the first checkpoint
+    elif [ -z "${HVD_DQN_RUN_DIR:-}" ] && [ -e "$run_dir/run.json" ]; then # this job's: its host went down too early
         mv "$run_dir" "$run_dir-without-checkpoint-$(date +%Y%m%d-%H%M%S)"
     fi
     words+=(--run-dir "$run_dir")

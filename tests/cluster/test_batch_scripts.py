@@ -231,6 +231,13 @@ def test_a_run_that_ended_before_its_first_checkpoint_is_put_aside(project):
     assert (aside / "run.json").exists()
 
 
+def test_a_run_that_was_named_is_never_put_aside_for_another_job_may_be_writing_it(project):
+    project.run_dir.mkdir(parents=True)
+    (project.run_dir / "run.json").touch()
+    project.run("slurm/train.sbatch", "identity", HVD_DQN_RUN_DIR="runs/my-job-7")  # hvd-dqn refuses it
+    assert (project.run_dir / "run.json").exists()
+
+
 def test_a_run_can_be_named(project):
     code, said = project.run("slurm/train.sbatch", "identity", HVD_DQN_RUN_DIR="elsewhere/mine")
     assert code == 0, said
