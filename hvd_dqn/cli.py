@@ -25,6 +25,7 @@ from hvd_dqn.signals import StopRequest
 T = TypeVar("T")
 # sysexits.h's EX_TEMPFAIL: come again. Batch systems requeue on it.
 STOPPED = 75
+stop_request = StopRequest()
 
 USAGE = """\
 usage: hvd-dqn COMMAND ...
@@ -104,6 +105,9 @@ def main() -> None:
     )  # a console script does not have it: for the user's own `module:EnvId` and `module:function`
     world: World | None = None
     try:
+        if sys.argv[1:2] == ["train"]:
+            # Before the seconds that the world takes to start. An elastic job's launcher ends single ranks by SIGTERM.
+            stop_request.install(for_all="--elastic" not in sys.argv)
         set_thread_defaults()
         if any(word.partition("=")[0] == "--timeline" for word in sys.argv):
             os.environ["HOROVOD_TIMELINE"] = "DYNAMIC"  # which Horovod has to know before it starts
@@ -205,15 +209,12 @@ def train(arguments: Sequence[str], world: World) -> None:
     options, name, config = in_step(world, lambda: read_settings(arguments))
     _check_elastic(options, config)
     in_step(world, lambda: _check_timeline(options, world))
-    stop = StopRequest()
-    # An elastic job's launcher ends single ranks by SIGTERM.
-    stop.install(for_all=not options.elastic)
 
     from hvd_dqn import job  # imports TensorFlow, which bad input should not have to wait for
 
     if options.elastic:
         assert options.run_dir is not None
-        stopped = job.train_elastically(config, name, Run(options.run_dir), stop, resume=options.resume)
+        stopped = job.train_elastically(config, name, Run(options.run_dir), stop_request, resume=options.resume)
     else:
         digests = world.gather(config.digest())
         if len(set(digests)) > 1:
@@ -221,10 +222,10 @@ def train(arguments: Sequence[str], world: World) -> None:
             raise InputError(f"The ranks were started with different settings: ranks {odd} differ from rank 0.")
         run = Run(Path(world.gather(str(options.run_dir or default_path(name)))[0]))
         with world.timeline(options.timeline) if options.timeline else contextlib.nullcontext():
-            stopped = job.train(config, name, run, world, stop, resume=options.resume)
+            stopped = job.train(config, name, run, world, stop_request, resume=options.resume)
         world.barrier()  # nobody's files are half-written when the launcher sees the first rank end
     if stopped:
-        stop.ignore()
+        stop_request.ignore()
         sys.exit(STOPPED)
 
 

@@ -12,5 +12,5 @@ set -x
 ruff check .
 ruff format --check .
 mypy
-if command -v shellcheck >/dev/null; then shellcheck launch/*.sh .ci/run; fi
+if command -v shellcheck >/dev/null; then shellcheck launch/*.sh launch/*/train* docker/*.sh .ci/run; fi
 exec pytest "$@"
