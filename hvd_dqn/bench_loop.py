@@ -87,7 +87,8 @@ def settings(
     case = CASES[name]
     given = {section: dict(values) for section, values in case.settings.items()}
     learner, env = given["learner"], given["env"]
-    batch, envs = batch or learner["batch_size"], envs or env["envs_per_rank"]
+    batch = learner["batch_size"] if batch is None else batch
+    envs = env["envs_per_rank"] if envs is None else envs
     if batch < 1 or envs < 1:
         raise InputError(f"--batch and --envs must be at least 1. Received: {batch} and {envs}.")
     period = max(1, learner["train_period"] * batch // learner["batch_size"])
@@ -100,9 +101,12 @@ def settings(
     step = math.ceil(max(period, envs) / envs) * envs  # of one rank, from phase to phase
     # The first phase may be a shorter one: the graphs are traced, and compiled, by the end of the second.
     least = ranks * (start + (2 + PHASES) * step)
-    total_steps = total_steps or max(ranks * case.total_steps, least)
+    if total_steps is None:
+        total_steps = max(ranks * case.total_steps, least)
     if total_steps < least:
-        raise InputError(f"--total-steps must be at least {least:,} for {PHASES} phases to measure: {total_steps:,}.")
+        raise InputError(
+            f"--total-steps must be at least {least:,}, so that {PHASES} phases are measured. Received: {total_steps:,}."
+        )
     never = 10 * total_steps
     return Config.model_validate(
         {
@@ -148,9 +152,7 @@ class Stopwatch:
         self._agent, self._ready = trainer.agent, ready
         self._world, self._learn = trainer.world, trainer.agent.learn
         self._ends: list[float] = []  # of phases
-        self._marks: list[
-            tuple[int, int, dict[str, float]]
-        ] = []  # total steps, updates and seconds spent: at both ends
+        self._marks: list[tuple[int, int, dict[str, float]]] = []  # at both ends: total steps, updates, seconds spent
         trainer.agent.learn = self._learn_timed  # type: ignore[method-assign]
         self._phases = 0
 
@@ -162,7 +164,8 @@ class Stopwatch:
         if self._phases >= 2:
             agent = self._agent
             self._ends.append(time.perf_counter())
-            self._marks[1:] = [(agent.plan.total_steps_after(cycle), agent.updates, agent.ledger.spent)]
+            mark = (agent.plan.total_steps_after(cycle), agent.updates, agent.ledger.spent)
+            self._marks = [*self._marks[:1], mark]
         return phase
 
     def result(self) -> dict[str, Any]:

@@ -142,14 +142,18 @@ def test_processes_that_do_not_talk_begin_when_the_last_is_ready(monkeypatch):
 def test_one_that_dies_is_told_of_and_the_others_are_ended(monkeypatch):
     # The second of the two finds the file; the first waits for ever.
     script = "import sys; print('ready', flush=True); print('why it died', file=sys.stderr); sys.exit(3)"
-    sleeper = f"import sys, time; print('ready', flush=True); time.sleep({(seconds := 98_765)})"
+    sleeper = (  # deaf, too, to what asks it to end
+        "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('ready', flush=True);"
+        "time.sleep(98765)"
+    )
+    monkeypatch.setattr(bench_jobs, "GRACE", 0.5)
     commands = [[sys.executable, "-c", sleeper], [sys.executable, "-c", script]]
     with pytest.raises(JobError, match=r"ended with code 3 and without a result\. It said: why it died"):  # noqa: SIM117, PT012
         with bench_jobs._started(commands) as jobs:
             for job in jobs:
                 job.read("ready")
             jobs[1].answer()
-    assert not running(str(seconds))
+    assert not running("time.sleep(98765)")
 
 
 def test_whoever_ends_the_benchmark_ends_what_it_started():
