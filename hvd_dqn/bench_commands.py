@@ -67,6 +67,8 @@ class ProjectOptions(JsonOptions):
     """Of another network than this machine's, per hop, in microseconds."""
     bandwidth: float | None = None
     """Of another network than this machine's, in gigabytes per second."""
+    rounds: int = 3
+    """How often each is measured, where there are no files."""
 
 
 def bench(arguments: Sequence[str], world: World) -> None:
@@ -147,6 +149,7 @@ def _bench_project(options: ProjectOptions, world: World) -> Measured:
         files=options.files,
         latency=options.latency,
         bandwidth=options.bandwidth,
+        rounds=options.rounds,
         say=tell,
     )
     return result, benchmark.table

@@ -27,7 +27,6 @@ from hvd_dqn.projection import (
 )
 
 TARGET = 0.9
-ROUNDS = 3  # where it measures itself
 Results = Sequence[dict[str, Any]]
 
 
@@ -39,6 +38,7 @@ def project(
     files: Sequence[Path] = (),
     latency: float | None = None,
     bandwidth: float | None = None,
+    rounds: int = 3,
     say: Callable[[str], None] = lambda text: None,
 ) -> dict[str, Any]:
     """The efficiency of up to `ranks` ranks, each with the case's batch, and the batch at which `TARGET` is reached.
@@ -47,12 +47,12 @@ def project(
     (µs) and `bandwidth` (GB/s) takes the place of the measured one for the projection, not for the checks.
     """
     settings(case, 1)
-    if ranks < 2 or not all(value is None or value > 0 for value in (latency, bandwidth)):
+    if ranks < 2 or rounds < 1 or not all(value is None or value > 0 for value in (latency, bandwidth)):
         raise InputError(
-            "--ranks must be at least 2, and --latency and --bandwidth above 0. "
-            f"Received: {ranks}, {latency} and {bandwidth}."
+            "--ranks must be at least 2, --rounds at least 1, and --latency and --bandwidth above 0. "
+            f"Received: {ranks}, {rounds}, {latency} and {bandwidth}."
         )
-    measured = [_read(path) for path in files] if files else measure(case, sync, say)
+    measured = [_read(path) for path in files] if files else measure(case, sync, rounds, say)
     base, points = work_points(case, measured)
     fitted_on = _held_out(sorted({batch for batch, _ in points}))
     per_update = fit_line([point for point in points if point[0] in fitted_on])
@@ -84,17 +84,17 @@ def project(
     }
 
 
-def measure(case: str, sync: str, say: Callable[[str], None]) -> Results:
+def measure(case: str, sync: str, rounds: int, say: Callable[[str], None]) -> Results:
     """What the model needs, on this machine: three batches, all-reduces, and jobs to check it with."""
     check_launcher()
     batch, found = CASES[case].settings["learner"]["batch_size"], []
-    for i in range(ROUNDS):
+    for i in range(rounds):
         for other in (batch // 2, 2 * batch):
-            say(f"round {i + 1} of {ROUNDS}: two processes that do not talk, batch {other}")
+            say(f"round {i + 1} of {rounds}: two processes that do not talk, batch {other}")
             found += apart(2, ["loop", case, "--batch", str(other)])
     say("all-reduces of two ranks")
     found.append(together(2, ["allreduce"]))
-    found.append(scaling(case, (2,), syncs=(sync,), scalings=("weak", "strong"), rounds=ROUNDS, say=say))
+    found.append(scaling(case, (2,), syncs=(sync,), scalings=("weak", "strong"), rounds=rounds, say=say))
     return found
 
 

@@ -121,9 +121,11 @@ def test_files_that_do_not_suffice_are_refused(results, line, files):
         bench.project("cartpole-16", files=files(*results))
 
 
-@pytest.mark.parametrize("arguments", [{"ranks": 1}, {"latency": 0.0}, {"bandwidth": -1.0}])
+@pytest.mark.parametrize("arguments", [{"ranks": 1}, {"latency": 0.0}, {"bandwidth": -1.0}, {"rounds": 0}])
 def test_numbers_without_a_meaning_are_refused(arguments):
-    with pytest.raises(InputError, match="--ranks must be at least 2, and --latency and --bandwidth above 0"):
+    with pytest.raises(
+        InputError, match="--ranks must be at least 2, --rounds at least 1, and --latency and --bandwidth above 0"
+    ):
         bench.project("cartpole-16", **arguments)
 
 

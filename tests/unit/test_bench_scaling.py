@@ -195,4 +195,7 @@ def test_two_real_ranks_and_two_real_processes_are_measured(monkeypatch):
     assert of_job["total_steps"] == sum(row["total_steps"] for row in silent)
     assert of_job["updates"] == silent[0]["updates"] == silent[1]["updates"]
     assert np.isfinite(of_job["steps_per_second"])
+    for row in bench_jobs.together(2, ["allreduce"])["results"]:
+        assert 0 < row["mpi"]["seconds"]["median"] < 60
+        assert 0 < row["horovod"]["seconds"]["median"] < 60
     assert not running("-m hvd_dqn bench loop cartpole-16 --batch 8 --envs 8")
