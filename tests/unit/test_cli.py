@@ -22,9 +22,10 @@ def identity(tmp_path_factory):
     return folder, done
 
 
-def test_training_ends_with_one_line_and_leaves_a_run_directory(identity):
+def test_training_ends_with_its_times_and_its_result_and_leaves_a_run_directory(identity):
     folder, done = identity
-    (line,) = done.stdout.splitlines()
+    times, line = done.stdout.splitlines()
+    assert re.match(r"identity: time: \d+ % \w+, ", times)
     assert re.search(r"identity: return 10.0 .* over 20 episodes after [\d,]+ total steps .* on 1 rank; best", line)
     assert str(folder) in line
     for name in ("config.yaml", "run.json", "metrics.csv", "evaluations.csv", "curve.png"):
