@@ -12,14 +12,18 @@ class Graph:
 
     The graph itself fetches the arrays and delivers the results, so that no eager tensor is made: TensorFlow 2.15 loses 48
     bytes with each of them under Python 3.11 (its issue 62551), and converting them takes most of the time of a small call.
+    With `autograph` the function may have loops and branches over tensors, with `compiled` XLA compiles it.
     """
 
-    def __init__(self, function: Callable[..., Sequence[tf.Tensor]], *, compiled: bool = False) -> None:
-        self._function = tf.function(function, jit_compile=True) if compiled else function
+    def __init__(
+        self, function: Callable[..., Sequence[tf.Tensor]], *, autograph: bool = False, compiled: bool = False
+    ) -> None:
+        # Autograph reads the source of all that it calls, which takes a second and more: only where it is asked for.
+        self._function = tf.function(function, autograph=autograph, jit_compile=compiled or None)
         self._arguments: list[np.ndarray] = []
         self._results: list[np.ndarray] = []
         # Partial: TensorFlow takes the same method of other instances for one that is traced time and again, and warns.
-        self._run = tf.function(functools.partial(self._body))
+        self._run = tf.function(functools.partial(self._body), autograph=False)
 
     def __call__(self, *arguments: np.ndarray | np.generic) -> list[np.ndarray]:
         self._arguments = [np.asarray(argument) for argument in arguments]

@@ -100,7 +100,7 @@ class Learner:
         # Horovod: XLA cannot compile a phase inside which ranks talk, or may do so when others have joined.
         self.compiled = xla and (self._averages_parameters or (world.size == 1 and not world.elastic))
         # K may differ from phase to phase: one graph serves them all.
-        self._updates = Graph(self._take_updates, compiled=self.compiled)
+        self._updates = Graph(self._take_updates, autograph=True, compiled=self.compiled)
         self._average = tf.function(self._average_parameters)
 
     @property
