@@ -10,9 +10,9 @@
 set -euo pipefail
 
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
-# What the image is made from, and how it is joined to others. The code of hvd_dqn and launch/ has its own tests.
+# What the image is made from, and how it is joined to others. All other code has tests of its own.
 parts=(.dockerignore docker/{Dockerfile,cluster.sh,compose.yaml,entrypoint.sh,ssh_config,sshd_config}
-    launch/{constraints.txt,setup.sh} pyproject.toml setup.cfg tests/cluster/image.sh)
+    launch/{constraints.txt,setup.sh} pyproject.toml setup.cfg)
 passed=docker/PASSED
 image=localhost/hvd-dqn
 base='' cold='' dry_run=''
@@ -178,7 +178,7 @@ done
 
 case $part in
     engine) # in a process tree and with mounts of its own, which end with it
-        for folder in /run/{containers,libpod,runc} /var/lib/cni; do
+        for folder in /run/{containers,libpod,runc} /var/lib/{cni,containers}; do
             mkdir -p "$folder"
             mount -t tmpfs none "$folder"
         done
