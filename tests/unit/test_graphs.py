@@ -34,10 +34,10 @@ def test_calls_lose_no_memory():
     for _ in range(500):
         graph(*arrays)
     before = psutil.Process().memory_info().rss
-    for _ in range(10_000):
+    for _ in range(30_000):
         graph(*arrays)
-    # With an eager tensor for each argument, 48 bytes each: 4 MB.
-    assert psutil.Process().memory_info().rss - before < 2e6
+    # With an eager tensor for each argument, 48 bytes each: 12 MB. The allocator takes up to three.
+    assert psutil.Process().memory_info().rss - before < 6e6
 
 
 def test_an_error_in_the_graph_is_raised():
