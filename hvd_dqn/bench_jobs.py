@@ -100,8 +100,9 @@ class _Job:
                 self.process.wait(GRACE)
         self.kill(signal.SIGKILL)
         for pipe in (self.process.stdin, self.process.stdout, self._errors):
+            assert pipe is not None
             with contextlib.suppress(BrokenPipeError):
-                pipe.close()  # type: ignore[union-attr]  # both are pipes
+                pipe.close()
         self.process.wait()
 
 

@@ -349,8 +349,10 @@ def connect() -> World:
             f"{size} ranks need Horovod, which is not installed: run launch/setup.sh, or start one process."
         )
     world = HorovodWorld()
-    if world.describe()["nccl_built"]:
-        conflict = gpu_conflict(world.gather((world.hostname, world.gpu)))
+    # Asked on every rank: how Horovod was built is one host's affair, and whether ranks meet must not be.
+    places = world.gather((world.describe()["nccl_built"], world.hostname, world.gpu))
+    if all(has_nccl for has_nccl, *_ in places):
+        conflict = gpu_conflict([(host, gpu) for _, host, gpu in places])
         if conflict:
             _refuse(conflict, world.rank)
     return world

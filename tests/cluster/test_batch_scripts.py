@@ -115,7 +115,7 @@ def test_shellcheck_finds_nothing():
     assert found.returncode == 0, found.stdout
 
 
-SRUN = "srun --mpi=pmix --export=ALL --kill-on-bad-exit=0"
+SRUN = "srun --mpi=pmix --export=ALL --kill-on-bad-exit=0 --wait=120"
 
 
 #  script                         environment                        what is started; {0} is the project's folder
