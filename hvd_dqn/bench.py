@@ -16,8 +16,9 @@ import tensorflow as tf
 from rich.table import Table
 
 from hvd_dqn import __version__
-from hvd_dqn.distributed import BroadcastHook, World
+from hvd_dqn.distributed import World
 from hvd_dqn.learner import Learner
+from hvd_dqn.lockstep import BroadcastHook
 from hvd_dqn.networks import build_network
 from hvd_dqn.placement import cores
 from hvd_dqn.replay import Replay

@@ -11,8 +11,9 @@ import tyro
 
 from hvd_dqn.cli import JsonOptions, parse, tell
 from hvd_dqn.config import nearest
-from hvd_dqn.distributed import World, in_step
+from hvd_dqn.distributed import World
 from hvd_dqn.errors import InputError
+from hvd_dqn.lockstep import in_step
 
 
 @dataclass

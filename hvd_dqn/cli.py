@@ -16,8 +16,9 @@ import tyro
 from hvd_dqn import __version__
 from hvd_dqn.checkpoint import Checkpoints, Snapshot
 from hvd_dqn.config import Config, load_file, load_preset, nearest, presets, setting_names
-from hvd_dqn.distributed import World, connect, in_step
+from hvd_dqn.distributed import World, connect
 from hvd_dqn.errors import InputError, JobError, RunError
+from hvd_dqn.lockstep import in_step
 from hvd_dqn.placement import is_elastic, set_thread_defaults
 from hvd_dqn.run import Run, default_path
 from hvd_dqn.signals import StopRequest

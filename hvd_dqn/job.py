@@ -8,11 +8,12 @@ import numpy as np
 from hvd_dqn.agent import EVALUATING
 from hvd_dqn.checkpoint import Checkpoints, Snapshot
 from hvd_dqn.config import Config
-from hvd_dqn.distributed import BroadcastHook, World, in_step
+from hvd_dqn.distributed import World
 from hvd_dqn.elastic import ElasticWorld
 from hvd_dqn.errors import InputError
 from hvd_dqn.evaluation import Evaluator
 from hvd_dqn.learner import Learner
+from hvd_dqn.lockstep import BroadcastHook, in_step
 from hvd_dqn.metrics import Row
 from hvd_dqn.parts import make_environments, make_evaluator, make_learner, make_normalizer, restore_weights
 from hvd_dqn.run import Run

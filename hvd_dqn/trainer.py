@@ -9,9 +9,10 @@ import numpy as np
 from hvd_dqn.agent import Agent
 from hvd_dqn.checkpoint import Checkpoints, Snapshot
 from hvd_dqn.config import Config
-from hvd_dqn.distributed import BroadcastHook, World, check_drift
+from hvd_dqn.distributed import World
 from hvd_dqn.errors import JobError, RanksChanged
 from hvd_dqn.learner import Phase
+from hvd_dqn.lockstep import BroadcastHook, check_drift
 from hvd_dqn.metrics import Row
 from hvd_dqn.watchdog import NullWatchdog, Watchdog, open_watchdog
 

@@ -11,7 +11,7 @@ FLOORS = {
     0: ["errors", "config", "schedules", "transition", "arrays", "signals", "placement"],
     1: ["plan", "graphs", "copies", "workers", "vectors", "pixels", "projection"],
     2: ["envs", "networks", "losses", "replay", "distributed", "normalizer"],
-    3: ["elastic", "actor", "learner", "metrics", "resharding", "watchdog"],
+    3: ["lockstep", "elastic", "actor", "learner", "metrics", "resharding", "watchdog"],
     4: ["evaluation", "checkpoint", "plots", "run", "progress"],
     5: ["parts", "agent", "trainer", "session", "bench", "bench_allreduce", "doctor"],
     6: ["job", "bench_jobs", "bench_loop", "bench_scaling", "bench_project"],
