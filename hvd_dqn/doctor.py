@@ -3,13 +3,11 @@
 import importlib.metadata
 import os
 import platform
-import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import groupby
 from typing import Any
 
-import numpy as np
 import tensorflow as tf
 from rich import box
 from rich.console import Group, RenderableType
@@ -17,6 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from hvd_dqn import __version__
+from hvd_dqn.bench_allreduce import measure
 from hvd_dqn.distributed import World
 
 PACKAGES = ("tensorflow", "keras", "horovod", "mpi4py", "gymnasium", "numpy")
@@ -27,19 +26,17 @@ SETTINGS = ("HOROVOD_", "OMPI_MCA_", "OMP_", "TF_", "MALLOC_", "CUDA_VISIBLE_DEV
 # What launchers tell their own processes: addresses and keys, nothing that anybody set.
 INTERNAL = ("OMPI_MCA_orte_", "OMPI_MCA_ess", "OMPI_MCA_pmix", "OMPI_MCA_shmem_", "OMPI_MCA_initial_wdir", "TF2_")
 INTERNAL_PARTS = ("SECRET", "KEY", "_ADDR", "_PORT", "RANK", "SIZE", "HOSTNAME", "CLI_CONFIG")
-# Floats in the gradients of the 64-64 MLP, 4 * 64 + 64 + 64 * 64 + 64 + 64 * 2 + 2, and of the Nature CNN, 1.7e6.
-ALLREDUCES = {4_610: 200, 1_687_206: 20}  # number of floats: times measured
-PER_CALL = 10  # all-reduces in one graph, as the updates of a phase follow each other
+FLOATS = (4_610, 1_687_206)  # in the gradients of the 64-64 MLP and of the Nature CNN
+ROUNDS = 5  # of the benchmark of all-reduces: a glance
 
 
 def examine(world: World) -> dict[str, Any]:
     """Asks every rank and times all-reduces. All ranks call it, and all get the whole answer."""
     ranks = world.gather(_ask(world))
-    messages = ALLREDUCES.items() if world.size > 1 else ()
     return {
         "hvd_dqn": __version__,
         "ranks": ranks,
-        "allreduce": [_time_allreduce(world, floats, times) for floats, times in messages],
+        "allreduce": [_time_allreduce(world, floats) for floats in FLOATS] if world.size > 1 else [],
         "problems": problems(ranks),
     }
 
@@ -98,30 +95,11 @@ def settings(environ: Mapping[str, str]) -> dict[str, str]:
     }
 
 
-def _time_allreduce(world: World, floats: int, times: int) -> dict[str, float]:
-    """Microseconds of one all-reduce inside a graph, as the learner does them; the slowest rank counts."""
-
-    @tf.function
-    def several(values: tf.Tensor) -> tf.Tensor:
-        for _ in tf.range(PER_CALL):
-            values = world.average([values])[0]
-        return values
-
-    values = tf.ones([floats])
-    several(values)  # traces, and lets Horovod meet the tensor's name
-    seconds = []
-    for _ in range(max(1, times // PER_CALL)):
-        start = time.perf_counter()
-        several(values).numpy()
-        seconds.append((time.perf_counter() - start) / PER_CALL)
-    low, median, high = 1e6 * np.percentile(world.max(np.array(seconds)), [25, 50, 75])
-    return {
-        "bytes": 4 * floats,
-        "median": float(median),
-        "low": float(low),
-        "high": float(high),
-        "megabytes_per_second": 4 * floats / float(median),  # B/µs
-    }
+def _time_allreduce(world: World, floats: int) -> dict[str, float]:
+    """Microseconds of one of Horovod's all-reduces, and the megabytes per second that this makes."""
+    found = measure(world, floats, ROUNDS)["horovod"]
+    microseconds = {name: 1e6 * seconds for name, seconds in found["seconds"].items()}
+    return {"bytes": 4 * floats, **microseconds, "megabytes_per_second": found["bytes_per_second"] / 1e6}
 
 
 Ranks = Sequence[dict[str, Any]]

@@ -134,7 +134,7 @@ def test_the_slowest_rank_counts_in_each_allreduce(monkeypatch):
         def max(self, values):
             return np.full(values.shape, 3e-4)
 
-    monkeypatch.setattr(doctor, "ALLREDUCES", {10: 20, 1500: 10})
+    monkeypatch.setattr(doctor, "FLOATS", (10, 1500))
     rows = doctor.examine(Pair())["allreduce"]
     assert [row["bytes"] for row in rows] == [40, 6000]
     assert all(row["low"] == row["median"] == row["high"] == pytest.approx(300) for row in rows)
