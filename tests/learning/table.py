@@ -6,26 +6,43 @@ Runs that are already finished in DIR are not repeated. One-rank runs go in pair
 """
 
 import argparse
-import json
-import os
+import shutil
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
-from tests.ranks import horovodrun, run
+from hvd_dqn.bench import revision
+from hvd_dqn.placement import cores
+from hvd_dqn.run import Run
+from tests.ranks import run
 
 MODES = {"1 rank": (1, "weak"), "2 ranks, weak": (2, "weak"), "2 ranks, strong": (2, "strong")}
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "TF_NUM_INTRAOP_THREADS": "1"}
+# Ranks that share a core must hand it over while they wait: Open MPI, told of a slot for each, believes each has its own.
+YIELD = {"OMPI_MCA_mpi_yield_when_idle": "1"}
+TIMEOUT = 14_400  # for eight ranks on two cores
 
 
-def train(preset: str, seed: int, mode: str, out: Path) -> dict:
-    ranks, scaling = MODES[mode]
-    folder = out / f"{preset}-{ranks}-{scaling}-{seed}"
-    if not (folder / "run.json").exists():
-        command = ["hvd-dqn", "train", preset, "--seed", str(seed), "--ranks.scaling", scaling, "--run_dir", folder]
-        done = run(command, timeout=7200, **ONE_THREAD) if ranks == 1 else horovodrun(ranks, *command, timeout=7200)
+def train(preset: str, ranks: int, scaling: str, seed: int, out: Path) -> Run:
+    """The finished run, found in `out` or made now; `commit` in its run.json is that of the code that made it."""
+    made = Run(out / f"{preset}-{ranks}-{scaling}-{seed}")
+    if not made.exists or "result" not in made.about():
+        shutil.rmtree(made.path, ignore_errors=True)  # of a run that was broken off
+        launcher, commit = ["horovodrun", "-np", str(ranks)] if ranks > 1 else [], revision()
+        words = ["train", preset, "--seed", str(seed), "--ranks.scaling", scaling, "--run_dir", str(made.path)]
+        crowded = YIELD if ranks > cores() else {}
+        done = run([*launcher, "hvd-dqn", *words], timeout=TIMEOUT, **ONE_THREAD, **crowded)
         if done.returncode:
-            raise RuntimeError(f"{command} ended with {done.returncode}:\n{done.stderr}")
-    return json.loads((folder / "run.json").read_text())["result"]
+            raise RuntimeError(f"{words} on {ranks} ranks ended with {done.returncode}:\n{done.stdout}{done.stderr}")
+        made.note(commit=commit)
+    return made
+
+
+def trained(preset: str, ranks: int, scaling: str, seeds: Sequence[int], out: Path) -> list[Run]:
+    """A run for each seed, as many at once as there are cores for their ranks."""
+    with ThreadPoolExecutor(max(1, cores() // ranks)) as pool:
+        return list(pool.map(lambda seed: train(preset, ranks, scaling, seed, out), seeds))
 
 
 def main() -> None:
@@ -37,9 +54,10 @@ def main() -> None:
     print(f"| preset | ranks | {' | '.join(f'seed {seed}' for seed in options.seeds)} |")
     print(f"|---|---|{'---|' * len(options.seeds)}")
     for preset in options.presets:
-        for mode, (ranks, _) in MODES.items():
-            with ThreadPoolExecutor(max(1, (os.cpu_count() or 1) // ranks)) as pool:
-                rows = list(pool.map(lambda seed: train(preset, seed, mode, options.out), options.seeds))  # noqa: B023
+        for mode, (ranks, scaling) in MODES.items():
+            rows: list[dict[str, Any]] = [
+                made.about()["result"] for made in trained(preset, ranks, scaling, options.seeds, options.out)
+            ]
             cells = [f"{row['return_mean']:.1f} at {row['total_steps'] / 1000:.1f}k" for row in rows]
             print(f"| `{preset}` | {mode} | {' | '.join(cells)} |", flush=True)
 
