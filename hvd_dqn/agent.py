@@ -1,6 +1,9 @@
 """What one rank owns of a run: it acts, remembers, learns, and can be saved and put back."""
 
+import functools
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from time import perf_counter
 from typing import Any, Literal
 
 import numpy as np
@@ -51,10 +54,13 @@ class Agent:
         self.normalizer = make_normalizer(config, self.envs)
         planned = self.plan.updates_after(self.plan.cycles - 1)
         self.learner = make_learner(config, self.envs, world, self._rng(WEIGHTS), planned)
-        self.actor = Actor(self._q_values, self.envs.actions, self._rng(ACTING), config.agent.epsilon_zeta)
+        self.actor = Actor(self._acting_q_values, self.envs.actions, self._rng(ACTING), config.agent.epsilon_zeta)
         self.replay = self._make_replay(self.plan.slots_per_env)
         self.ledger = Ledger(world)
         self.evaluator = make_evaluator(config, world, self._evaluated_q_values, self._rng(EVALUATING), stop)
+        self._thread = ThreadPoolExecutor(1, "learner") if config.learner.overlap else None
+        self._phase: Callable[[], Phase] | None = None  # the one under way
+        self.learned_at = -1  # the cycle in which it began
         self.updates = 0
         self.best: tuple[float, int] | None = None  # (mean return, total steps) of the best evaluation
         self.evaluation_due = False  # of the cycle before the first, where the run was stopped in it
@@ -84,12 +90,12 @@ class Agent:
             sharers=self.world.local_size,
         )
 
-    def _q_values(self, observation: np.ndarray) -> np.ndarray:
-        return self.learner.online.q_values(self.normalizer(observation))
+    def _acting_q_values(self, observation: np.ndarray) -> np.ndarray:
+        return self.learner.acting.q_values(self.normalizer(observation))
 
     def _evaluated_q_values(self, observation: np.ndarray) -> np.ndarray:
         self._beat("evaluation")
-        return self._q_values(observation)
+        return self.learner.online.q_values(self.normalizer(observation))
 
     def begin_episodes(self) -> int | None:
         """Starts the episodes, unless those of an earlier run go on: then returns how many of those do not."""
@@ -109,8 +115,8 @@ class Agent:
         self.normalizer.observe(transition.observation)
         ledger.episodes(*episodes)
 
-    def learn(self, cycle: int) -> Phase:
-        """One phase of updates. A collective."""
+    def learn(self, cycle: int) -> None:
+        """Begins a phase of updates, which `settle` ends; in between it goes on where it overlaps acting. A collective."""
         plan, updates = self.plan, self.plan.updates_at(cycle)
         self.normalizer.merge(self.world.sum)
         with self.ledger.timed("sample"):
@@ -118,10 +124,25 @@ class Agent:
             batch = batch._replace(
                 observation=self.normalizer(batch.observation), next_observation=self.normalizer(batch.next_observation)
             )
-        with self.ledger.timed("update"):
-            phase = self.learner.update(batch, plan.learning_rate_at(cycle), plan.target_copies_at(cycle))
-        self.updates += updates
-        self.ledger.phase(phase.updates, phase.loss, phase.mean_q, phase.gradient_norm, phase.skipped)
+        work = batch, plan.learning_rate_at(cycle), plan.target_copies_at(cycle)
+        if self._thread is None:
+            self._phase = functools.partial(self.learner.update, *work)
+        else:
+            self.learner.freeze()
+            self._phase = self._thread.submit(self.learner.update, *work).result
+        self.updates, self.learned_at = self.updates + updates, cycle
+
+    def settle(self) -> Phase | None:
+        """What the phase under way has come to; None where there is none. A collective."""
+        if self._phase is None:
+            return None
+        update, self._phase = self._phase, None
+        began = perf_counter()
+        phase = update()
+        waited = perf_counter() - began
+        # Of a phase that overlaps acting only the end is waited for.
+        exchange = phase.exchange * min(1.0, waited / phase.seconds)
+        self.ledger.phase(phase.updates, phase.loss, phase.mean_q, phase.gradient_norm, phase.skipped, waited, exchange)
         return phase
 
     def report(self, cycle: int) -> Row:
@@ -258,6 +279,8 @@ class Agent:
         self.news.append(dealt.describe(plan.size) + ". Episodes begin anew.")
 
     def close(self) -> None:
+        if self._thread is not None:
+            self._thread.shutdown()
         self.envs.close()
         self.evaluator.close()
 

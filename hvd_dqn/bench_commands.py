@@ -30,6 +30,8 @@ class LoopOptions(JsonOptions):
     """Environments on each rank; by default the case's."""
     sync: Literal["gradients", "parameters"] = "gradients"
     """What the ranks average."""
+    overlap: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Step the environments while phases learn."""
     gate: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Before the measurement, print `ready` and wait for a line: for whoever starts several at once."""
 
@@ -114,6 +116,7 @@ def _bench_loop(options: LoopOptions, world: World) -> Measured:
         batch=options.batch,
         envs=options.envs,
         sync=options.sync,
+        overlap=options.overlap,
         ready=ready if options.gate else lambda: None,
     )
     return result, benchmark.table

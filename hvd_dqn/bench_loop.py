@@ -21,7 +21,7 @@ from hvd_dqn.lockstep import in_step
 from hvd_dqn.trainer import Trainer
 
 PHASES = 4  # the least that is measured
-PARTS = ("act", "env", "sample", "update")  # of the ledger's
+PARTS = ("act", "env", "sample", "update", "communicate", "idle")  # of the ledger's
 
 
 class Case(NamedTuple):
@@ -76,7 +76,7 @@ CASES = {
 
 def settings(
     name: str, ranks: int, *, total_steps: int | None = None, batch: int | None = None, envs: int | None = None,
-    sync: str = "gradients",
+    sync: str = "gradients", overlap: bool = False,
 ) -> Config:  # fmt: skip
     """The case's settings for so many ranks, each of which works as one alone would: all periods grow with their number.
 
@@ -96,6 +96,7 @@ def settings(
     start = max(learner["learn_start"], batch, envs)
     learner |= {"batch_size": batch, "learn_start": ranks * start, "train_period": ranks * period}
     learner["target_period"] *= ranks
+    learner["overlap"] = overlap
     env["envs_per_rank"] = envs
     given["agent"]["epsilon_steps"] = ranks * given["agent"].get("epsilon_steps", 10_000)
     given["replay"]["capacity"] = ranks * max(given["replay"]["capacity"], start)
@@ -123,7 +124,7 @@ def settings(
 
 def loop(
     world: World, case: str, *, total_steps: int | None = None, batch: int | None = None, envs: int | None = None,
-    sync: str = "gradients", ready: Callable[[], None] = lambda: None,
+    sync: str = "gradients", overlap: bool = False, ready: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:  # fmt: skip
     """Trains, and measures from the end of the second phase on, when all graphs are made. All ranks call it.
 
@@ -131,7 +132,8 @@ def loop(
     those of all ranks. `ready` is called before the measurement begins.
     """
     config = in_step(
-        world, lambda: settings(case, world.size, total_steps=total_steps, batch=batch, envs=envs, sync=sync)
+        world,
+        lambda: settings(case, world.size, total_steps=total_steps, batch=batch, envs=envs, sync=sync, overlap=overlap),
     )
     trainer = in_step(world, lambda: Trainer(config, world))
     watch = Stopwatch(trainer, ready)
@@ -142,7 +144,14 @@ def loop(
                     break  # before the evaluation that ends a run
         measured = watch.result()
     learner = config.learner
-    row = {"case": case, "sync": sync, "batch": learner.batch_size, "envs": config.env.envs_per_rank, **measured}
+    row = {
+        "case": case,
+        "sync": sync,
+        "overlap": overlap,
+        "batch": learner.batch_size,
+        "envs": config.env.envs_per_rank,
+        **measured,
+    }
     return {"benchmark": "loop", **provenance(), "ranks": world.size, "results": [row]}
 
 
@@ -151,21 +160,23 @@ class Stopwatch:
 
     def __init__(self, trainer: Trainer, ready: Callable[[], None]) -> None:
         self._agent, self._ready = trainer.agent, ready
-        self._world, self._learn = trainer.world, trainer.agent.learn
+        self._world, self._settle = trainer.world, trainer.agent.settle
         self._ends: list[float] = []  # of phases
         self._marks: list[tuple[int, int, dict[str, float]]] = []  # at both ends: total steps, updates, seconds spent
-        trainer.agent.learn = self._learn_timed  # type: ignore[method-assign]
+        trainer.agent.settle = self._settle_timed  # type: ignore[method-assign]
         self._phases = 0
 
-    def _learn_timed(self, cycle: int) -> Phase:
-        phase = self._learn(cycle)
+    def _settle_timed(self) -> Phase | None:
+        phase = self._settle()
+        if phase is None:
+            return None
         self._phases += 1
         if self._phases == 2:
             self._ready()
         if self._phases >= 2:
             agent = self._agent
             self._ends.append(time.perf_counter())
-            mark = (agent.plan.total_steps_after(cycle), agent.updates, agent.ledger.spent)
+            mark = (agent.plan.total_steps_after(agent.learned_at), agent.updates, agent.ledger.spent)
             self._marks = [*self._marks[:1], mark]
         return phase
 
@@ -201,7 +212,7 @@ def table(result: dict[str, Any]) -> Table:
     """The result of `loop` for people."""
     made = made_table(result, "one run; of all ranks together, and the parts of a rank's time")
     made.add_column("case")
-    for heading in ("steps/s", "updates/s", "batch", *PARTS, "rest"):
+    for heading in ("steps/s", "updates/s", *PARTS, "rest"):
         made.add_column(heading, justify="right")
     for row in result["results"]:
         parts = [100 * row["time"][name] / row["seconds"] for name in PARTS]
@@ -209,7 +220,6 @@ def table(result: dict[str, Any]) -> Table:
             row["case"],
             rate(row["steps_per_second"]),
             rate(row["updates_per_second"]),
-            str(row["batch"]),
             *(f"{part:.0f} %" for part in (*parts, 100 - sum(parts))),
         )
     return made

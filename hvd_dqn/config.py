@@ -158,6 +158,12 @@ class Learner(Section):
         "compile a phase with XLA, where ranks do not talk inside it; none does so for small networks in long runs",
         source=OURS,
     )
+    overlap: bool = setting(
+        False,
+        "step the environments while a phase learns, with the weights from before it: pays where a rank has a GPU or a "
+        "second core",
+        source=OURS,
+    )
 
 
 class Ranks(Section):

@@ -2,7 +2,8 @@
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from time import perf_counter
+from typing import Any, NamedTuple
 
 import numpy as np
 import tensorflow as tf
@@ -50,7 +51,8 @@ class Phase(NamedTuple):
     """Sums over the updates of one phase, of this rank's minibatches; the gradient's is of the averaged gradient.
 
     Updates whose averaged gradient is not finite are skipped, and only counted; `culprits` of them had a loss or values
-    on this rank that were not finite.
+    on this rank that were not finite. `exchange` is the part of its `seconds` that went into averaging over ranks,
+    waiting for them included.
     """
 
     updates: int
@@ -59,6 +61,17 @@ class Phase(NamedTuple):
     gradient_norm: float
     skipped: int
     culprits: int
+    seconds: float
+    exchange: float
+
+
+class StampedTape(tf.GradientTape):
+    """Takes the time when its gradient is ready."""
+
+    def gradient(self, *args: Any, **kwargs: Any) -> Any:
+        gradients = super().gradient(*args, **kwargs)
+        self.ready = _time_after(gradients)
+        return gradients
 
 
 class Learner:
@@ -67,7 +80,8 @@ class Learner:
     With `sync` "gradients" every update averages the gradient over the ranks of `world`; with "parameters" each rank takes
     the phase's updates alone and then parameters and optimizer slots are averaged (McMahan et al. 2017, arXiv:1602.05629),
     which is another algorithm: for one rank both are the same. `passes` minibatches make one update. With an `xla` of None
-    phases are compiled where that pays for `planned` updates.
+    phases are compiled where that pays for `planned` updates. With `overlap` there is a third network, `acting`, to choose
+    actions by while a phase goes on.
     """
 
     def __init__(
@@ -84,9 +98,14 @@ class Learner:
         max_gradient_norm: float | None = None,
         xla: bool | None = False,
         planned: int = 0,
+        overlap: bool = False,
     ) -> None:
         self.online, self.target = make_network(), make_network()
         self._copy_target()
+        self.acting = make_network() if overlap else self.online
+        self._freeze = Graph(lambda: _copy(self.online, self.acting))
+        if overlap:
+            self.freeze()
         self._world, self._double, self._loss, self._passes = world, double, LOSSES[loss], passes
         self._averages_parameters = sync == "parameters"
         self._max_gradient_norm = max_gradient_norm
@@ -99,6 +118,7 @@ class Learner:
             xla = isinstance(self.online, Mlp) and parameters <= XLA_PARAMETERS and planned >= XLA_UPDATES
         # Horovod: XLA cannot compile a phase inside which ranks talk, or may do so when others have joined.
         self.compiled = xla and (self._averages_parameters or (world.size == 1 and not world.elastic))
+        self._is_timed = not self._averages_parameters and (world.size > 1 or world.elastic)
         # K may differ from phase to phase: one graph serves them all.
         self._updates = Graph(self._take_updates, autograph=True, compiled=self.compiled)
         self._average = tf.function(self._average_parameters)
@@ -111,22 +131,33 @@ class Learner:
             "target": self.target.variables,
             "optimizer": self.optimizer.variables,
         }
+        if self.acting is not self.online:
+            parts["acting"] = self.acting.variables
         return {f"{part}/{i}": variable for part, variables in parts.items() for i, variable in enumerate(variables)}
 
     def update(self, batch: Batch, learning_rate: float, target_copies: np.ndarray) -> Phase:
         """Takes K updates from a batch of leading dimensions [K, passes * B]; `target_copies` is [K] bool."""
+        began = perf_counter()
         # Parameters are averaged after the phase, and only then may they become the target of all ranks.
         copies = np.zeros_like(target_copies) if self._averages_parameters else target_copies
         ends = _ends(copies, batch.next_observation[0].nbytes)
         (sums,) = self._updates(*batch, np.float32(learning_rate), copies, ends)
+        loss, mean_q, gradient_norm, skipped, culprits, exchange = sums.tolist()
         if self._averages_parameters:
+            learned = perf_counter()
             self._average()
+            exchange = perf_counter() - learned
             if target_copies.any():
                 self._copy_target()
-        self._refresh()
-        loss, mean_q, gradient_norm, skipped, culprits = sums.tolist()
-        updates = len(target_copies) - round(skipped)
-        return Phase(updates, loss, mean_q, gradient_norm, round(skipped), round(culprits))
+        self.online.refresh()
+        self.target.refresh()
+        updates, seconds = len(target_copies) - round(skipped), perf_counter() - began
+        return Phase(updates, loss, mean_q, gradient_norm, round(skipped), round(culprits), seconds, exchange)
+
+    def freeze(self) -> None:
+        """From now on `acting` has the weights that `online` has now."""
+        self._freeze()
+        self.acting.refresh()
 
     def _take_updates(
         self,
@@ -141,7 +172,7 @@ class Learner:
     ) -> list[tf.Tensor]:
         self.optimizer.learning_rate.assign(learning_rate)
         batch = Batch(observation, action, reward, discount, next_observation)
-        sums = tf.zeros([5])
+        sums = tf.zeros([6])
         if self.compiled:  # XLA wants all shapes beforehand, and has nothing to gain from larger ones
             for k in tf.range(tf.shape(action)[0]):
                 minibatch = Batch(*(x[k] for x in batch))
@@ -166,35 +197,45 @@ class Learner:
         return tf.reshape(values, [-1, size, values.shape[-1]])
 
     def _take_update(self, minibatch: Batch, q_next_target: tf.Tensor) -> tf.Tensor:
-        """Returns [loss, mean q, gradient norm, whether it was skipped, whether this rank was the reason]."""
+        """Returns [loss, mean q, gradient norm, whether it was skipped, whether this rank was the reason, exchange]."""
         variables = self.online.variables
         if self._passes == 1:
             target = self._bootstrap(minibatch, q_next_target)
-            with tf.GradientTape() as tape:
+            with self._tape() as tape:
                 loss, mean_q = self._evaluate(minibatch, target)
                 objective = _spoilt_unless_finite(loss)
         else:
             gradients, loss, mean_q = self._accumulate(minibatch, q_next_target)
-            with tf.GradientTape() as tape:
+            with self._tape() as tape:
                 # The gradient of sum(g * v) by v is g: so the mean of the passes goes the way of any other gradient.
                 objective = tf.add_n([tf.reduce_sum(g * v) for g, v in zip(gradients, variables, strict=True)])
         # These two calls are the body of `minimize`. Horovod: the first one averages. `tape.gradient` followed by
         # `apply_gradients` would average nothing, silently.
         averaged = self.optimizer.compute_gradients(objective, variables, tape)
+        exchange = self._exchange(tape, [gradient for gradient, _ in averaged])
         norm = tf.linalg.global_norm([gradient for gradient, _ in averaged])
         if self._max_gradient_norm is not None:
             # Average first, then clip: only so are N ranks x batch b one rank x batch N * b.
             shrink = self._max_gradient_norm / tf.maximum(norm, self._max_gradient_norm)
             averaged = [(gradient * shrink, variable) for gradient, variable in averaged]
         # Horovod: the average has the same norm on all ranks, so all of them apply it or none does: no vote is needed.
-        sums = tf.stack([0.0, 0.0, 0.0, 1.0, tf.cast(~tf.math.is_finite(loss), tf.float32)])
+        sums = tf.stack([0.0, 0.0, 0.0, 1.0, tf.cast(~tf.math.is_finite(loss), tf.float32), exchange])
         if tf.math.is_finite(norm):
             self.optimizer.apply_gradients(averaged)
-            sums = tf.stack([loss, mean_q, norm, 0.0, 0.0])
+            sums = tf.stack([loss, mean_q, norm, 0.0, 0.0, exchange])
         elif self._averages_parameters:
             # Horovod: here each rank skips for itself, and the number of steps, which is not averaged, must stay equal.
             self.optimizer.iterations.assign_add(1)
         return sums
+
+    def _tape(self) -> tf.GradientTape:
+        return StampedTape() if self._is_timed else tf.GradientTape()
+
+    def _exchange(self, tape: tf.GradientTape, averaged: list[tf.Tensor]) -> tf.Tensor:
+        """Seconds [] from this rank's gradient to the average of all."""
+        if not isinstance(tape, StampedTape):
+            return tf.constant(0.0)
+        return tf.cast(_time_after(averaged) - tape.ready, tf.float32)
 
     def _accumulate(self, minibatch: Batch, q_next_target: tf.Tensor) -> tuple[list[tf.Tensor], tf.Tensor, tf.Tensor]:
         """The mean gradient, loss and q of `passes` minibatches, one after the other to save memory.
@@ -228,12 +269,12 @@ class Learner:
         return tf.reduce_mean(self._loss(q - target)), tf.reduce_mean(q)
 
     def _copy_target(self) -> None:
-        for target, online in zip(self.target.variables, self.online.variables, strict=True):
-            target.assign(online)
+        _copy(self.online, self.target)
 
-    def _refresh(self) -> None:
-        self.online.refresh()
-        self.target.refresh()
+    def refresh(self) -> None:
+        """To be called when anybody else has changed the variables."""
+        for network in (self.online, self.target, self.acting):
+            network.refresh()
 
     def _average_parameters(self) -> None:
         slots = [v for v in self.optimizer.variables if v.dtype.is_floating and v.shape.rank > 0]
@@ -245,14 +286,32 @@ class Learner:
         return {name: variable.numpy() for name, variable in self.variables.items()}
 
     def load_state(self, state: dict[str, np.ndarray]) -> None:
-        """Raises ValueError where the arrays do not fit, after which nothing has been changed."""
+        """Raises ValueError where the arrays do not fit, after which nothing has been changed.
+
+        `overlap` may have changed: `acting` then starts from `online`, or is forgotten.
+        """
+        learned = {name: array for name, array in state.items() if not name.startswith("acting/")}
+        acting = {name.replace("online/", "acting/"): learned[name] for name in learned if name.startswith("online/")}
+        state = {**acting, **state} if self.acting is not self.online else learned
         expected = {name: tuple(variable.shape) for name, variable in self.variables.items()}
         received = {name: array.shape for name, array in state.items()}
         if expected != received:
             raise ValueError(f"expected arrays of shapes {expected}, received {received}")
         for name, variable in self.variables.items():
             variable.assign(state[name])
-        self._refresh()
+        self.refresh()
+
+
+def _copy(source: Network, to: Network) -> list[tf.Tensor]:
+    for variable, value in zip(to.variables, source.variables, strict=True):
+        variable.assign(value)
+    return []
+
+
+def _time_after(gradients: list[tf.Tensor]) -> tf.Tensor:
+    """The time [] in seconds when these are there."""
+    with tf.control_dependencies(tf.nest.flatten(gradients, expand_composites=True)):
+        return tf.timestamp()
 
 
 def _ends(copies: np.ndarray, minibatch_bytes: int) -> np.ndarray:

@@ -12,7 +12,9 @@ import numpy as np
 
 from hvd_dqn.errors import InputError
 
-TIMED = ("act", "env", "sample", "update", "evaluate", "save")
+TIMERS = ("act", "env", "sample", "update", "exchange", "evaluate", "save")
+# The same, with the exchanges split into what talking takes and what waiting for other ranks does.
+TIMED = ("act", "env", "sample", "update", "communicate", "idle", "evaluate", "save")
 COLUMNS = (
     "total_steps", "cycle", "updates", "seconds", "steps_per_second", "updates_per_second", "epsilon", "learning_rate",
     "loss", "mean_q", "gradient_norm", "episodes", "return_mean", "return_max", "length_mean", "replay_size", "skipped_updates",
@@ -55,7 +57,7 @@ class Ledger:
 
     def __init__(self, world: Reducer) -> None:
         self._world = world
-        self._timers = {name: Timer() for name in TIMED}
+        self._timers = {name: Timer() for name in TIMERS}
         self._spent = dict.fromkeys(TIMED, 0.0)  # until the present window
         self._began = perf_counter()
         self._total_steps = self._updates = 0  # at the last report
@@ -67,8 +69,7 @@ class Ledger:
         self._return_max = -math.inf
         self._phases = np.zeros(4)  # updates, sum of losses, of mean q, of gradient norms
         self._skipped = 0
-        for name, timer in self._timers.items():
-            self._spent[name] += timer.seconds
+        for timer in self._timers.values():
             timer.seconds = 0.0
 
     @property
@@ -78,11 +79,19 @@ class Ledger:
 
     @property
     def spent(self) -> dict[str, float]:
-        """Seconds of this rank in each of `TIMED`, over all resumes of the run."""
-        return {name: self._spent[name] + timer.seconds for name, timer in self._timers.items()}
+        """Seconds of this rank in each of `TIMED`, over all resumes of the run.
+
+        Until the next report all exchanges count as communication.
+        """
+        return self._spent_with(self._timers["exchange"].seconds)
+
+    def _spent_with(self, communicate: float) -> dict[str, float]:
+        window = {name: timer.seconds for name, timer in self._timers.items()}
+        window |= {"communicate": communicate, "idle": window["exchange"] - communicate}
+        return {name: self._spent[name] + window[name] for name in TIMED}
 
     def timed(self, name: str) -> Timer:
-        """Counts the time inside `with ledger.timed("act"):` as one of `TIMED`."""
+        """Counts the time inside `with ledger.timed("act"):` as one of `TIMERS`."""
         return self._timers[name]
 
     def episodes(self, returns: np.ndarray, lengths: np.ndarray) -> None:
@@ -91,10 +100,24 @@ class Ledger:
             self._episodes += (len(returns), np.sum(returns, dtype=np.float64), np.sum(lengths, dtype=np.float64))
             self._return_max = max(self._return_max, float(np.max(returns)))
 
-    def phase(self, updates: int, loss_sum: float, q_sum: float, gradient_norm_sum: float, skipped: int = 0) -> None:
-        """One phase of this rank: the number of updates, sums over them, and how many more were skipped."""
+    def phase(
+        self,
+        updates: int,
+        loss_sum: float,
+        q_sum: float,
+        gradient_norm_sum: float,
+        skipped: int = 0,
+        seconds: float = 0.0,
+        exchange: float = 0.0,
+    ) -> None:
+        """One phase of this rank: the number of updates, sums over them, and how many more were skipped.
+
+        `exchange` of the `seconds` spent on it went into averaging over ranks.
+        """
         self._phases += (updates, loss_sum, q_sum, gradient_norm_sum)
         self._skipped += skipped
+        self._timers["update"].seconds += seconds - exchange
+        self._timers["exchange"].seconds += exchange
 
     def report(
         self, *, total_steps: int, cycle: int, updates: int, epsilon: float, learning_rate: float, replay_size: int
@@ -102,19 +125,26 @@ class Ledger:
         """A row with `COLUMNS`, the same on all ranks, about the time since the last one. A collective.
 
         `replay_size` is this rank's, the row has the sum; `episodes` are those of the window; `skipped_updates` are the
-        mean of the ranks (all skip the same where they average gradients); `time_*` are a rank's mean seconds.
+        mean of the ranks (all skip the same where they average gradients); `time_*` are a rank's mean seconds. Of what a
+        rank spent on exchanges, as much is communication as the rank that waited least spent on them; the rest is idle.
         """
         # Horovod: the vectors have the same length on every rank, whatever happened there (law 1).
         times = [timer.seconds for timer in self._timers.values()]
+        exchange = self._timers["exchange"].seconds
         sums = self._world.sum(
             np.concatenate([self._episodes, self._phases, [float(replay_size), float(self._skipped)], times])
         )
-        highest = self._world.max(np.array([self._return_max, self.seconds, perf_counter() - self._window_began]))
+        highest = self._world.max(
+            np.array([self._return_max, self.seconds, perf_counter() - self._window_began, -exchange])
+        )
 
         episodes, return_sum, length_sum, phase_updates, loss_sum, q_sum, norm_sum, replay_sum, skipped, *times = (
             sums.tolist()
         )
-        return_max, seconds, window = highest.tolist()
+        return_max, seconds, window, communicate = highest.tolist()
+        communicate = -communicate
+        mean = {name: time / self._world.size for name, time in zip(TIMERS, times, strict=True)}
+        mean |= {"communicate": communicate, "idle": mean["exchange"] - communicate}
         values = (
             total_steps,
             cycle,
@@ -133,9 +163,10 @@ class Ledger:
             _ratio(length_sum, episodes),
             round(replay_sum),
             round(skipped / self._world.size),
-            *(time / self._world.size for time in times),
+            *(mean[name] for name in TIMED),
         )
         self._total_steps, self._updates = total_steps, updates
+        self._spent = self._spent_with(communicate)
         self._start_window()
         return dict(zip(COLUMNS, values, strict=True))
 
@@ -145,7 +176,7 @@ class Ledger:
             "seconds": self.seconds,
             "total_steps": self._total_steps,
             "updates": self._updates,
-            "spent": dict(self._spent),
+            "spent": self._spent,
         }
 
     def load_state(self, state: dict[str, Any]) -> None:

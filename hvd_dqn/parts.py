@@ -69,6 +69,7 @@ def make_learner(
         max_gradient_norm=learner.max_gradient_norm,
         xla=learner.xla,
         planned=planned,
+        overlap=learner.overlap,
     )
 
 

@@ -100,6 +100,17 @@ class Plan:
             return 0
         return self.updates_after(cycle) - self.updates_after(cycle - 1)
 
+    def settles_at(self, cycle: int) -> bool:
+        """Whether the phase under way ends in this cycle: overlapping learning goes on until there is something to say."""
+        return (
+            not self.config.learner.overlap
+            or self.checks_drift_at(cycle)
+            or self.reports_at(cycle)
+            or self.evaluates_at(cycle)
+            or self.checkpoints_at(cycle)
+            or self.votes_at(cycle)
+        )
+
     def learns_at(self, cycle: int) -> bool:
         return self.updates_at(cycle) > 0
 

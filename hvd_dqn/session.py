@@ -75,7 +75,7 @@ class Session:
 
 
 def where_the_time_went(ledger: Ledger) -> str:
-    """The parts of this rank's time, the largest first. Waiting for other ranks is part of what was waited in."""
+    """The parts of this rank's time, the largest first. Averaging apart, waiting is part of what was waited in."""
     spent = ledger.spent | {"rest": ledger.seconds - sum(ledger.spent.values())}
     parts = sorted(spent.items(), key=lambda part: -part[1])
     return "time: " + ", ".join(f"{100 * seconds / ledger.seconds:.0f} % {name}" for name, seconds in parts)

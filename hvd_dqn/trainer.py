@@ -11,7 +11,6 @@ from hvd_dqn.checkpoint import Checkpoints, Snapshot
 from hvd_dqn.config import Config
 from hvd_dqn.distributed import World
 from hvd_dqn.errors import JobError, RanksChanged
-from hvd_dqn.learner import Phase
 from hvd_dqn.lockstep import BroadcastHook, check_drift
 from hvd_dqn.metrics import Row
 from hvd_dqn.watchdog import NullWatchdog, Watchdog, open_watchdog
@@ -58,7 +57,7 @@ class Trainer:
         silence_seconds = None if world.elastic else ranks.silence_seconds
         with open_watchdog(world, silence_seconds, ranks.stall_seconds) as self.watchdog:
             self._broadcast()
-            agent.learner.online.refresh()
+            agent.learner.refresh()
             yield from self._begin()
             cycle, outcome = plan.first_cycle - 1, None
             self._commit(cycle)
@@ -70,7 +69,10 @@ class Trainer:
                 self.watchdog.beat(f"cycle {cycle:,}")
                 agent.step(cycle)
                 if plan.learns_at(cycle):
-                    self._check_finite(cycle, agent.learn(cycle))
+                    self._settle()
+                    agent.learn(cycle)
+                if plan.settles_at(cycle):
+                    self._settle()
                 if plan.checks_drift_at(cycle):
                     self._check_drift(f"after {plan.total_steps_after(cycle):,} total steps")
                 if plan.reports_at(cycle):
@@ -120,17 +122,22 @@ class Trainer:
     def _check_drift(self, when: str) -> None:
         check_drift(self.world, self.agent.learner.variables, when)
 
-    def _check_finite(self, cycle: int, phase: Phase) -> None:
-        """Raises JobError, on all ranks, where an update could not be made and the setting is to stop."""
-        if self.config.learner.on_nonfinite == "skip":
+    def _settle(self) -> None:
+        """Waits for the phase under way, if there is one; so there is on all ranks or on none. A collective.
+
+        Raises JobError, on all ranks, where an update could not be made and the setting is to stop.
+        """
+        phase = self.agent.settle()
+        if phase is None or self.config.learner.on_nonfinite == "skip":
             return
         skipped = phase.skipped > 0
         # Ranks that average gradients skip the same updates; those that average parameters have to ask.
         if not (self.world.any(skipped) if self.config.ranks.sync == "parameters" else skipped):
             return
+        total_steps = self.agent.plan.total_steps_after(self.agent.learned_at)
         culprits = [rank for rank, count in enumerate(self.world.gather(phase.culprits)) if count]
         raise JobError(
-            f"The loss or its gradient is not finite after {self.agent.plan.total_steps_after(cycle):,} total steps"
+            f"The loss or its gradient is not finite after {total_steps:,} total steps"
             + (f" (the loss on rank {', '.join(map(str, culprits))})" if culprits else "")
             + f": {phase.skipped} of {phase.skipped + phase.updates} updates were not made, and the weights are sound. "
             "Lower --learner.learning_rate or --env.reward_scale, or skip such updates with --learner.on_nonfinite skip."

@@ -102,8 +102,8 @@ def test_steps_and_updates_after_the_second_phase_are_counted(monkeypatch):
     assert row["phase"] == {
         "count": 20, "updates": 16.0, "seconds": 1.0, "least": 1.0, "deviation": 0.0, "message_bytes": 4 * 4_610,
     }  # fmt: skip
-    assert set(row["time"]) == {"act", "env", "sample", "update"}
-    assert all(seconds > 0 for seconds in row["time"].values())
+    assert [name for name, seconds in row["time"].items() if seconds > 0] == ["act", "env", "sample", "update"]
+    assert row["time"]["communicate"] == row["time"]["idle"] == 0  # with whom?
 
 
 def test_the_images_can_be_trained_on():
@@ -114,7 +114,10 @@ def test_the_images_can_be_trained_on():
 
 def test_people_see_where_the_time_went_within_100_columns():
     row = {"case": "cartpole-zoo", "steps_per_second": 12_345.6, "updates_per_second": 3_086.4, "batch": 64}
-    row |= {"seconds": 10.0, "time": {"act": 1.0, "env": 2.0, "sample": 0.5, "update": 6.0}}
+    row |= {
+        "seconds": 10.0,
+        "time": {"act": 1.0, "env": 2.0, "sample": 0.5, "update": 4.0, "communicate": 1.5, "idle": 0.5},
+    }
     result = {
         "machine": {"cpu": "a CPU", "cores": 2, "gpus": []}, "threads": 1, "ranks": 2, "commit": "0123456789",
         "command": "hvd-dqn bench loop cartpole-zoo", "results": [row],
@@ -126,5 +129,5 @@ def test_people_see_where_the_time_went_within_100_columns():
     assert "2 ranks of 1 thread on a CPU (2 cores)" in lines[0]
     (line,) = [line for line in lines if "cartpole-zoo │" in line]
     assert [cell.strip() for cell in line.strip("│").split("│")] == [
-        "cartpole-zoo", "12,346", "3,086", "64", "10 %", "20 %", "5 %", "60 %", "5 %",
+        "cartpole-zoo", "12,346", "3,086", "10 %", "20 %", "5 %", "40 %", "15 %", "5 %", "5 %",
     ]  # fmt: skip

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from hvd_dqn.errors import InputError
-from hvd_dqn.metrics import COLUMNS, CsvWriter, Ledger, NullWriter, TensorBoardWriter, Writers, read_csv
+from hvd_dqn.metrics import COLUMNS, TIMED, CsvWriter, Ledger, NullWriter, TensorBoardWriter, Writers, read_csv
 
 
 class Solo:
@@ -81,7 +81,7 @@ def test_a_row_has_exactly_the_designs_columns_in_order():
     expected = (
         "total_steps cycle updates seconds steps_per_second updates_per_second epsilon learning_rate loss "
         "mean_q gradient_norm episodes return_mean return_max length_mean replay_size skipped_updates "
-        "time_act time_env time_sample time_update time_evaluate time_save"
+        "time_act time_env time_sample time_update time_communicate time_idle time_evaluate time_save"
     )
     assert list(report(Ledger(Solo()))) == list(COLUMNS) == expected.split()
 
@@ -195,9 +195,27 @@ def test_times_are_the_mean_of_the_ranks_and_rates_count_all_steps_of_the_window
     assert row["seconds"] >= window
 
 
+def test_exchanges_are_split_into_communication_and_waiting_for_the_others():
+    def rank(seconds, exchange):
+        def main(world):
+            ledger = Ledger(world)
+            ledger.phase(1, 0.0, 0.0, 0.0, seconds=seconds, exchange=exchange)
+            return report(ledger), ledger.spent
+
+        return main
+
+    # The slow rank is the one that finds the others ready: all that it spends is communication.
+    (row, fast), (other, slow) = Threads(2).run(rank(8.0, 5.0), rank(8.0, 1.0))
+    assert same(row, other)
+    expected = {"time_update": (3 + 7) / 2, "time_communicate": 1.0, "time_idle": 4.0 / 2}
+    assert {name: row[name] for name in expected} == expected
+    for spent, (update, communicate, idle) in ((fast, (3.0, 1.0, 4.0)), (slow, (7.0, 1.0, 0.0))):
+        assert (spent["update"], spent["communicate"], spent["idle"]) == (update, communicate, idle)
+
+
 def test_a_resumed_run_goes_on_counting_seconds_steps_and_updates():
     ledger = Ledger(Solo())
-    before = {"act": 1.0, "env": 2.0, "sample": 3.0, "update": 400.0, "evaluate": 5.0, "save": 6.0}
+    before = dict.fromkeys(TIMED, 1.0) | {"update": 400.0}
     ledger.load_state({"seconds": 1000.0, "total_steps": 5000, "updates": 500, "spent": before})
     with ledger.timed("update"):
         time.sleep(0.02)

@@ -88,6 +88,17 @@ def test_every_multiple_of_a_period_has_exactly_one_cycle():
         assert all(steps % 5_000 < plan.steps_per_cycle for steps in evaluated)
 
 
+def test_an_overlapping_phase_ends_wherever_something_is_said_of_it():
+    settings = {"evaluation": {"period": 5_000}, "report": {"period": 1_000}, "checkpoint": {"period": 7_000}}
+    settings |= {"ranks": {"vote_period": 900, "drift_check_period": 1_300}}
+    plan, plain = (Plan(config(learner={"overlap": overlap}, **settings), 3) for overlap in (True, False))
+    asked = ("evaluates_at", "reports_at", "checkpoints_at", "votes_at", "checks_drift_at")
+    for cycle in range(plan.cycles):
+        assert plan.settles_at(cycle) == any(getattr(plan, name)(cycle) for name in asked)
+        assert plain.settles_at(cycle)
+    assert plan.settles_at(plan.cycles - 1)
+
+
 def test_the_last_cycle_reports():
     plan = Plan(config(total_steps=1_500, report={"period": 1_000}), 3)
     assert [c for c in range(plan.cycles) if plan.reports_at(c)][-1] == plan.cycles - 1

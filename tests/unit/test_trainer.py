@@ -3,6 +3,8 @@
 import contextlib
 import json
 import shutil
+import time
+from concurrent.futures import Future
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +17,7 @@ from hvd_dqn.checkpoint import Checkpoints, divide
 from hvd_dqn.config import Config
 from hvd_dqn.distributed import Solo
 from hvd_dqn.errors import InputError, JobError, RunError
+from hvd_dqn.learner import Learner
 from hvd_dqn.replay import TRUNCATED
 from hvd_dqn.trainer import Trainer
 
@@ -109,7 +112,11 @@ def play(config: Config, world, path: Path, snapshot=None):
 @pytest.mark.parametrize("sync", ["gradients", "parameters"])
 @pytest.mark.parametrize("size", [1, 2, 3, 4])
 def test_all_ranks_enter_the_same_collectives_although_their_episodes_differ(size, sync, scaling, tmp_path):
-    settings = config(ranks={"sync": sync, "scaling": scaling}, env={"normalize_observation": sync == "parameters"})
+    settings = config(
+        ranks={"sync": sync, "scaling": scaling},
+        env={"normalize_observation": sync == "parameters"},
+        learner={"overlap": scaling == "strong"},
+    )
     tapes, episodes = [], []
     for rank in range(size):
         world = TapeWorld(rank, size)
@@ -153,6 +160,46 @@ def test_one_seed_gives_one_run_and_another_seed_another(tmp_path):
     assert str(first) != str(other)
 
 
+class Immediate:
+    """An executor that has done the work before anybody goes on."""
+
+    def submit(self, work, *arguments):
+        future = Future()
+        future.set_result(work(*arguments))
+        return future
+
+    def shutdown(self):
+        pass
+
+
+@pytest.mark.parametrize("network", ["mlp", "tests.unit.test_networks:keras_model"])
+def test_a_phase_that_overlaps_acting_gives_the_same_run_however_long_it_takes(network, tmp_path, monkeypatch):
+    settings = config(
+        learner={"overlap": True},
+        agent={"network": network, "epsilon_end": 0.0, "epsilon_steps": 0},
+        evaluation={"target_return": None},
+    )
+    monkeypatch.setattr("hvd_dqn.agent.ThreadPoolExecutor", lambda *_: Immediate())
+    expected, at_once = play(settings, Solo(), tmp_path / "at once")
+    monkeypatch.undo()
+    update = Learner.update
+    monkeypatch.setattr(Learner, "update", lambda *a: (time.sleep(0.02), update(*a), time.sleep(0.02))[1])
+    records, slow = play(settings, Solo(), tmp_path / "slow")
+    assert str(without_times(records)) == str(without_times(expected))
+    assert_same(slow.arrays, at_once.arrays)
+    # Or there would have been nothing to be seen:
+    assert not np.array_equal(slow.arrays["learner/online/0"], slow.arrays["learner/acting/0"])
+
+
+def test_what_fails_in_an_overlapping_phase_fails_the_run(tmp_path, monkeypatch):
+    def broken(*_):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(Learner, "update", broken)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        play(config(learner={"overlap": True}), Solo(), tmp_path)
+
+
 def test_a_run_reports_evaluates_and_ends_with_a_result(tmp_path):
     records, trainer = play(config(evaluation={"target_return": None}), Solo(), tmp_path)
     kinds = [record.kind for record in records]
@@ -187,8 +234,9 @@ def assert_same(one, other) -> None:
         {"env": {"id": "Acrobot-v1", "vectorization": "async", "envs_per_rank": 2}},
         {"env": {"id": "LunarLander-v3"}, "agent": {"network": "tests.unit.test_networks:keras_model"}},
         {"checkpoint": {"compress": True}, "replay": {"capacity": 400}},
+        {"learner": {"overlap": True}},
     ],
-    ids=["sync", "states", "stack", "native", "async", "lander", "full ring"],
+    ids=["sync", "states", "stack", "native", "async", "lander", "full ring", "overlap"],
 )
 def test_a_resumed_run_is_the_run_that_was_never_stopped(changes, tmp_path):
     settings = config(**{**changes, "evaluation": {"target_return": None, **changes.get("evaluation", {})}})
