@@ -1,0 +1,400 @@
+"""The benchmarks' pictures and the README's tables, from the JSON that the benchmarks print.
+
+    python -m tests.benchmarks.pictures [--results tests/benchmarks/results] [--out tests/benchmarks]
+
+Reads those of loop.json, solve.json, learner.json, scaling*.json, steps.json, project*.json and allreduce.json that are there;
+draws speed.png, scaling.png, steps.png and projection.png, and prints a Markdown table of the numbers of each file.
+"""
+
+import argparse
+import json
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator, NullLocator, PercentFormatter
+
+from hvd_dqn.bench_project import TARGET
+from hvd_dqn.plots import GREY, PALETTE
+from tests.benchmarks.compare import HERE
+
+INK, PALE = "#222222", "#B8B8B8"
+NAMES = {"sb3": "Stable-Baselines3", "tianshou": "Tianshou", "rllib": "RLlib", "ours, two ranks": "ours, 2 ranks"}
+COLORS = {"ours": PALETTE[0], "ours, two ranks": PALETTE[5]}
+KINDS = {"weak": ("-", PALETTE[0]), "strong": ("-", PALETTE[1])}
+WIDTH = 9.0  # 900 px at 100 dpi
+Result = dict[str, Any]
+
+
+def read(path: Path) -> Result:
+    """The result in what a benchmark printed; horovodrun names the rank in every line and within some."""
+    text = re.sub(r"\[\d+,\d+\]<stdout>: ?", "", path.read_text())
+    return json.JSONDecoder().raw_decode(text[text.index("{") :])[0]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--results", type=Path, default=HERE / "results")
+    parser.add_argument("--out", type=Path, default=HERE)
+    options = parser.parse_args()
+    found = {name: [read(path) for path in sorted(options.results.glob(f"{name}.json"))] for name in TABLES}
+    drawn = {
+        "speed": speed([*found["loop"], *found["solve"]]),
+        "scaling": scaling(found["scaling*"]),
+        "steps": steps(found["steps"]),
+        "projection": projection(found["project*"]),
+    }
+    for name, figure in drawn.items():
+        if figure is not None:
+            figure.savefig(options.out / f"{name}.png", dpi=100)
+    for name, results in found.items():
+        for result in results:
+            print(f"{markdown(TABLES[name](result))}\n\n{told(result)}\n")
+
+
+def told(result: Result) -> str:
+    machine, count = result["machine"], result.get("rounds", result.get("repeats"))
+    left_out = f" Left out: {'; '.join(result['left_out'])}." if result.get("left_out") else ""
+    of = f", {count} rounds or seeds" if count else ""
+    return (
+        f"`{result['command']}` at commit {result['commit']}{of}, {machine['cpu']}, {machine['cores']} cores.{left_out}"
+    )
+
+
+def markdown(rows: Sequence[Sequence[str]]) -> str:
+    head, *body = rows
+    lines = [head, ["---"] * len(head), *body]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def axes_of(count: int, height: float, columns: int = 3, **options: Any) -> tuple[Figure, list[Axes]]:
+    """A figure of so many plain axes."""
+    columns = min(columns, count)
+    rows = -(-count // columns)
+    figure = Figure(figsize=(WIDTH, height * rows), layout="constrained")
+    made = list(figure.subplots(rows, columns, squeeze=False, **options).flat)
+    for axes in made:
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.spines[["left", "bottom"]].set_color("#888888")
+        axes.tick_params(colors=GREY, labelsize=9, length=3)
+        axes.set_axisbelow(True)
+    for axes in made[count:]:
+        axes.set_visible(False)
+    return figure, made[:count]
+
+
+def title(axes: Axes, text: str) -> None:
+    axes.set_title(text, loc="left", fontsize=10, fontweight="bold", color=INK)
+
+
+def speed(results: Sequence[Result]) -> Figure | None:
+    """Steps/s of whole training, and seconds to the target, a bar for each of ours and of the others."""
+    rows = [row for result in results for row in result["results"]]
+    if not rows:
+        return None
+    figure, all_axes = axes_of(len(rows), 2.3)
+    for axes, row in zip(all_axes, rows, strict=True):
+        if "rates" in row:
+            title(axes, f"{row['case']}: steps/s")
+            bars(axes, {name: rates["steps_per_second"] for name, rates in row["rates"].items()}, loop_notes(row))
+        else:
+            title(axes, f"{row['preset']}: seconds to the target")
+            bars(axes, {name: found["seconds"] for name, found in row["summary"].items()}, solve_notes(row))
+    return figure
+
+
+def loop_notes(row: Result) -> dict[str, str]:
+    notes = {}
+    for ratio, found in row["ratios"].items():
+        mine, _, theirs = ratio.rpartition(" over ")
+        if theirs in row["rates"]:
+            notes[theirs] = f"{mine.removeprefix('ours, two ').replace('ranks', '2 ranks')}: {found['median']:.1f}x"
+    return notes
+
+
+def solve_notes(row: Result) -> dict[str, str]:
+    notes = {}
+    for ratio, found in row["ratios"].items():
+        mine, _, theirs = ratio.partition(": times as fast as ")
+        if mine == "ours":
+            notes[theirs] = f"ours: {'≥ ' * found['at_least']}{found['ratio']:.1f}x"
+    return notes
+
+
+def bars(axes: Axes, found: dict[str, Result], notes: dict[str, str]) -> None:
+    """Medians with lowest and highest; None is never, which has no bar."""
+    longest = max(
+        [spread["median"] or 0 for spread in found.values()] + [spread["high"] or 0 for spread in found.values()]
+    )
+    for i, (name, spread) in enumerate(found.items()):
+        middle, high = spread["median"], spread["high"]
+        axes.barh(i, middle or 0, color=COLORS.get(name, PALE), height=0.62)
+        end = 0.0
+        if middle is not None:
+            end = longest if high is None else high
+            axes.plot([spread["low"], end], [i, i], color=INK, linewidth=1.1, marker="|", markersize=5)
+            if high is None:
+                axes.plot(end, i, color=INK, marker=">", markersize=4)
+        value = "never, in most runs" if middle is None else f"{middle:,.0f}"
+        text = "\n".join([value, notes[name]] if name in notes else [value])
+        axes.text(end + 0.03 * longest, i, text, va="center", fontsize=8, color=INK, linespacing=1.0)
+    axes.set_yticks(range(len(found)), [NAMES.get(name, name) for name in found])
+    axes.invert_yaxis()
+    axes.set_xlim(0, 1.45 * longest)
+    axes.tick_params(axis="y", length=0)
+    axes.spines["bottom"].set_visible(False)
+    axes.set_xticks([])
+
+
+def ranks_axis(axes: Axes, ranks: Sequence[int]) -> None:
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_locator(FixedLocator(list(ranks)))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_major_formatter("{x:.0f}")
+    axes.set_xlabel("ranks", color=INK)
+    axes.grid(axis="y", color="#E5E5E5", linewidth=0.8)
+
+
+def percent_axis(axes: Axes, highest: float = 1.0) -> None:
+    axes.set_ylim(0, max(1.1, 1.05 * highest))
+    axes.set_yticks([0, 0.2, 0.4, 0.6, 0.8, TARGET, 1])
+    axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0, symbol=" %"))
+    axes.axhline(TARGET, color=GREY, linewidth=1, linestyle=(0, (4, 3)), zorder=1)
+
+
+def labels(axes: Axes, ends: Sequence[tuple[float, float, str, str]], gap: float) -> None:
+    """Names (x, y, text, colour) beside the ends of their lines, at least `gap` apart."""
+    last = -float("inf")
+    for x, y, text, color in sorted(ends, key=lambda end: end[1]):
+        last = max(y, last + gap)
+        axes.annotate(
+            text, (x, last), xytext=(9, 0), textcoords="offset points", color=color, fontsize=8.5, va="center",
+            annotation_clip=False,
+        )  # fmt: skip
+
+
+def scaling(results: Sequence[Result]) -> Figure | None:
+    """Efficiency against ranks; hollow markers where ranks shared cores."""
+    cases = list(dict.fromkeys(row["case"] for result in results for row in result["results"]))
+    if not cases:
+        return None
+    figure, all_axes = axes_of(len(cases), 3.4, sharey=True)
+    rows = [row for result in results for row in result["results"]]
+    highest = max(row["efficiency"]["high"] for row in rows)
+    for axes, case in zip(all_axes, cases, strict=True):
+        title(axes, case)
+        of_case, ends = [row for row in rows if row["case"] == case], []
+        for kind, line in (("weak", "-"), ("strong", (0, (5, 2)))):
+            for sync, color in (("gradients", PALETTE[0]), ("parameters", PALETTE[1])):
+                points = sorted(
+                    (r for r in of_case if r["ranks"] > 1 and (r["scaling"], r["sync"]) == (kind, sync)),
+                    key=lambda r: r["ranks"],
+                )
+                if not points:
+                    continue
+                x, y = [r["ranks"] for r in points], [r["efficiency"]["median"] for r in points]
+                axes.plot([1, *x], [1.0, *y], color=color, linestyle=line, linewidth=1.5)
+                for r in points:
+                    found = r["efficiency"]
+                    face = "white" if r["oversubscribed"] else color
+                    axes.plot([r["ranks"]] * 2, [found["low"], found["high"]], color=color, linewidth=1)
+                    axes.plot(
+                        r["ranks"], found["median"], "o", color=color, markerfacecolor=face, markersize=6, zorder=3
+                    )
+                ends.append((x[-1], y[-1], f"{kind}, {sync}", color))
+        ranks_axis(axes, sorted({row["ranks"] for row in of_case}))
+        percent_axis(axes, highest)
+        if axes is all_axes[-1]:
+            labels(axes, ends, 0.065 * max(1.1, highest))
+    all_axes[0].set_ylabel("efficiency", color=INK)
+    all_axes[0].annotate(
+        "hollow: more ranks than cores", (0.03, 0.03), xycoords="axes fraction", fontsize=8, color=GREY
+    )
+    return figure
+
+
+def steps(results: Sequence[Result]) -> Figure | None:
+    """Total steps to the target: the median as a line, every seed as a dot, and how much the target lets it grow."""
+    rows = [row for result in results for row in result["results"]]
+    presets = list(dict.fromkeys(row["preset"] for row in rows))
+    if not rows:
+        return None
+    figure, all_axes = axes_of(len(presets), 3.5, columns=2)
+    for axes, preset in zip(all_axes, presets, strict=True):
+        title(axes, f"{preset}: total steps to the target")
+        of_preset, ends = [row for row in rows if row["preset"] == preset], []
+        reached = [run["total_steps"] for row in of_preset for run in row["runs"] if run["total_steps"] is not None]
+        top = 1.15 * max(reached, default=1)
+        one = next(row for row in of_preset if row["ranks"] == 1)
+        for kind, (line, color) in KINDS.items():
+            points = [one, *(row for row in of_preset if row["ranks"] > 1 and row["scaling"] == kind)]
+            side = 0.96 if kind == "weak" else 1.04
+            for row in points:
+                values = [run["total_steps"] for run in row["runs"]]
+                shift, shade = (1.0, GREY) if row is one else (side, color)
+                for value in values:
+                    there = value is not None
+                    axes.plot(row["ranks"] * shift, value if there else top, "o" if there else "^", color=shade,
+                              alpha=0.45, markersize=4.5, markeredgewidth=0)  # fmt: skip
+                if one["total_steps"]["median"] is not None and (wanted := row["over_one_rank"].get("target")):
+                    limit = wanted["limit"] * one["total_steps"]["median"]
+                    axes.plot([row["ranks"] * 0.88, row["ranks"] * 1.12], [limit] * 2, ":", color=color, linewidth=1.6)
+            y = [top if row["total_steps"]["median"] is None else row["total_steps"]["median"] for row in points]
+            axes.plot([row["ranks"] for row in points], y, linestyle=line, marker="o", color=color, linewidth=1.8)
+            ends.append((points[-1]["ranks"] * 1.1, y[-1], f"{kind}{grown(points[-1])}", color))
+        ranks_axis(axes, sorted({row["ranks"] for row in of_preset}))
+        axes.set_ylim(0, 1.08 * top)
+        axes.yaxis.set_major_formatter(lambda value, _: f"{value / 1000:g}k" if value else "0")
+        if len(reached) < sum(len(row["runs"]) for row in of_preset):
+            axes.annotate(
+                "▲ never", (0.01, top), xycoords=("axes fraction", "data"), fontsize=8, color=GREY, va="center"
+            )
+        labels(axes, ends, 0.13 * top)
+    return figure
+
+
+def grown(row: Result) -> str:
+    """By what the steps of so many ranks grew, and by what they may."""
+    ratio, wanted = row["over_one_rank"]["ratio"], row["over_one_rank"].get("target")
+    text = "\nnever" if ratio is None else f"\n{ratio:.2f}x"
+    return text + (f" ({wanted['sign']} {wanted['limit']:g})" if wanted else "")
+
+
+def projection(results: Sequence[Result]) -> Figure | None:
+    """Efficiency computed for many ranks with what was measured of few, and how far the computed is from the measured."""
+    if not results:
+        return None
+    figure = Figure(figsize=(WIDTH, 3.8), layout="constrained")
+    left, right = figure.subplots(1, 2, width_ratios=(1.5, 1))
+    for axes in (left, right):
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.tick_params(colors=GREY, labelsize=9, length=3)
+        axes.set_axisbelow(True)
+    ends, names = [], []
+    for i, result in enumerate(results):
+        color, rows = PALETTE[i], result["results"]
+        left.plot([r["ranks"] for r in rows], [r["efficiency"] for r in rows], color=color, linewidth=1.8)
+        ends.append(
+            (
+                rows[-1]["ranks"],
+                rows[-1]["efficiency"],
+                f"{result['sync']}\n{100 * rows[-1]['efficiency']:.0f} %",
+                color,
+            )
+        )
+        for check in result["checks"]:
+            batch = f", batch {result['fit']['phase']['batch']:g}"  # of the line; others are checked on the right
+            if (found := re.match(r"efficiency of (\d+) ranks", check["what"])) and check["what"].endswith(batch):
+                left.plot(int(found[1]), check["measured"] / 100, "o", color=color, markersize=7, zorder=3)
+            names.append((check, color))
+    title(left, f"{', '.join(sorted({result['case'] for result in results}))}: efficiency of many ranks")
+    ranks_axis(left, [row["ranks"] for row in results[0]["results"]])
+    percent_axis(left)
+    left.annotate("line: computed; dots: measured", (0.03, 0.04), xycoords="axes fraction", fontsize=8, color=GREY)
+    left.set_ylabel("efficiency", color=INK)
+    labels(left, ends, 0.13)
+    title(right, "computed against measured")
+    widest = max((abs(check["error"]) for check, _ in names), default=1.0) or 1.0
+    for i, (check, color) in enumerate(names):
+        unit = "points" if check["unit"] == "%" else "%"
+        right.barh(i, check["error"], color=color, height=0.3)
+        right.text(-1.05 * widest, i - 0.36, f"{check['what']}: {check['error']:+.1f} {unit}", fontsize=8, va="center")
+    right.axvline(0, color="#888888", linewidth=1)
+    right.set(xlim=(-1.1 * widest, 1.1 * widest), ylim=(len(names) - 0.4, -0.8), yticks=[])
+    right.spines["left"].set_visible(False)
+    right.set_xlabel("error, % (efficiency: points)", color=INK)
+    return figure
+
+
+def spread(found: Result, form: str = ",.0f", factor: float = 1.0) -> str:
+    """`12 (11 to 13)`; None is never."""
+    texts = ("never" if found[n] is None else f"{factor * found[n]:{form}}" for n in ("median", "low", "high"))
+    return "{} ({} to {})".format(*texts)
+
+
+def met(found: Result) -> str:
+    wanted = found.get("target")
+    return f", {wanted['sign']} {wanted['limit']:g} {'met' if wanted['met'] else '**not met**'}" if wanted else ""
+
+
+def loop_table(result: Result) -> list[list[str]]:
+    rows = result["results"]
+    made = [["steps/s", *(row["case"] for row in rows)]]
+    for name in rows[0]["rates"]:
+        made.append([NAMES.get(name, name), *(spread(row["rates"][name]["steps_per_second"]) for row in rows)])
+    return made + [[n, *(spread(row["ratios"][n], ".2f") for row in rows)] for n in rows[0]["ratios"]]
+
+
+def solve_table(result: Result) -> list[list[str]]:
+    made = [["preset", "who", "seconds", "total steps", "solved", "ours, times as fast", "2 ranks, times as fast"]]
+    for row in result["results"]:
+        for name, found in row["summary"].items():
+            ratios = [row["ratios"].get(f"{mine}: times as fast as {name}") for mine in COLORS]
+            times = [f"{'≥ ' * r['at_least']}{r['ratio']:.1f}{met(r)}" if r else "" for r in ratios]
+            solved = f"{found['solved']} of {len(row['runs'][name])}"
+            who = NAMES.get(name, name)
+            made.append([row["preset"], who, spread(found["seconds"]), spread(found["total_steps"]), solved, *times])
+    return made
+
+
+def learner_table(result: Result) -> list[list[str]]:
+    rows = result["results"]
+    made = [["µs per update", *(row["network"] for row in rows)]]
+    for key, form in (("microseconds", ",.0f"), ("ratios", ".2f")):
+        for name in dict.fromkeys(name for row in rows for name in row[key]):
+            made.append(
+                [name, *(spread(r[key][name], form) + met(r[key][name]) if name in r[key] else "" for r in rows)]
+            )
+    return made
+
+
+def scaling_table(result: Result) -> list[list[str]]:
+    made = [["case", "ranks", "scaling", "averaging", "batch", "steps/s", "silent, steps/s", "efficiency, %"]]
+    for row in result["results"]:
+        ranks = f"{row['ranks']}{' (more than cores)' * row['oversubscribed']}"
+        cells = [row["case"], ranks, row["scaling"], row["sync"], str(row["batch"])]
+        rates = [spread(row["steps_per_second"]), spread(row["silent_steps_per_second"])]
+        made.append([*cells, *rates, spread(row["efficiency"], ".0f", 100)])
+    return made
+
+
+def steps_table(result: Result) -> list[list[str]]:
+    made = [["preset", "ranks", "scaling", "total steps", "reached", "times one rank's"]]
+    for row in result["results"]:
+        over, many = row["over_one_rank"], row["ranks"] > 1
+        times = (f"{over['ratio']:.2f}" if over["ratio"] is not None else "never") + met(over) if many else ""
+        kind, there = row["scaling"] if many else "", f"{row['reached']} of {len(row['runs'])}"
+        made.append([row["preset"], str(row["ranks"]), kind, spread(row["total_steps"]), there, times])
+    return made
+
+
+def project_table(result: Result) -> list[list[str]]:
+    made = [["ranks", "efficiency, %", "times one rank", f"batch for {TARGET:.0%}"]]
+    for row in result["results"]:
+        batch = "none" if row["batch_for_target"] is None else f"{row['batch_for_target']:,}"
+        made.append([str(row["ranks"]), f"{100 * row['efficiency']:.0f}", f"{row['times_one_rank']:.1f}", batch])
+    for row in result["checks"]:
+        numbers = [f"measured {row['measured']:,.4g} {row['unit']}", f"computed {row['computed']:,.4g} {row['unit']}"]
+        made.append([row["what"], *numbers, f"{row['error']:+.1f} {'points' if row['unit'] == '%' else '%'}"])
+    return made
+
+
+def allreduce_table(result: Result) -> list[list[str]]:
+    made = [["bytes", "Horovod, µs", "MPI alone, µs"]]
+    for row in result["results"]:
+        times = [spread(row[n]["seconds"], ",.0f", 1e6) if n in row else "" for n in ("horovod", "mpi")]
+        made.append([f"{row['bytes']:,}", *times])
+    return made
+
+
+TABLES: dict[str, Callable[[Result], list[list[str]]]] = {
+    "loop": loop_table, "solve": solve_table, "learner": learner_table, "scaling*": scaling_table,
+    "steps": steps_table, "project*": project_table, "allreduce": allreduce_table,
+}  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
