@@ -44,10 +44,11 @@ def test_a_job_is_resumed_with_two_ranks(identity):
     assert steps[-1] == 3000
 
 
-def test_one_seed_gives_one_run_on_two_ranks(tmp_path):
-    texts = []
+@pytest.mark.parametrize("overlap", ["False", "True"])
+def test_one_seed_gives_one_run_on_two_ranks(overlap, tmp_path):
+    command, texts = ["hvd-dqn", "train", "identity", "--seed", "3", "--learner.overlap", overlap, "--run_dir"], []
     for name in ("first", "second"):
-        done = horovodrun(2, "hvd-dqn", "train", "identity", "--seed", "3", "--run_dir", tmp_path / name)
+        done = horovodrun(2, *command, tmp_path / name)
         assert done.returncode == 0, done.stderr
         rows = [line.split(",") for line in (tmp_path / name / "metrics.csv").read_text().splitlines()]
         kept = [i for i, column in enumerate(rows[0]) if not column.startswith("time") and "second" not in column]
@@ -65,6 +66,7 @@ def test_the_timeline_tells_of_every_averaged_update_and_the_end_where_the_time_
     updates = int((tmp_path / "run/metrics.csv").read_text().splitlines()[-1].split(",")[2])
     assert sum(e.get("name") == "ALLREDUCE" and e["pid"] in averages for e in events) == updates > 50
     shares = re.search(r"identity: time: (.*)", done.stdout)[1]
+    assert "% communicate" in shares
     assert 95 <= sum(int(share) for share in re.findall(r"(\d+) % ", shares)) <= 105
 
 
