@@ -109,14 +109,25 @@ class _Job:
 @contextlib.contextmanager
 def _started(commands: Sequence[Sequence[str]]) -> Iterator[list[_Job]]:
     with contextlib.ExitStack() as ending:
+        starting, asked = True, False
+
+        def end(number: int, frame: object) -> None:
+            nonlocal asked
+            asked = True
+            if not starting:  # else one that just starts would be in nobody's hands
+                sys.exit(128 + number)
+
         # Ended itself, it ends them: they have sessions of their own, and nobody else would.
-        before = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+        before = signal.signal(signal.SIGTERM, end)
         ending.callback(signal.signal, signal.SIGTERM, before)
         jobs = []
         for command in commands:
             folder = ending.enter_context(tempfile.TemporaryDirectory())
             jobs.append(_Job(command, Path(folder)))
             ending.callback(jobs[-1].close)
+        starting = False
+        if asked:
+            sys.exit(128 + signal.SIGTERM)
         clock = threading.Timer(SECONDS, _kill, args=[jobs])
         clock.daemon = True
         clock.start()

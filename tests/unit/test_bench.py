@@ -1,6 +1,7 @@
 """The benchmark of the learner, on networks small enough for a test."""
 
 import json
+import shutil
 import subprocess
 
 import numpy as np
@@ -92,6 +93,7 @@ def test_people_see_a_row_per_network_within_80_columns():
         assert any(f"{name} " in line and line.count("78,879 ± 5 %") == 2 and "12.68" in line for line in lines)
 
 
+@pytest.mark.skipif(shutil.which("git") is None, reason="git is not installed")
 def test_the_revision_is_the_commit_of_our_own_checkout_and_never_a_strangers(tmp_path, monkeypatch):
     def git(*arguments):
         name = ("-c", "user.name=n", "-c", "user.email=e@example.org", "-c", "commit.gpgsign=false")

@@ -1,5 +1,6 @@
 """The benchmark of scaling: who is started with what, what is made of the answers, and that nothing stays behind."""
 
+import os
 import shutil
 import signal
 import subprocess
@@ -126,6 +127,9 @@ def running(words):
     return [p for p in psutil.process_iter(["cmdline"]) if words in " ".join(p.info["cmdline"] or [])]
 
 
+# Told from those of another run of these tests on the same machine.
+SLEEP = f"time.sleep(98765.{os.getpid()})"
+SLEEPER = (sys.executable, "-c", f"import time; print('ready', flush=True); {SLEEP}")
 # What stands in for `hvd-dqn bench WORDS`: says when it is ready, waits, and answers.
 PATIENT = (
     "import sys, time; began = time.monotonic(); print('noise\\nready', flush=True); line = sys.stdin.readline();"
@@ -143,39 +147,57 @@ def test_one_that_dies_is_told_of_and_the_others_are_ended(monkeypatch):
     # The second of the two finds the file; the first waits for ever.
     script = "import sys; print('ready', flush=True); print('why it died', file=sys.stderr); sys.exit(3)"
     sleeper = (  # deaf, too, to what asks it to end
-        "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('ready', flush=True);"
-        "time.sleep(98765)"
+        "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('ready', flush=True);" + SLEEP
     )
     monkeypatch.setattr(bench_jobs, "GRACE", 0.5)
     commands = [[sys.executable, "-c", sleeper], [sys.executable, "-c", script]]
-    with pytest.raises(JobError, match=r"ended with code 3 and without a result\. It said: why it died"):  # noqa: SIM117, PT012
+
+    def wait_for_the_second():
         with bench_jobs._started(commands) as jobs:
             for job in jobs:
                 job.read("ready")
             jobs[1].answer()
-    assert not running("time.sleep(98765)")
+
+    with pytest.raises(JobError, match=r"ended with code 3 and without a result\. It said: why it died"):
+        wait_for_the_second()
+    assert not running(SLEEP)
 
 
 def test_whoever_ends_the_benchmark_ends_what_it_started():
-    script = (
-        "import sys; from hvd_dqn import bench_jobs;"
-        "bench_jobs.HVD_DQN = (sys.executable, '-c', 'import time; print(\\'ready\\', flush=True); time.sleep(98767)');"
-        "bench_jobs.apart(2, [])"
-    )
+    script = f"from hvd_dqn import bench_jobs; bench_jobs.HVD_DQN = {SLEEPER}; bench_jobs.apart(2, [])"
     benchmark = subprocess.Popen([sys.executable, "-c", script])
     try:
-        wait_until(lambda: len(running("time.sleep(98767)")) >= 3, "the benchmark and what it starts")
+        # The third may be a copy of the benchmark that is about to become what it starts: ended then, too, all end.
+        wait_until(lambda: len(running(SLEEP)) >= 3, "the benchmark and what it starts")
         benchmark.terminate()
         assert benchmark.wait(300) == 128 + signal.SIGTERM
-        assert not running("time.sleep(98767)")
+        assert not running(SLEEP)
     finally:
-        for process in running("time.sleep(98767)"):
+        for process in running(SLEEP):
+            process.kill()
+
+
+def test_ended_while_it_starts_them_it_ends_what_has_started(monkeypatch):
+    class Ended(subprocess.Popen):
+        def __init__(self, *arguments, **options):
+            super().__init__(*arguments, **options)
+            os.kill(os.getpid(), signal.SIGTERM)  # before anybody has it in hand
+
+    monkeypatch.setattr(subprocess, "Popen", Ended)
+    monkeypatch.setattr(bench_jobs, "HVD_DQN", SLEEPER)
+    try:
+        with pytest.raises(SystemExit) as stop:
+            bench_jobs.apart(2, [])
+        assert stop.value.code == 128 + signal.SIGTERM
+        assert not running(SLEEP)
+    finally:
+        for process in running(SLEEP):
             process.kill()
 
 
 def test_one_that_hangs_is_ended(monkeypatch):
     monkeypatch.setattr(bench_jobs, "SECONDS", 1.0)
-    monkeypatch.setattr(bench_jobs, "HVD_DQN", (sys.executable, "-c", "import time; time.sleep(98766)"))
+    monkeypatch.setattr(bench_jobs, "HVD_DQN", (sys.executable, "-c", f"import time; {SLEEP}"))
     with pytest.raises(JobError, match=r"ended with code -9 and without a result\. It said: nothing"):
         bench_jobs.apart(2, [])
 

@@ -1,6 +1,7 @@
 """What a rank takes of its host: threads and a GPU, under every launcher's variables."""
 
 import os
+import shutil
 import subprocess
 import sys
 
@@ -127,6 +128,7 @@ int cuDeviceGetUuid(unsigned char *uuid, int device) { for (int i = 0; i < 16; i
 """
 
 
+@pytest.mark.skipif(shutil.which("cc") is None, reason="needs a C compiler, cc")
 def test_a_gpu_is_known_by_the_id_that_cuda_gives_it(tmp_path):
     (tmp_path / "cuda.c").write_text(CUDA)
     library = tmp_path / "libcuda.so"
