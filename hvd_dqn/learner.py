@@ -310,7 +310,9 @@ def _copy(source: Network, to: Network) -> list[tf.Tensor]:
 
 def _time_after(gradients: list[tf.Tensor]) -> tf.Tensor:
     """The time [] in seconds when these are there."""
-    with tf.control_dependencies(tf.nest.flatten(gradients, expand_composites=True)):
+    parts = tf.nest.flatten(gradients, expand_composites=True)
+    # Identities: whoever depends on the results of an inlined function otherwise only waits for what it must run.
+    with tf.control_dependencies([tf.identity(part) for part in parts]):
         return tf.timestamp()
 
 

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import time
 import traceback
 
 import numpy as np
@@ -118,6 +119,18 @@ def the_drift_check_names_the_rank_and_the_variable():
         check_drift(world, learner.variables, "after 100 total steps")
 
 
+def an_exchange_lasts_until_the_last_rank_is_there(**settings):
+    learner, nothing = make(**settings), np.zeros(2, bool)
+    learner.update(batch(2, 8, seed=0), 0.01, nothing)  # traced
+    world.barrier()
+    time.sleep(2 * world.rank)
+    phase = learner.update(batch(2, 8, seed=0), 0.01, nothing)
+    first, last = world.gather(phase.exchange)
+    assert first > 1, (first, last)
+    assert 0 < last < first
+    assert phase.exchange < phase.seconds
+
+
 def values_are_reduced():
     assert world.sum(np.array([1.0, float(world.rank)])).tolist() == [2.0, 1.0]
     assert world.max(np.array([-np.inf, -float(world.rank)])).tolist() == [-np.inf, 0.0]
@@ -144,6 +157,8 @@ def checks():
     yield "drift", the_drift_check_names_the_rank_and_the_variable
     yield "average before clip", the_average_of_opposite_gradients_is_zero
     yield "parameters are averaged", parameters_become_the_mean_of_ranks_that_learn_alone
+    for settings in ({"sync": "gradients"}, {"sync": "parameters"}, {"passes": 2}):
+        yield f"exchange, {settings}", lambda s=settings: an_exchange_lasts_until_the_last_rank_is_there(**s)
     for network in ("mlp", KERAS):
         for norm in (None, 0.05):
             yield (
