@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 from matplotlib.colors import to_hex
 
-from tests.benchmarks import pictures, steps
+from tests.benchmarks import pictures, steps, tables
 from tests.learning import table
 
 TOLD = {"command": "python -m it", "commit": "c0ffee", "machine": {"cpu": "a CPU", "cores": 2}, "rounds": 3}
@@ -82,6 +82,23 @@ def test_each_file_gives_its_table_with_command_and_commit_and_its_picture(tmp_p
     assert "| cartpole | 8 | weak | never (never to never) | 0 of 1 | never, ≤ 1.25 **not met** |" in text
     assert "| cartpole | 8 | strong | 1,100 (1,100 to 1,100) | 1 of 1 | 1.10, ≤ 1.1 met |" in text
     assert "`python -m it` at commit c0ffee, 3 rounds or seeds, a CPU, 2 cores. Left out: x." in text
+
+
+def test_two_ranks_are_held_against_what_is_wanted_of_them():
+    def row(case: str, ranks: int, sync: str) -> dict:
+        kind = {"case": case, "ranks": ranks, "scaling": "weak", "sync": sync, "oversubscribed": False, "batch": 64}
+        same = dict.fromkeys(("median", "low", "high"), 0.8)
+        return {**kind, "steps_per_second": same, "silent_steps_per_second": same, "efficiency": same}
+
+    #            case           ranks  averaging     efficiency
+    expected = [
+        ("cartpole-16", 2, "gradients", "80 (80 to 80), ≥ 75 met"),
+        ("cartpole-zoo", 2, "gradients", "80 (80 to 80), ≥ 85 **not met**"),
+        ("cartpole-16", 2, "parameters", "80 (80 to 80), ≥ 95 **not met**"),
+        ("cartpole-16", 4, "gradients", "80 (80 to 80)"),
+    ]
+    _, *lines = tables.scaling_table({"results": [row(*case[:3]) for case in expected]})
+    assert [line[-1] for line in lines] == [case[3] for case in expected]
 
 
 def test_more_ranks_than_cores_have_hollow_markers():
