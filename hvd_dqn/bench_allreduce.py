@@ -11,7 +11,7 @@ from rich.table import Table
 from hvd_dqn.bench import made_table, provenance, spread, with_spread
 from hvd_dqn.distributed import World
 from hvd_dqn.errors import InputError
-from hvd_dqn.graphs import Graph
+from hvd_dqn.graphs import Graph, fold
 
 # Floats: 4 KB; the gradients of the MLPs 64-64 (4 * 64 + 64 + 64 * 64 + 64 + 64 * 2 + 2) and 256-256, and of the Nature
 # CNN; 64 MB.
@@ -60,12 +60,9 @@ def measure(world: World, floats: int, rounds: int) -> dict[str, Any]:
 
 def _horovods(world: World, floats: int, per_call: int) -> Callable[[], Any]:
     def several() -> list[tf.Tensor]:
-        values = tf.zeros([floats])
-        for _ in tf.range(per_call):
-            values = world.average([values])[0]
-        return [values[:1]]
+        return [fold(lambda _, values: world.average([values])[0], tf.zeros([floats]), 0, per_call)[:1]]
 
-    return Graph(several, autograph=True)
+    return Graph(several)
 
 
 def _seconds(job: Callable[[], Any], world: World) -> float:

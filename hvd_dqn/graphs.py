@@ -1,7 +1,8 @@
-"""Calls of TensorFlow graphs from NumPy arrays to NumPy arrays."""
+"""TensorFlow graphs, called with NumPy arrays for NumPy arrays, and what is put into them: loops and clocks."""
 
 import functools
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import tensorflow as tf
@@ -12,14 +13,12 @@ class Graph:
 
     The graph itself fetches the arrays and delivers the results, so that no eager tensor is made: TensorFlow 2.15 loses 48
     bytes with each of them under Python 3.11 (its issue 62551), and converting them takes most of the time of a small call.
-    With `autograph` the function may have loops and branches over tensors, with `compiled` XLA compiles it.
+    With `compiled` XLA compiles it. Loops and branches over tensors are TensorFlow's own: autograph would read the source of
+    all that is called, which takes longer than all the rest of a start.
     """
 
-    def __init__(
-        self, function: Callable[..., Sequence[tf.Tensor]], *, autograph: bool = False, compiled: bool = False
-    ) -> None:
-        # Autograph reads the source of all that it calls, which takes a second and more: only where it is asked for.
-        self._function = tf.function(function, autograph=autograph, jit_compile=compiled or None)
+    def __init__(self, function: Callable[..., Sequence[tf.Tensor]], *, compiled: bool = False) -> None:
+        self._function = tf.function(function, autograph=False, jit_compile=compiled or None)
         self._arguments: list[np.ndarray] = []
         self._results: list[np.ndarray] = []
         # Partial: TensorFlow takes the same method of other instances for one that is traced time and again, and warns.
@@ -40,3 +39,26 @@ class Graph:
 
     def _deliver(self, *results: np.ndarray) -> None:
         self._results = [np.array(result) for result in results]  # copies: TensorFlow uses its memory again
+
+
+def fold(step: Callable[[tf.Tensor, Any], Any], start: Any, begin: tf.Tensor | int, end: tf.Tensor | int) -> Any:
+    """What `step(k, result)` makes of `start` for k = begin, ..., end - 1, in a loop of the graph."""
+    loop = tf.while_loop(lambda k, _: k < end, lambda k, result: (k + 1, step(k, result)), (begin, start))
+    return loop[1]
+
+
+class StampedTape(tf.GradientTape):
+    """Takes the time when its gradient is ready."""
+
+    def gradient(self, *args: Any, **kwargs: Any) -> Any:
+        gradients = super().gradient(*args, **kwargs)
+        self.ready = time_after(gradients)
+        return gradients
+
+
+def time_after(gradients: list[tf.Tensor]) -> tf.Tensor:
+    """The time [] in seconds when these are there."""
+    parts = tf.nest.flatten(gradients, expand_composites=True)
+    # Identities: whoever depends on the results of an inlined function otherwise only waits for what it must run.
+    with tf.control_dependencies([tf.identity(part) for part in parts]):
+        return tf.timestamp()

@@ -8,8 +8,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import tensorflow as tf
 
+from hvd_dqn.adam import Adam
 from hvd_dqn.distributed import World
-from hvd_dqn.graphs import Graph
+from hvd_dqn.graphs import Graph, StampedTape, fold, time_after
 from hvd_dqn.losses import chosen, double_q_target, huber, q_target, squared
 from hvd_dqn.networks import Mlp, Network
 from hvd_dqn.transition import Batch
@@ -22,29 +23,6 @@ AHEAD_BYTES = 1 << 16
 # but 256-256 (67,842 parameters) 860 instead of 610, for oneDNN multiplies large matrices faster.
 XLA_PARAMETERS = 30_000
 XLA_UPDATES = 50_000
-
-
-class Adam(tf.keras.optimizers.Adam):
-    """Keras's Adam with its update as one operation instead of a dozen: the same formula (Kingma & Ba 2015)."""
-
-    def update_step(self, gradient: tf.Tensor, variable: tf.Variable) -> None:
-        if isinstance(gradient, tf.IndexedSlices):  # of an embedding in a user's own model
-            super().update_step(gradient, variable)
-            return
-        index = self._index_dict[self._var_key(variable)]
-        step = tf.cast(self.iterations + 1, variable.dtype)
-        tf.raw_ops.ResourceApplyAdam(
-            var=variable.handle,
-            m=self._momentums[index].handle,
-            v=self._velocities[index].handle,
-            beta1_power=tf.pow(self.beta_1, step),
-            beta2_power=tf.pow(self.beta_2, step),
-            lr=tf.cast(self.learning_rate, variable.dtype),
-            beta1=self.beta_1,
-            beta2=self.beta_2,
-            epsilon=self.epsilon,
-            grad=gradient,
-        )
 
 
 class Phase(NamedTuple):
@@ -63,15 +41,6 @@ class Phase(NamedTuple):
     culprits: int
     seconds: float
     exchange: float
-
-
-class StampedTape(tf.GradientTape):
-    """Takes the time when its gradient is ready."""
-
-    def gradient(self, *args: Any, **kwargs: Any) -> Any:
-        gradients = super().gradient(*args, **kwargs)
-        self.ready = _time_after(gradients)
-        return gradients
 
 
 class Learner:
@@ -120,8 +89,8 @@ class Learner:
         self.compiled = xla and (self._averages_parameters or (world.size == 1 and not world.elastic))
         self._is_timed = not self._averages_parameters and (world.size > 1 or world.elastic)
         # K may differ from phase to phase: one graph serves them all.
-        self._updates = Graph(self._take_updates, autograph=True, compiled=self.compiled)
-        self._average = tf.function(self._average_parameters)
+        self._updates = Graph(self._take_updates, compiled=self.compiled)
+        self._average = Graph(self._average_parameters)
 
     @property
     def variables(self) -> dict[str, tf.Variable]:
@@ -172,23 +141,27 @@ class Learner:
     ) -> list[tf.Tensor]:
         self.optimizer.learning_rate.assign(learning_rate)
         batch = Batch(observation, action, reward, discount, next_observation)
-        sums = tf.zeros([6])
-        if self.compiled:  # XLA wants all shapes beforehand, and has nothing to gain from larger ones
-            for k in tf.range(tf.shape(action)[0]):
-                minibatch = Batch(*(x[k] for x in batch))
-                sums += self._take_update(minibatch, self.target(minibatch.next_observation))
-                if copies[k]:
-                    self._copy_target()
-            return [sums]
-        begin = tf.constant(0)
-        for end in ends:
+
+        def update(k: tf.Tensor, sums: tf.Tensor) -> tf.Tensor:
+            minibatch = Batch(*(x[k] for x in batch))
+            sums += self._take_update(minibatch, self.target(minibatch.next_observation))
+            tf.cond(copies[k], self._copy_target, list)
+            return sums
+
+        def updates_ahead(s: tf.Tensor, sums: tf.Tensor) -> tf.Tensor:
+            begin, end = begins[s], ends[s]
             q_next_target = self._values_ahead(next_observation[begin:end])
-            for k in tf.range(begin, end):
-                sums += self._take_update(Batch(*(x[k] for x in batch)), q_next_target[k - begin])
-            if copies[end - 1]:
-                self._copy_target()
-            begin = end
-        return [sums]
+            sums = fold(
+                lambda k, sums: sums + self._take_update(Batch(*(x[k] for x in batch)), q_next_target[k - begin]),
+                sums, begin, end,
+            )  # fmt: skip
+            tf.cond(copies[end - 1], self._copy_target, list)
+            return sums
+
+        if self.compiled:  # XLA wants all shapes beforehand, and has nothing to gain from larger ones
+            return [fold(update, tf.zeros([6]), 0, tf.shape(action)[0])]
+        begins = tf.concat([[0], ends[:-1]], axis=0)
+        return [fold(updates_ahead, tf.zeros([6]), 0, tf.shape(ends)[0])]
 
     def _values_ahead(self, next_observation: tf.Tensor) -> tf.Tensor:
         """The target network's values [S, B, A] of several minibatches [S, B, ...]."""
@@ -219,14 +192,18 @@ class Learner:
             shrink = self._max_gradient_norm / tf.maximum(norm, self._max_gradient_norm)
             averaged = [(gradient * shrink, variable) for gradient, variable in averaged]
         # Horovod: the average has the same norm on all ranks, so all of them apply it or none does: no vote is needed.
-        sums = tf.stack([0.0, 0.0, 0.0, 1.0, tf.cast(~tf.math.is_finite(loss), tf.float32), exchange])
-        if tf.math.is_finite(norm):
+
+        def apply() -> tf.Tensor:
             self.optimizer.apply_gradients(averaged)
-            sums = tf.stack([loss, mean_q, norm, 0.0, 0.0, exchange])
-        elif self._averages_parameters:
-            # Horovod: here each rank skips for itself, and the number of steps, which is not averaged, must stay equal.
-            self.optimizer.iterations.assign_add(1)
-        return sums
+            return tf.stack([loss, mean_q, norm, 0.0, 0.0, exchange])
+
+        def skip() -> tf.Tensor:
+            if self._averages_parameters:
+                # Horovod: here each rank skips for itself, and the number of steps, which is not averaged, must stay equal.
+                self.optimizer.iterations.assign_add(1)
+            return tf.stack([0.0, 0.0, 0.0, 1.0, tf.cast(~tf.math.is_finite(loss), tf.float32), exchange])
+
+        return tf.cond(tf.math.is_finite(norm), apply, skip)
 
     def _tape(self) -> tf.GradientTape:
         return StampedTape() if self._is_timed else tf.GradientTape()
@@ -235,7 +212,7 @@ class Learner:
         """Seconds [] from this rank's gradient to the average of all."""
         if not isinstance(tape, StampedTape):
             return tf.constant(0.0)
-        return tf.cast(_time_after(averaged) - tape.ready, tf.float32)
+        return tf.cast(time_after(averaged) - tape.ready, tf.float32)
 
     def _accumulate(self, minibatch: Batch, q_next_target: tf.Tensor) -> tuple[list[tf.Tensor], tf.Tensor, tf.Tensor]:
         """The mean gradient, loss and q of `passes` minibatches, one after the other to save memory.
@@ -243,9 +220,10 @@ class Learner:
         Horovod's own accumulation is not used: it counts every pass as a step of Adam, which weakens the bias correction.
         """
         variables, share = self.online.variables, 1.0 / self._passes
-        gradients, loss, mean_q = [tf.zeros_like(v) for v in variables], tf.constant(0.0), tf.constant(0.0)
         *parts, values = (tf.stack(tf.split(x, self._passes)) for x in (*minibatch, q_next_target))
-        for p in tf.range(self._passes):
+
+        def add(p: tf.Tensor, means: tuple[list[tf.Tensor], tf.Tensor, tf.Tensor]) -> Any:
+            gradients, loss, mean_q = means
             part = Batch(*(x[p] for x in parts))
             target = self._bootstrap(part, values[p])
             with tf.GradientTape() as tape:
@@ -253,8 +231,10 @@ class Learner:
                 part_objective = _spoilt_unless_finite(part_loss)
             part_gradients = tape.gradient(part_objective, variables)
             gradients = [total + share * g for total, g in zip(gradients, part_gradients, strict=True)]
-            loss, mean_q = loss + share * part_loss, mean_q + share * part_q
-        return gradients, loss, mean_q
+            return gradients, loss + share * part_loss, mean_q + share * part_q
+
+        zeros = [tf.zeros_like(v) for v in variables], tf.constant(0.0), tf.constant(0.0)
+        return fold(add, zeros, 0, self._passes)
 
     def _bootstrap(self, minibatch: Batch, q_next_target: tf.Tensor) -> tf.Tensor:
         """The targets [B] of the temporal-difference errors; `q_next_target` is [B, A]."""
@@ -268,19 +248,20 @@ class Learner:
         q = chosen(self.online(minibatch.observation), minibatch.action)  # [B]
         return tf.reduce_mean(self._loss(q - target)), tf.reduce_mean(q)
 
-    def _copy_target(self) -> None:
-        _copy(self.online, self.target)
+    def _copy_target(self) -> list[tf.Tensor]:
+        return _copy(self.online, self.target)
 
     def refresh(self) -> None:
         """To be called when anybody else has changed the variables."""
         for network in (self.online, self.target, self.acting):
             network.refresh()
 
-    def _average_parameters(self) -> None:
+    def _average_parameters(self) -> list[tf.Tensor]:
         slots = [v for v in self.optimizer.variables if v.dtype.is_floating and v.shape.rank > 0]
         variables = [*self.online.variables, *slots]
         for variable, mean in zip(variables, self._world.average(variables), strict=True):
             variable.assign(mean)
+        return []
 
     def state(self) -> dict[str, np.ndarray]:
         return {name: variable.numpy() for name, variable in self.variables.items()}
@@ -306,14 +287,6 @@ def _copy(source: Network, to: Network) -> list[tf.Tensor]:
     for variable, value in zip(to.variables, source.variables, strict=True):
         variable.assign(value)
     return []
-
-
-def _time_after(gradients: list[tf.Tensor]) -> tf.Tensor:
-    """The time [] in seconds when these are there."""
-    parts = tf.nest.flatten(gradients, expand_composites=True)
-    # Identities: whoever depends on the results of an inlined function otherwise only waits for what it must run.
-    with tf.control_dependencies([tf.identity(part) for part in parts]):
-        return tf.timestamp()
 
 
 def _ends(copies: np.ndarray, minibatch_bytes: int) -> np.ndarray:

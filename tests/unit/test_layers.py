@@ -10,7 +10,7 @@ import hvd_dqn
 FLOORS = {
     0: ["errors", "config", "schedules", "transition", "arrays", "signals", "placement"],
     1: ["plan", "graphs", "copies", "workers", "vectors", "pixels", "projection"],
-    2: ["envs", "networks", "losses", "replay", "distributed", "normalizer"],
+    2: ["adam", "envs", "networks", "losses", "replay", "distributed", "normalizer"],
     3: ["lockstep", "elastic", "actor", "learner", "metrics", "resharding", "watchdog"],
     4: ["evaluation", "checkpoint", "plots", "run", "progress"],
     5: ["parts", "agent", "trainer", "session", "bench", "bench_allreduce", "doctor"],
