@@ -33,7 +33,8 @@ RUN_BY = {
     r"pytest tests/faults -rP": ".ci/run runs all tests",
     r"(horovodrun -np 2 )?python -m tests\.benchmarks\.safety (guards|checkpoints)": "by hand: it takes minutes",
     r"python -m tests\.faults\.leaks.*": "by hand: it takes half an hour",
-    r"tests/benchmarks/setup\.sh|python -m tests\.benchmarks\.(learner|loop|solve)": "by hand: PyTorch and ten minutes",
+    r"tests/benchmarks/setup\.sh|python -m tests\.benchmarks\.(learner|loop|solve|steps)": "by hand: PyTorch and hours",
+    r"python -m tests\.benchmarks\.pictures": "tests/unit/test_pictures.py",
     r"python -m tests\.learning\.table.*": "by hand: it takes an hour",
     r"pytest -m slow .*": "by hand: the marker says so",
 }
