@@ -1,7 +1,9 @@
 """What an all-reduce takes: Horovod's inside a graph, as the learner's updates make it, beside MPI's own."""
 
+import functools
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -23,8 +25,7 @@ PER_CALL = ((1 << 20, 50), (1 << 24, 10), (1 << 62, 2))  # below so many bytes
 def allreduce(world: World, floats: tuple[int, ...] = FLOATS, rounds: int = 20) -> dict[str, Any]:
     """Seconds of one all-reduce of each size, as medians over rounds. All ranks call it; of every round the slowest counts.
 
-    Horovod's and MPI's take turns. Horovod's thread lives on while MPI's own is measured, and looks for work all the time,
-    as it does in every job: MPI has it for a neighbour. Under Gloo there is nothing of MPI's.
+    Horovod's and MPI's take turns; Horovod is shut down while MPI is measured. Under Gloo there is nothing of MPI's.
     """
     if world.size == 1:
         raise InputError(
@@ -39,20 +40,22 @@ def allreduce(world: World, floats: tuple[int, ...] = FLOATS, rounds: int = 20) 
     }
 
 
-def measure(world: World, floats: int, rounds: int) -> dict[str, Any]:
+def measure(world: World, floats: int, rounds: int, *, beside_mpi: bool = True) -> dict[str, Any]:
     """Horovod's and MPI's seconds per all-reduce of so many floats, and the bytes per second that this makes."""
     size = 4 * floats
     per_call = next(count for limit, count in PER_CALL if size < limit)
-    jobs = [_horovods(world, floats, per_call)]
-    raw = world.raw_sum()
-    if raw is not None:
-        values = np.zeros(floats, np.float32)
-        jobs.append(lambda: [raw(values) for _ in range(per_call)])
-    for job in jobs:
-        job()  # traces, and lets Horovod meet the tensor's name
-    seconds = world.max(np.array([[_seconds(job, world) / per_call for job in jobs] for _ in range(rounds)]))
+    horovods, values = _horovods(world, floats, per_call), np.zeros(floats, np.float32)
+    rows: list[list[float]] = []
+    for _ in range(rounds):
+        horovods()  # traces, and lets Horovod meet the tensor's name
+        rows.append([_seconds(horovods, world.barrier)])
+        with world.raw_sum() if beside_mpi else nullcontext() as raw:
+            if raw is not None:
+                mpis = functools.partial(_repeat, raw, values, per_call)
+                mpis()
+                rows[-1].append(_seconds(mpis, functools.partial(raw, np.zeros(1))))
     result: dict[str, Any] = {"bytes": size}
-    for name, measured in zip(("horovod", "mpi"), seconds.T, strict=False):  # Gloo has but the first
+    for name, measured in zip(("horovod", "mpi"), world.max(np.array(rows) / per_call).T, strict=False):
         found = spread(measured)
         result[name] = {"seconds": found, "bytes_per_second": size / found["median"]}
     return result
@@ -65,8 +68,13 @@ def _horovods(world: World, floats: int, per_call: int) -> Callable[[], Any]:
     return Graph(several)
 
 
-def _seconds(job: Callable[[], Any], world: World) -> float:
-    world.barrier()
+def _repeat(raw: Callable[[np.ndarray], None], values: np.ndarray, count: int) -> None:
+    for _ in range(count):
+        raw(values)
+
+
+def _seconds(job: Callable[[], Any], barrier: Callable[[], None]) -> float:
+    barrier()
     start = time.perf_counter()
     job()
     return time.perf_counter() - start

@@ -64,8 +64,8 @@ class World(Protocol):
 
     def barrier(self) -> None: ...
 
-    def raw_sum(self) -> Callable[[np.ndarray], None] | None:
-        """MPI's own sum over ranks, in place, to measure what Horovod adds; None where MPI is not in charge. No collective."""
+    def raw_sum(self) -> AbstractContextManager[Callable[[np.ndarray], None] | None]:
+        """While it is open Horovod rests, and there is MPI's own sum over ranks, in place; None where MPI is not in charge."""
         ...
 
     def timeline(self, path: Path) -> AbstractContextManager[None]:
@@ -122,8 +122,8 @@ class Solo:
     def barrier(self) -> None:
         pass
 
-    def raw_sum(self) -> Callable[[np.ndarray], None] | None:
-        return None
+    def raw_sum(self) -> AbstractContextManager[None]:
+        return nullcontext()
 
     def timeline(self, path: Path) -> AbstractContextManager[None]:
         return nullcontext()  # there is nobody to talk to
@@ -241,12 +241,19 @@ class HorovodWorld:
     def barrier(self) -> None:
         self.sum(np.zeros(1))  # horovod.tensorflow has no barrier of its own
 
-    def raw_sum(self) -> Callable[[np.ndarray], None] | None:
+    @contextmanager
+    def raw_sum(self) -> Iterator[Callable[[np.ndarray], None] | None]:
         if self._comm is None:
-            return None
+            yield None
+            return
         from mpi4py import MPI
 
-        return lambda values: self._comm.Allreduce(MPI.IN_PLACE, values)
+        # Horovod: its thread looks for work all the time, and a rank that waits for MPI yields its core to it.
+        self._hvd.shutdown()
+        try:
+            yield lambda values: self._comm.Allreduce(MPI.IN_PLACE, values)
+        finally:
+            self._hvd.init(comm=self._comm)
 
     @contextmanager
     def timeline(self, path: Path) -> Iterator[None]:
