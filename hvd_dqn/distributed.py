@@ -208,7 +208,10 @@ class HorovodWorld:
 
         kind = self._hvd.Compression.fp16 if compression == "fp16" else self._hvd.Compression.none
         # Horovod: `groups=1` sends all gradients of an update as one message.
-        return DistributedOptimizer(optimizer, groups=1, compression=kind, op=self._hvd.Average)
+        wrapped = DistributedOptimizer(optimizer, groups=1, compression=kind, op=self._hvd.Average)
+        # Horovod: it makes a tf.function of what averages, the source of which autograph then reads: seconds of every start.
+        wrapped._allreduce_grads = wrapped._allreduce_grads.python_function
+        return wrapped
 
     def broadcast(self, variables: Sequence[Any]) -> None:
         self._hvd.broadcast_variables(variables, root_rank=0)

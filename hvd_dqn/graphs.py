@@ -1,6 +1,5 @@
 """TensorFlow graphs, called with NumPy arrays for NumPy arrays, and what is put into them: loops and clocks."""
 
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -21,11 +20,13 @@ class Graph:
         self._function = tf.function(function, autograph=False, jit_compile=compiled or None)
         self._arguments: list[np.ndarray] = []
         self._results: list[np.ndarray] = []
-        # Partial: TensorFlow takes the same method of other instances for one that is traced time and again, and warns.
-        self._run = tf.function(functools.partial(self._body), autograph=False)
+        self._run: Callable[[], None] | None = None
 
     def __call__(self, *arguments: np.ndarray | np.generic) -> list[np.ndarray]:
         self._arguments = [np.asarray(argument) for argument in arguments]
+        if self._run is None:
+            # The one trace itself: looking for it in each call would take a third of a small one.
+            self._run = tf.function(self._body, autograph=False).get_concrete_function()
         self._run()
         self._arguments = []
         return self._results

@@ -72,7 +72,7 @@ class Learner:
         self.online, self.target = make_network(), make_network()
         self._copy_target()
         self.acting = make_network() if overlap else self.online
-        self._freeze = Graph(lambda: _copy(self.online, self.acting))
+        self._freeze = Graph(lambda: [*_copy(self.online, self.acting), *self.acting.kept()])
         if overlap:
             self.freeze()
         self._world, self._double, self._loss, self._passes = world, double, LOSSES[loss], passes
@@ -109,8 +109,9 @@ class Learner:
         began = perf_counter()
         # Parameters are averaged after the phase, and only then may they become the target of all ranks.
         copies = np.zeros_like(target_copies) if self._averages_parameters else target_copies
-        ends = _ends(copies, batch.next_observation[0].nbytes)
-        (sums,) = self._updates(*batch, np.float32(learning_rate), copies, ends)
+        # XLA compiles anew for every number of them, and has no use for any.
+        ends = np.zeros(0, np.int32) if self.compiled else _ends(copies, batch.next_observation[0].nbytes)
+        sums, *kept = self._updates(*batch, np.float32(learning_rate), copies, ends)
         loss, mean_q, gradient_norm, skipped, culprits, exchange = sums.tolist()
         if self._averages_parameters:
             learned = perf_counter()
@@ -118,15 +119,15 @@ class Learner:
             exchange = perf_counter() - learned
             if target_copies.any():
                 self._copy_target()
-        self.online.refresh()
+            kept = []
+        self.online.refresh(kept)
         self.target.refresh()
         updates, seconds = len(target_copies) - round(skipped), perf_counter() - began
         return Phase(updates, loss, mean_q, gradient_norm, round(skipped), round(culprits), seconds, exchange)
 
     def freeze(self) -> None:
         """From now on `acting` has the weights that `online` has now."""
-        self._freeze()
-        self.acting.refresh()
+        self.acting.refresh(self._freeze())
 
     def _take_updates(
         self,
@@ -159,9 +160,9 @@ class Learner:
             return sums
 
         if self.compiled:  # XLA wants all shapes beforehand, and has nothing to gain from larger ones
-            return [fold(update, tf.zeros([6]), 0, tf.shape(action)[0])]
+            return [fold(update, tf.zeros([6]), 0, tf.shape(action)[0]), *self.online.kept()]
         begins = tf.concat([[0], ends[:-1]], axis=0)
-        return [fold(updates_ahead, tf.zeros([6]), 0, tf.shape(ends)[0])]
+        return [fold(updates_ahead, tf.zeros([6]), 0, tf.shape(ends)[0]), *self.online.kept()]
 
     def _values_ahead(self, next_observation: tf.Tensor) -> tf.Tensor:
         """The target network's values [S, B, A] of several minibatches [S, B, ...]."""

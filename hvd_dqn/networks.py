@@ -18,7 +18,8 @@ Array = Any  # np.ndarray or tf.Tensor: the MLP computes with either
 class Network(Protocol):
     """Anything with `variables`, a call from observations [B, ...] to values [B, A], and the same call in NumPy.
 
-    `refresh` must be called when the variables have changed: `q_values` may keep what it made of them.
+    `refresh` must be called when the variables have changed: `q_values` may keep what it made of them. Whoever has a graph
+    that changes them can fetch the tensors `kept` with its results and hand them over, which saves a call to fetch them.
     """
 
     variables: list[tf.Variable]
@@ -27,7 +28,9 @@ class Network(Protocol):
 
     def q_values(self, observation: np.ndarray) -> np.ndarray: ...
 
-    def refresh(self) -> None: ...
+    def kept(self) -> list[tf.Tensor]: ...
+
+    def refresh(self, kept: Sequence[np.ndarray] = ()) -> None: ...
 
 
 def encode(observation: tf.Tensor, categories: int | None) -> tf.Tensor:
@@ -69,7 +72,10 @@ class FlatNetwork:
     def q_values(self, observation: np.ndarray) -> np.ndarray:
         return self._q_values(observation)[0]
 
-    def refresh(self) -> None:
+    def kept(self) -> list[tf.Tensor]:
+        return []
+
+    def refresh(self, kept: Sequence[np.ndarray] = ()) -> None:
         pass
 
 
@@ -88,18 +94,22 @@ class Mlp(FlatNetwork):
     ) -> None:
         shapes = _dense_shapes(inputs, hidden, actions, dueling)
         super().__init__(shapes, lambda weights, x: _dense(weights, _flatten(x), dueling), categories, rng)
-        self._theta = Graph(lambda: [self.theta])
+        self._kept = Graph(self.kept)
         self._copy: list[np.ndarray] | None = None
 
-    def refresh(self) -> None:
+    def kept(self) -> list[tf.Tensor]:
+        return [self.theta.value()]
+
+    def refresh(self, kept: Sequence[np.ndarray] = ()) -> None:
         self._copy = None
+        for theta in kept:
+            parts = np.split(theta, list(itertools.accumulate(self._sizes))[:-1])
+            self._copy = [part.reshape(shape) for part, shape in zip(parts, self._shapes, strict=True)]
 
     def _weights(self) -> list[np.ndarray]:
         if self._copy is None:
-            ends = list(itertools.accumulate(self._sizes))
-            parts = np.split(self._theta()[0], ends[:-1])
-            self._copy = [part.reshape(shape) for part, shape in zip(parts, self._shapes, strict=True)]
-        return self._copy
+            self.refresh(self._kept())
+        return self._copy or []
 
     def q_values(self, observation: np.ndarray) -> np.ndarray:
         if self._categories is not None:
@@ -159,7 +169,10 @@ class KerasNetwork:
     def q_values(self, observation: np.ndarray) -> np.ndarray:
         return self._q_values(observation)[0]
 
-    def refresh(self) -> None:
+    def kept(self) -> list[tf.Tensor]:
+        return []
+
+    def refresh(self, kept: Sequence[np.ndarray] = ()) -> None:
         pass
 
 
