@@ -1,5 +1,6 @@
 """The only room that talks: what ranks say to each other, through Horovod and MPI, or nothing when a process is alone."""
 
+import functools
 import importlib.util
 import os
 import socket
@@ -210,7 +211,9 @@ class HorovodWorld:
         # Horovod: `groups=1` sends all gradients of an update as one message.
         wrapped = DistributedOptimizer(optimizer, groups=1, compression=kind, op=self._hvd.Average)
         # Horovod: it makes a tf.function of what averages, the source of which autograph then reads: seconds of every start.
-        wrapped._allreduce_grads = wrapped._allreduce_grads.python_function
+        # Generic names: those of the tensors would tell how often a rank has traced, and ranks that join have done so less.
+        average = wrapped._allreduce_grads.python_function
+        wrapped._allreduce_grads = functools.partial(average, use_generic_names=True)
         return wrapped
 
     def broadcast(self, variables: Sequence[Any]) -> None:

@@ -62,7 +62,7 @@ def test_the_timeline_tells_of_every_averaged_update_and_the_end_where_the_time_
     done = horovodrun(2, "--", *command)
     assert done.returncode == 0, done.stdout + done.stderr
     events = json.loads((tmp_path / "timeline").read_text())
-    averages = {e["pid"] for e in events if e.get("args", {}).get("name", "").endswith("grads_0_1of1")}
+    averages = {e["pid"] for e in events if e.get("args", {}).get("name", "").endswith("grad_0_1of1")}
     updates = int((tmp_path / "run/metrics.csv").read_text().splitlines()[-1].split(",")[2])
     assert sum(e.get("name") == "ALLREDUCE" and e["pid"] in averages for e in events) == updates > 50
     shares = re.search(r"identity: time: (.*)", done.stdout)[1]
