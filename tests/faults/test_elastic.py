@@ -66,7 +66,7 @@ def test_the_others_go_on_without_a_rank_and_with_one_that_joins(victim, folder)
         hosts.write_text(hosts.read_text() + f"{socket.gethostname()}:1\n")
         alive(lambda: size_of(folder) == 2 and goes_on(folder), "nobody joins")
         joined = time.time()
-        assert survivor.is_running()  # the same process all the time
+        assert survivor.is_running(), running.result().stdout + running.result().stderr  # the same process all the time
         survivor.send_signal(signal.SIGUSR1)
         done = running.result()
     said = done.stdout + done.stderr
