@@ -14,7 +14,9 @@ from pathlib import Path
 
 import psutil
 import pytest
+import tensorflow as tf
 
+from hvd_dqn.elastic import ElasticWorld
 from tests.ranks import checkpoints, processes_of, run, wait_until
 
 LAUNCH = ["horovodrun", "-np", "2", "--min-np", "1", "--max-np", "2", "--network-interfaces", "lo"]
@@ -88,6 +90,20 @@ def test_the_others_go_on_without_a_rank_and_with_one_that_joins(victim, folder)
     assert metrics == sorted(set(metrics))  # told once, by whichever rank was the chief
     assert max(checkpoints(folder)) == steps[-1]
     wait_until(lambda: not processes_of(folder), f"left behind: {processes_of(folder)}")
+
+
+@pytest.mark.parametrize(
+    ("message", "recovers"),
+    [
+        ("Horovod has been shut down", True),
+        ('File "horovod/tensorflow/mpi_ops.py", line 176: Connection reset by peer [[{{node while/grad_0}}]]', True),
+        ("Connection reset by peer [[{{node while/MatMul}}]]", False),
+    ],
+)
+def test_an_error_is_the_loss_of_others_only_where_horovod_says_so(message, recovers):
+    world = ElasticWorld.__new__(ElasticWorld)  # without a launcher to meet
+    assert world.recovers_from(tf.errors.UnknownError(None, None, message)) == recovers
+    assert not world.recovers_from(RuntimeError(message))
 
 
 @pytest.mark.parametrize(
