@@ -280,7 +280,7 @@ class Agent:
 
     def close(self) -> None:
         if self._thread is not None:
-            self._thread.shutdown()
+            self._thread.shutdown(wait=False)  # of a phase under way when this rank failed, nobody tells the end
         self.envs.close()
         self.evaluator.close()
 

@@ -11,12 +11,12 @@ from typing import Any, NamedTuple
 import numpy as np
 from rich.table import Table
 
+from hvd_dqn.agent import Agent
 from hvd_dqn.bench import made_table, provenance, rate
 from hvd_dqn.checkpoint import Checkpoints
 from hvd_dqn.config import Config, nearest
 from hvd_dqn.distributed import World
 from hvd_dqn.errors import InputError
-from hvd_dqn.learner import Phase
 from hvd_dqn.lockstep import in_step
 from hvd_dqn.trainer import Trainer
 
@@ -135,14 +135,14 @@ def loop(
         world,
         lambda: settings(case, world.size, total_steps=total_steps, batch=batch, envs=envs, sync=sync, overlap=overlap),
     )
-    trainer = in_step(world, lambda: Trainer(config, world))
-    watch = Stopwatch(trainer, ready)
+    watch = Stopwatch(ready)
+    trainer = in_step(world, lambda: Trainer(config, world, learned=watch.learned))
     with tempfile.TemporaryDirectory() as folder, contextlib.closing(trainer):
         with contextlib.closing(trainer.train(Checkpoints(Path(folder), world))) as records:
             for record in records:
                 if record.kind == "report" and record.row["total_steps"] >= config.total_steps:
                     break  # before the evaluation that ends a run
-        measured = watch.result()
+        measured = watch.result(trainer.agent)
     learner = config.learner
     row = {
         "case": case,
@@ -158,37 +158,34 @@ def loop(
 class Stopwatch:
     """Measures a training from the end of its second phase to the end of its last."""
 
-    def __init__(self, trainer: Trainer, ready: Callable[[], None]) -> None:
-        self._agent, self._ready = trainer.agent, ready
-        self._world, self._settle = trainer.world, trainer.agent.settle
+    def __init__(self, ready: Callable[[], None]) -> None:
+        self._ready = ready
         self._ends: list[float] = []  # of phases
         self._marks: list[tuple[int, int, dict[str, float]]] = []  # at both ends: total steps, updates, seconds spent
-        trainer.agent.settle = self._settle_timed  # type: ignore[method-assign]
         self._phases = 0
 
-    def _settle_timed(self) -> Phase | None:
-        phase = self._settle()
-        if phase is None:
-            return None
+    def learned(self, agent: Agent) -> None:
+        """To be called after each phase."""
         self._phases += 1
         if self._phases == 2:
             self._ready()
         if self._phases >= 2:
-            agent = self._agent
             self._ends.append(time.perf_counter())
             mark = (agent.plan.total_steps_after(agent.learned_at), agent.updates, agent.ledger.spent)
             self._marks = [*self._marks[:1], mark]
-        return phase
 
-    def result(self) -> dict[str, Any]:
+    def result(self, agent: Agent) -> dict[str, Any]:
         """Rates of all ranks together, the seconds of the mean rank in each part, and how its phases vary. A collective."""
         (first_steps, first_updates, spent_before), (steps, updates, spent) = self._marks
         phases = np.diff(self._ends)
-        parts = np.array([spent[name] - spent_before[name] for name in PARTS])
-        time_spent = self._world.sum(parts) / self._world.size
-        seconds = float(self._world.max(np.array([self._ends[-1] - self._ends[0]]))[0])
+        parts = {name: spent[name] - spent_before[name] for name in PARTS}
+        # Split as a report does, but over what is measured: what was waited while others traced is not part of it.
+        exchange = parts["communicate"] + parts["idle"]
+        seconds, least = agent.world.max(np.array([self._ends[-1] - self._ends[0], -exchange])).tolist()
+        parts |= {"communicate": -least, "idle": exchange + least}
+        time_spent = agent.world.sum(np.array(list(parts.values()))) / agent.world.size
         total_steps, taken = steps - first_steps, updates - first_updates
-        variables = self._agent.learner.online.variables
+        variables = agent.learner.online.variables
         return {
             "steps_per_second": total_steps / seconds,
             "updates_per_second": taken / seconds,

@@ -256,10 +256,9 @@ class HorovodWorld:
 
         # Horovod: its thread looks for work all the time, and a rank that waits for MPI yields its core to it.
         self._hvd.shutdown()
-        try:
-            yield lambda values: self._comm.Allreduce(MPI.IN_PLACE, values)
-        finally:
-            self._hvd.init(comm=self._comm)
+        yield lambda values: self._comm.Allreduce(MPI.IN_PLACE, values)
+        # Not where this rank failed: it would wait here for others, which wait for it.
+        self._hvd.init(comm=self._comm)
 
     @contextmanager
     def timeline(self, path: Path) -> Iterator[None]:

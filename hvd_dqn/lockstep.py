@@ -47,7 +47,7 @@ def in_step(world: World, action: Callable[[], T]) -> T:
 
     Where one raises InputError, all raise that of the first such rank: bad input seen by one ends every rank together.
     """
-    result, complaint = None, None
+    complaint = None
     try:
         result = action()
     except InputError as error:
@@ -55,4 +55,4 @@ def in_step(world: World, action: Callable[[], T]) -> T:
     for message in world.gather(complaint):
         if message is not None:
             raise InputError(message)
-    return result  # type: ignore[return-value]  # no complaint: there is a result
+    return result

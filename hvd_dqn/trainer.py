@@ -27,8 +27,8 @@ class Record(NamedTuple):
 class Trainer:
     """The loop of one rank: what it does when, and all that ranks do together. Raises InputError as `Agent` does.
 
-    `stop` tells whether this rank was asked to stop; the ranks vote on it at fixed cycles. A rank that `joins` the others
-    takes over the weights and counters of their `snapshot`.
+    `stop` tells whether this rank was asked to stop; the ranks vote on it at fixed cycles. `learned` is called after each
+    phase. A rank that `joins` the others takes over the weights and counters of their `snapshot`.
     """
 
     def __init__(
@@ -39,8 +39,9 @@ class Trainer:
         stop: Callable[[], bool] = lambda: False,
         *,
         joins: bool = False,
+        learned: Callable[[Agent], None] = lambda agent: None,
     ) -> None:
-        self.config, self.world, self._stop = config, world, stop
+        self.config, self.world, self._stop, self._learned = config, world, stop, learned
         self.agent = Agent(
             config, world, snapshot, joins=joins, stop=stop, beat=lambda doing: self.watchdog.beat(doing)
         )
@@ -128,7 +129,10 @@ class Trainer:
         Raises JobError, on all ranks, where an update could not be made and the setting is to stop.
         """
         phase = self.agent.settle()
-        if phase is None or self.config.learner.on_nonfinite == "skip":
+        if phase is None:
+            return
+        self._learned(self.agent)
+        if self.config.learner.on_nonfinite == "skip":
             return
         skipped = phase.skipped > 0
         # Ranks that average gradients skip the same updates; those that average parameters have to ask.

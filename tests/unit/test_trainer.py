@@ -3,6 +3,7 @@
 import contextlib
 import json
 import shutil
+import threading
 import time
 from concurrent.futures import Future
 from pathlib import Path
@@ -17,7 +18,7 @@ from hvd_dqn.checkpoint import Checkpoints, divide
 from hvd_dqn.config import Config
 from hvd_dqn.distributed import Solo
 from hvd_dqn.errors import InputError, JobError, RunError
-from hvd_dqn.learner import Learner
+from hvd_dqn.learner import Learner, Phase
 from hvd_dqn.replay import TRUNCATED
 from hvd_dqn.trainer import Trainer
 
@@ -168,7 +169,7 @@ class Immediate:
         future.set_result(work(*arguments))
         return future
 
-    def shutdown(self):
+    def shutdown(self, wait):
         pass
 
 
@@ -189,6 +190,34 @@ def test_a_phase_that_overlaps_acting_gives_the_same_run_however_long_it_takes(n
     assert_same(slow.arrays, at_once.arrays)
     # Or there would have been nothing to be seen:
     assert not np.array_equal(slow.arrays["learner/online/0"], slow.arrays["learner/acting/0"])
+
+
+def test_environments_step_while_a_phase_goes_on(tmp_path, monkeypatch):
+    trainer, stepped = Trainer(config(learner={"overlap": True}), Solo()), threading.Event()
+    agent, update = trainer.agent, Learner.update
+    first = next(cycle for cycle in range(agent.plan.cycles) if agent.plan.learns_at(cycle))
+    assert not agent.plan.settles_at(first)
+
+    def waiting(*arguments):
+        assert stepped.wait(60), "no step was taken"
+        return update(*arguments)
+
+    monkeypatch.setattr(Learner, "update", waiting)
+    step = agent.step
+    agent.step = lambda cycle: (step(cycle), stepped.set() if cycle > first else None)
+    records = list(trainer.train(Checkpoints(tmp_path, Solo())))
+    trainer.close()
+    assert records[-1].kind == "result"
+
+
+def test_of_an_overlapping_phase_only_the_waiting_for_its_end_counts():
+    trainer = Trainer(config(learner={"overlap": True}), Solo())
+    trainer.agent._phase = lambda: Phase(1, 0.0, 0.0, 0.0, 0, 0, seconds=1_000.0, exchange=500.0)
+    trainer.agent.settle()
+    trainer.close()
+    spent = trainer.agent.ledger.spent
+    assert spent["update"] + spent["communicate"] < 10
+    assert spent["update"] == pytest.approx(spent["communicate"])  # in the proportion of the whole phase
 
 
 def test_what_fails_in_an_overlapping_phase_fails_the_run(tmp_path, monkeypatch):
