@@ -216,7 +216,7 @@ def made_table(result: dict[str, Any], measured: str) -> Table:
     ranks = f"{count(result['ranks'], 'rank')} of {threads}" if "ranks" in result else f"ranks of {threads}"
     title = f"{ranks} on {where} ({count(machine['cores'], 'core')})"
     caption = f"{measured}; commit {result['commit']}: {result['command']}"
-    return Table(title=title, caption=caption, title_justify="left", caption_justify="left")
+    return Table(title=title, caption=caption, title_justify="left", caption_justify="left", min_width=60)
 
 
 def rate(value: float) -> str:

@@ -208,15 +208,12 @@ class Stopwatch:
 def table(result: dict[str, Any]) -> Table:
     """The result of `loop` for people."""
     made = made_table(result, "one run; of all ranks together, and the parts of a rank's time")
-    made.add_column("case")
-    for heading in ("steps/s", "updates/s", *PARTS, "rest"):
-        made.add_column(heading, justify="right")
-    for row in result["results"]:
-        parts = [100 * row["time"][name] / row["seconds"] for name in PARTS]
-        made.add_row(
-            row["case"],
-            rate(row["steps_per_second"]),
-            rate(row["updates_per_second"]),
-            *(f"{part:.0f} %" for part in (*parts, 100 - sum(parts))),
-        )
+    (row,) = result["results"]
+    made.add_column("")
+    made.add_column(row["case"], justify="right")
+    made.add_row("steps/s", rate(row["steps_per_second"]))
+    made.add_row("updates/s", rate(row["updates_per_second"]))
+    spent = {**row["time"], "rest": row["seconds"] - sum(row["time"].values())}
+    for part, seconds in spent.items():
+        made.add_row(part, f"{100 * seconds / row['seconds']:.0f} %")
     return made

@@ -409,33 +409,3 @@ def frame_of(space: gymnasium.Space) -> tuple[tuple[int, ...], np.dtype]:
     assert isinstance(space, spaces.Box)
     shape = {0: (1,), 1: space.shape, 2: (*space.shape, 1), 3: space.shape}[len(space.shape)]
     return shape, np.dtype(np.uint8 if space.dtype == np.uint8 else np.float32)
-
-
-class Identity(gymnasium.Env[Any, Any]):
-    """A learning check of seconds: the right action is the number of the state, and the next state is random.
-
-    After Stable-Baselines3's IdentityEnv. The best return is `length`; random actions get `length / n`. Episodes end by
-    termination.
-    """
-
-    def __init__(self, n: int = 4, length: int = 10) -> None:
-        self.observation_space = spaces.Discrete(n)
-        self.action_space = spaces.Discrete(n)
-        self._n = n
-        self._length = length
-
-    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[int, dict[str, Any]]:
-        super().reset(seed=seed)
-        self._steps = 0
-        self._state = int(self.np_random.integers(self._n))
-        return self._state, {}
-
-    def step(self, action: int) -> tuple[int, float, bool, bool, dict[str, Any]]:
-        reward = float(action == self._state)
-        self._steps += 1
-        self._state = int(self.np_random.integers(self._n))
-        return self._state, reward, self._steps >= self._length, False, {}
-
-
-if "Identity-v0" not in gymnasium.registry:
-    gymnasium.register("Identity-v0", entry_point="hvd_dqn.envs:Identity")

@@ -16,8 +16,8 @@ import numpy as np
 from hvd_dqn import cli
 from hvd_dqn.agent import Agent
 from hvd_dqn.checkpoint import Checkpoints
-from hvd_dqn.envs import Identity
 from hvd_dqn.evaluation import Evaluator
+from hvd_dqn.identity import Identity
 from hvd_dqn.placement import LAUNCHER_VARIABLES
 from hvd_dqn.replay import Replay
 

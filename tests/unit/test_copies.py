@@ -32,7 +32,7 @@ SETTINGS = {
     "MountainCar": ("MountainCar-v0", "sync", {"max_episode_steps": 25}),
     "Acrobot": ("Acrobot-v1", "sync", {"max_episode_steps": 30}),
     "FrozenLake": ("FrozenLake-v1", "sync", {}),
-    "Identity": ("hvd_dqn.envs:Identity-v0", "sync", {}),
+    "Identity": ("hvd_dqn.identity:Identity-v0", "sync", {}),
 }
 
 

@@ -124,7 +124,7 @@ def actions(envs, steps, seed=1):
         ("MountainCar-v0", {}),
         ("FrozenLake-v1", {}),
         ("Taxi-v4", {}),
-        ("hvd_dqn.envs:Identity-v0", {}),
+        ("hvd_dqn.identity:Identity-v0", {}),
     ],
 )
 def test_each_copy_sees_what_the_same_environment_stepped_by_hand_shows_up_to_the_true_final_observation(id, kwargs):
@@ -350,7 +350,7 @@ def test_worker_processes_neither_run_the_main_module_nor_need_it_guarded(tmp_pa
     script.write_text(
         "print('main ran', flush=True)\n"
         "from hvd_dqn.envs import Environments\n"
-        "envs = Environments('hvd_dqn.envs:Identity-v0', 1, vectorization='async')\n"
+        "envs = Environments('hvd_dqn.identity:Identity-v0', 1, vectorization='async')\n"
         "envs.reset([0])\n"
         "assert __file__ and envs.step(envs.observation[:, 0])[0].reward == 1\n"
         "envs.close()\n"
@@ -441,7 +441,7 @@ def test_a_vector_class_that_keeps_the_final_observation_to_itself_stops_the_run
         ("CartPol-v1", {}, r"no environment `CartPol-v1`\. Nearest: `CartPole-v1`"),
         ("cartpole-V1", {}, r"Nearest: `CartPole-v1`"),
         ("CartPole", {}, r"Nearest: `CartPole-v1`"),
-        ("hvd_dqn.envs:Identty-v0", {}, r"Nearest: `hvd_dqn.envs:Identity-v0`"),
+        ("hvd_dqn.identity:Identty-v0", {}, r"Nearest: `hvd_dqn.identity:Identity-v0`"),
         (
             "Nothing/Alike-v0",
             {},
@@ -497,7 +497,7 @@ def test_a_missing_extra_is_named(monkeypatch):
 
 
 def test_the_identity_environment_rewards_repeating_its_state():
-    with made("hvd_dqn.envs:Identity-v0", 4) as envs:
+    with made("hvd_dqn.identity:Identity-v0", 4) as envs:
         envs.reset(range(4))
         assert (envs.categories, envs.actions) == (4, 4)
         for step in range(1, 21):

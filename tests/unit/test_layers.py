@@ -9,7 +9,7 @@ import hvd_dqn
 
 FLOORS = {
     0: ["errors", "config", "schedules", "transition", "arrays", "signals", "placement"],
-    1: ["plan", "graphs", "copies", "workers", "vectors", "pixels", "projection"],
+    1: ["plan", "graphs", "copies", "workers", "vectors", "pixels", "identity", "projection"],
     2: ["adam", "envs", "networks", "losses", "replay", "distributed", "normalizer"],
     3: ["lockstep", "elastic", "actor", "learner", "metrics", "resharding", "watchdog"],
     4: ["evaluation", "checkpoint", "plots", "run", "progress"],
@@ -21,7 +21,7 @@ FLOOR_OF = {room: floor for floor, rooms in FLOORS.items() for room in rooms}
 ONLY_IN = {
     "horovod": {"distributed", "elastic"},
     "mpi4py": {"distributed"},
-    "gymnasium": {"envs", "vectors", "workers", "copies", "pixels"},
+    "gymnasium": {"envs", "vectors", "workers", "copies", "pixels", "identity"},
     "matplotlib": {"plots"},
     "tyro": {"cli", "bench_commands"},
     "pydantic": {"config"},

@@ -412,7 +412,7 @@ def test_all_ranks_stop_or_none_does(others, tmp_path):
 
 def test_of_equal_evaluations_the_newest_is_the_best(tmp_path):
     # Episodes of Identity have a length of one step, and this return whatever is done.
-    always = config(env={"id": "hvd_dqn.envs:Identity-v0", "kwargs": {"n": 1, "length": 2}})
+    always = config(env={"id": "hvd_dqn.identity:Identity-v0", "kwargs": {"n": 1, "length": 2}})
     trainer = Trainer(always.model_copy(update={"total_steps": 720}), Solo())
     records = list(trainer.train(Checkpoints(tmp_path, Solo())))
     trainer.close()
@@ -508,7 +508,7 @@ def test_a_checkpoint_of_another_network_is_refused(tmp_path):
         Trainer(config(agent={"hidden": [9]}), Solo(), snapshot)
 
 
-@pytest.mark.parametrize("id", ["FrozenLake-v1", "hvd_dqn.envs:Identity-v0"])
+@pytest.mark.parametrize("id", ["FrozenLake-v1", "hvd_dqn.identity:Identity-v0"])
 def test_observations_that_are_states_cannot_be_normalised(id):
     with pytest.raises(InputError, match="normalize_observation is for observations of real numbers"):
         Trainer(config(env={"id": id, "normalize_observation": True}), Solo())
