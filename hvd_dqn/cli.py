@@ -35,7 +35,7 @@ usage: hvd-dqn COMMAND ...
   evaluate RUN_DIR              [--episodes 100] [--seed S] [--epsilon E] [--best] [--json]
   plot RUN_DIR...               [-o FILE.png]
   bench learner | allreduce     [--json]
-  bench loop CASE               [--total-steps N] [--batch B] [--envs E] [--sync gradients | parameters] [--json]
+  bench loop CASE               [--total-steps N] [--batch B] [--envs E] [--sync gradients | parameters] [--overlap] [--json]
   bench scaling                 [--case CASE] [--ranks 1,2,4,8] [--scaling weak | strong | both] [--rounds 5] [--json]
   bench project                 [--case CASE] [--ranks 512] [--files FILE ...] [--json]
   doctor                        [--json]

@@ -225,7 +225,7 @@ def refusal(id: str, kwargs: dict[str, Any], error: Exception) -> InputError:
     unknown = re.search(r"unexpected keyword argument '(\w+)'", text)
     if isinstance(error, ImportError | gymnasium.error.DependencyNotInstalled):
         if "box2d" in text.lower():
-            return InputError(f"The environment `{id}` needs Box2D: pip install 'hvd_dqn[box2d]'")
+            return InputError(f"The environment `{id}` needs Box2D: pip install 'gymnasium[box2d]'")
         if isinstance(error, ModuleNotFoundError):
             return InputError(f"The environment `{id}` needs the package `{error.name}`, which is not installed.")
         return InputError(f"The environment `{id}` needs a package that is not installed: {text}")

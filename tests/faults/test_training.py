@@ -1,6 +1,6 @@
 """Whole trainings on two real ranks that are struck, stopped or resumed: they end in a known way and lose nothing.
 
-`pytest tests/faults -rP` prints what each job said and how long it took: the README's table is made from that.
+`pytest tests/faults -rP` prints what each job said and how long it took: the table in README.md is made from that.
 """
 
 import json

@@ -5,10 +5,13 @@
 
 import re
 from pathlib import Path
+from typing import Literal, get_args, get_origin
 
 from hvd_dqn.config import presets, setting_names
 
-README = Path(__file__).resolve().parents[2] / "README.md"
+ROOT = Path(__file__).resolve().parents[2]
+README = ROOT / "README.md"
+FAULTS = ROOT / "tests/faults/README.md"
 BEGIN, END = "<!-- settings: made by python -m tests.unit.test_readme -->\n", "<!-- end of settings -->"
 
 #   what a command of the README looks like          where it is run
@@ -18,8 +21,9 @@ RUN_BY = {
     r"git clone .*|cd hvd_dqn": "whoever is here has done it",
     r"source \.venv/bin/activate": "launch/test.sh does the same by PATH",
     r"(horovodrun -np 2 )?hvd-dqn train (identity|cartpole)( .*)?": "tests/parallel, tests/unit/test_cli.py, tests/learning",
-    r"mpirun -np 2 .*hvd-dqn train .*": "tests/parallel (different settings)",
+    r"\./launch/(horovodrun|mpirun)\.sh -np 2 (train .*|doctor)": "tests/cluster/test_hosts.py, tests/faults/test_training.py",
     r"\./launch/horovodrun\.sh -H alpha:2,beta:2 train cartpole": "tests/cluster/test_hosts.py (both launchers)",
+    r"sbatch .*launch/slurm/train\.sbatch .*": "tests/cluster/test_slurm.py",
     r"hvd-dqn train --config .*": "tests/unit/test_cli.py",
     r"hvd-dqn train .*--resume": "tests/unit/test_cli.py",
     r"hvd-dqn evaluate runs/\S+( .*)?": "tests/unit/test_cli.py",
@@ -28,7 +32,6 @@ RUN_BY = {
     r"(horovodrun -np 2 )?hvd-dqn doctor": "tests/unit/test_doctor.py",
     r"(horovodrun -np 2 )?hvd-dqn bench learner( .*)?": "tests/unit/test_bench.py",
     r"(horovodrun -np 2 )?hvd-dqn bench (allreduce|loop .*|scaling|project)": "tests/unit/test_bench_loop.py and others",
-    r"hvd-dqn train cartpole --env\.id my_envs:.*": "tests/unit/test_cli.py (an environment of the user's own)",
     r"horovodrun .*--host-discovery-script .* hvd-dqn train cartpole --elastic .*": "tests/faults/test_elastic.py",
     r"pytest tests/faults -rP": ".ci/run runs all tests",
     r"(horovodrun -np 2 )?python -m tests\.benchmarks\.safety (guards|checkpoints)": "by hand: it takes minutes",
@@ -36,7 +39,7 @@ RUN_BY = {
     r"tests/benchmarks/setup\.sh|python -m tests\.benchmarks\.(learner|loop|solve|steps)": "by hand: PyTorch and hours",
     r"python -m tests\.benchmarks\.pictures": "tests/unit/test_pictures.py",
     r"python -m tests\.learning\.table.*": "by hand: it takes an hour",
-    r"pytest -m slow .*": "by hand: the marker says so",
+    r"pytest -m slow( .*)?": "by hand: the marker says so",
 }
 
 
@@ -45,12 +48,15 @@ def settings_table() -> str:
     for name, field in setting_names().items():
         extra = field.json_schema_extra
         meaning = extra["meaning"] + (f", in {extra['unit']}" if extra["unit"] else "")
+        if get_origin(field.annotation) is Literal:
+            meaning += f" ({', '.join(f'`{value}`' for value in get_args(field.annotation))})"
         rows.append(f"| `{name}` | `{field.default}` | {meaning} | {extra['source']} |")
     return "\n".join(rows) + "\n"
 
 
 def commands() -> list[str]:
-    blocks = re.findall(r"```(?:sh|bash)\n(.*?)```", README.read_text(), flags=re.DOTALL)
+    text = README.read_text() + FAULTS.read_text()
+    blocks = re.findall(r"```(?:sh|bash)\n(.*?)```", text, flags=re.DOTALL)
     lines = [line.split("  #")[0].strip() for block in blocks for line in block.splitlines()]
     return [line for line in lines if line and not line.startswith("#")]
 
@@ -67,10 +73,9 @@ def test_every_command_is_run_by_something():
 
 
 def test_every_place_that_is_said_to_run_them_exists():
-    root = README.parent
     for where in RUN_BY.values():
         for path in re.findall(r"tests/[\w/.]+|\.ci/run|launch/test\.sh", where):
-            assert (root / path).exists(), path
+            assert (ROOT / path).exists(), path
 
 
 def test_every_preset_is_in_the_readme():
@@ -79,8 +84,9 @@ def test_every_preset_is_in_the_readme():
 
 
 def test_every_file_that_is_linked_exists():
-    for target in re.findall(r"\]\(([^)#:]+)\)", README.read_text()):
-        assert (README.parent / target).exists(), target
+    for page in (README, FAULTS):
+        for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text()):
+            assert (page.parent / target).exists(), target
 
 
 if __name__ == "__main__":
