@@ -22,7 +22,7 @@ from hvd_dqn.replay import Replay
 from hvd_dqn.resharding import deal, gather_state
 
 # Random streams of a rank. A number, once given, stays: it is part of what a seed means.
-ACTING, SAMPLING, ENVIRONMENTS, WEIGHTS, EVALUATING = range(5)
+ACTING, SAMPLING, ENVIRONMENTS, WEIGHTS = range(4)
 
 
 class Agent:
@@ -46,7 +46,7 @@ class Agent:
         self.config, self.world, self._beat = config, world, beat
         resumed_at = snapshot.total_steps if snapshot else 0
         empty: Literal["no", "all"] = "all" if snapshot and not snapshot.complete else "no"
-        self.plan = Plan(config, world.size, resumed_at, "joined" if joins else empty)
+        self.plan = Plan(config, world.size, resumed_at, "joined" if joins else empty, _learns_from(snapshot))
         _check_not_finished(self.plan, snapshot)
         self.envs = make_environments(
             config, world, self.plan.envs_per_rank, config.env.vectorization, config.env.restart_failed_envs
@@ -57,7 +57,7 @@ class Agent:
         self.actor = Actor(self._acting_q_values, self.envs.actions, self._rng(ACTING), config.agent.epsilon_zeta)
         self.replay = self._make_replay(self.plan.slots_per_env)
         self.ledger = Ledger(world)
-        self.evaluator = make_evaluator(config, world, self._evaluated_q_values, self._rng(EVALUATING), stop)
+        self.evaluator = make_evaluator(config, world, self._evaluated_q_values, stop)
         self._thread = ThreadPoolExecutor(1, "learner") if config.learner.overlap else None
         self._phase: Callable[[], Phase] | None = None  # the one under way
         self.learned_at = -1  # the cycle in which it began
@@ -186,7 +186,8 @@ class Agent:
             "best": self.best,
             "evaluation_due": self.evaluation_due,
             "finished": finished,
-            "layout": {**self._layout(), "slots": self.replay.slots},
+            "learns_from": self.plan.learns_from,
+            "layout": self._layout(),
             "ledger": self.ledger.state(),
             "normalizer": self.normalizer.state(),
         }
@@ -197,7 +198,6 @@ class Agent:
             "replay": self.replay.state(),
             "envs": self.envs.state(),
             "actor": self.actor.state(),
-            "evaluator": self.evaluator.state(),
             "window": self.ledger.window_state(),
             "normalizer": self.normalizer.pending_state(),
         }
@@ -210,7 +210,8 @@ class Agent:
     def regroup(self, snapshot: Snapshot, joined: bool) -> None:
         """Goes on from `snapshot` with the ranks that there are now; environments and replay stay."""
         before, now = self.plan.size, self.world.size
-        self.plan = Plan(self.config, now, snapshot.total_steps, "joined" if joined else "no")
+        empty: Literal["no", "joined"] = "joined" if joined else "no"
+        self.plan = Plan(self.config, now, snapshot.total_steps, empty, _learns_from(snapshot))
         self._take_over(snapshot)
         news = (
             f"{before} rank{'s' * (before > 1)} before, {now} now. Going on from {snapshot.total_steps:,} total steps"
@@ -220,13 +221,12 @@ class Agent:
         self.news.append(news + ("." if not joined else ". A rank that joined begins with an empty replay."))
 
     def _restore(self, snapshot: Snapshot) -> None:
-        state = snapshot.state
         try:
             self._take_over(snapshot)
             if not snapshot.complete:
                 self.news.append("The replay was not saved: it is filled anew before learning goes on.")
-            elif state["layout"] == {**self._layout(), "slots": state["layout"]["slots"]}:
-                self._restore_part(snapshot, int(state["layout"]["slots"]))
+            elif snapshot.state["layout"] == self._layout():
+                self._restore_part(snapshot)
             else:
                 self._deal_anew(snapshot)
         except Damaged as damage:
@@ -234,10 +234,7 @@ class Agent:
         except (InputError, RunError):
             raise
         except UNREADABLE as error:
-            raise InputError(
-                f"The checkpoint {snapshot.path} was not made by this version or for these settings: "
-                f"{type(error).__name__}: {error}."
-            ) from error
+            raise _unfit(snapshot, error) from error
 
     def _take_over(self, snapshot: Snapshot) -> None:
         """What all ranks share."""
@@ -248,14 +245,15 @@ class Agent:
         self.evaluation_due = bool(state["evaluation_due"])
         self.ledger.load_state(state["ledger"])
 
-    def _restore_part(self, snapshot: Snapshot, slots: int) -> None:
+    def _restore_part(self, snapshot: Snapshot) -> None:
         part = snapshot.part(self.world.rank)
-        if slots != self.plan.slots_per_env:  # dealt out anew before, and larger since
+        replay = part.pop("replay")
+        slots = int(replay["slots"])
+        if slots != self.plan.slots_per_env:  # made for another number of ranks, or dealt out anew and larger since
             self.replay = self._make_replay(slots)
-        self.replay.load_state(part.pop("replay"))
+        self.replay.load_state(replay)
         part = small(part)
         self.actor.load_state(part["actor"])
-        self.evaluator.load_state(part["evaluator"])
         self.ledger.load_window_state(part["window"])
         self.normalizer.load_pending_state(part["normalizer"])
         self._restored = self.envs.load_state(part["envs"])
@@ -283,6 +281,23 @@ class Agent:
             self._thread.shutdown(wait=False)  # of a phase under way when this rank failed, nobody tells the end
         self.envs.close()
         self.evaluator.close()
+
+
+def _learns_from(snapshot: Snapshot | None) -> int:
+    """The total steps from which on a run that is gone on with learns. Raises InputError."""
+    if snapshot is None:
+        return 0
+    try:
+        return int(snapshot.state["learns_from"])
+    except UNREADABLE as error:
+        raise _unfit(snapshot, error) from error
+
+
+def _unfit(snapshot: Snapshot, error: BaseException) -> InputError:
+    return InputError(
+        f"The checkpoint {snapshot.path} was not made by this version or for these settings: "
+        f"{type(error).__name__}: {error}."
+    )
 
 
 def _check_not_finished(plan: Plan, snapshot: Snapshot | None) -> None:

@@ -80,8 +80,8 @@ def settings(
 ) -> Config:  # fmt: skip
     """The case's settings for so many ranks, each of which works as one alone would: all periods grow with their number.
 
-    `batch` and `envs` are each rank's. With another batch the replay ratio stays, and so does the number of updates per phase:
-    the period between phases changes with it.
+    `batch` and `envs` are each rank's. With another batch the replay ratio stays, and the period between phases changes so that
+    the number of updates in one stays too, where a period of less than a step of each environment does not forbid it.
     """
     if name not in CASES:
         raise InputError(f"There is no case {name!r}.{nearest(name, CASES)} Cases: {', '.join(CASES)}.")

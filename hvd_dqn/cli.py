@@ -119,12 +119,12 @@ def main() -> None:
         command = in_step(world, lambda: find_command(argv))
         command(argv[1:], world)
     except InputError as error:
-        if world is None or world.rank == 0:
+        if world is None or world.rank == 0 or is_elastic():
             print(f"hvd-dqn: {error}", file=sys.stderr, flush=True)
         sys.exit(2)
     except JobError as error:
         assert world is not None
-        if world.rank == 0:
+        if world.rank == 0 or is_elastic():  # there any rank may fail alone, or have become the chief
             print(f"hvd-dqn: {error}", file=sys.stderr, flush=True)
         sys.exit(1)
     except (RunError, KeyboardInterrupt) as error:

@@ -28,7 +28,7 @@ from hvd_dqn.placement import (
 class World(Protocol):
     """All ranks of a job, as one of them sees them.
 
-    Every method but `abort` and `recovers_from` is a collective: all ranks call it or none.
+    `broadcast`, `average`, `sum`, `max`, `any`, `gather`, `barrier` and `raw_sum` are collectives: all ranks call one or none.
     """
 
     rank: int

@@ -1,12 +1,10 @@
-"""Measures a policy without exploration: episodes shared out over the ranks, reduced as (sum, count)."""
+"""Measures a policy, with little or no exploration: episodes shared out over the ranks, reduced as (sum, count)."""
 
 import math
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 
-from hvd_dqn.actor import Actor
 from hvd_dqn.distributed import World
 from hvd_dqn.envs import Environments
 
@@ -14,17 +12,17 @@ COLUMNS = ("total_steps", "seconds", "episodes", "return_mean", "return_std", "r
 
 
 class Evaluator:
-    """Plays episodes with `actor`, random with probability `epsilon`, in environments of its own.
+    """Plays episodes in environments of its own: actions of the highest of `q_values`, random with probability `epsilon`.
 
-    Episode i is seeded by (seed, round, i) and by nothing else, so that the result depends neither on the number of
-    ranks nor on the number of copies. An episode that has not ended after `max_length` steps counts as it is then: an
-    environment without a time limit, and a policy that goes in circles, must not hold up all ranks for ever.
+    Episode i and its random actions are seeded by (seed, round, i) and by nothing else, so that the result depends neither
+    on the number of ranks nor on the number of copies. An episode that has not ended after `max_length` steps counts as it
+    is then: an environment without a time limit, and a policy that goes in circles, must not hold up all ranks for ever.
     """
 
     def __init__(
         self,
         envs: Environments,
-        actor: Actor,
+        q_values: Callable[[np.ndarray], np.ndarray],
         world: World,
         *,
         epsilon: float,
@@ -32,8 +30,7 @@ class Evaluator:
         max_length: int,
         stop: Callable[[], bool] = lambda: False,
     ) -> None:
-        self._envs, self._actor, self._world = envs, actor, world
-        self._epsilons = np.full(envs.copies, epsilon)
+        self._envs, self._q_values, self._world, self._epsilon = envs, q_values, world, epsilon
         self._seed, self._max_length, self._stop = seed, max_length, stop
 
     def evaluate(self, episodes: int, round: int) -> dict[str, float] | None:
@@ -65,11 +62,13 @@ class Evaluator:
     def _play(self, episodes: range, round: int) -> tuple[np.ndarray, np.ndarray]:
         """The returns and lengths of these episodes, one in each of the first copies."""
         keys = [*episodes] + [episodes[0]] * (self._envs.copies - len(episodes))  # copies without an episode idle along
-        self._envs.reset([self._seed_of(round, episode) for episode in keys])
+        streams = [np.random.SeedSequence(self._seed, spawn_key=(round, episode)) for episode in keys]
+        self._envs.reset([int(stream.generate_state(1)[0]) for stream in streams])
+        rngs = [np.random.default_rng(stream.spawn(1)[0]) for stream in streams]
         running = np.arange(self._envs.copies) < len(episodes)
         returns, lengths = np.zeros(self._envs.copies), np.zeros(self._envs.copies)
         while running.any() and not self._stop():
-            transition, ended = self._envs.step(self._actor.act(self._envs.observation, self._epsilons))
+            transition, ended = self._envs.step(self._act(rngs))
             lengths += running
             # The results of a step come in the order of the copies that ended; a copy counts once.
             done = np.flatnonzero(transition.terminated | transition.truncated)
@@ -81,14 +80,13 @@ class Evaluator:
             running[cut] = False
         return returns[: len(episodes)], lengths[: len(episodes)]
 
-    def state(self) -> dict[str, Any]:
-        return self._actor.state()
-
-    def load_state(self, state: dict[str, Any]) -> None:
-        self._actor.load_state(state)
+    def _act(self, rngs: list[np.random.Generator]) -> np.ndarray:
+        action = self._q_values(self._envs.observation).argmax(axis=1)
+        if self._epsilon > 0:
+            for i, rng in enumerate(rngs):
+                if rng.random() < self._epsilon:
+                    action[i] = rng.integers(self._envs.actions)
+        return action
 
     def close(self) -> None:
         self._envs.close()
-
-    def _seed_of(self, round: int, episode: int) -> int:
-        return int(np.random.SeedSequence(self._seed, spawn_key=(round, episode)).generate_state(1)[0])

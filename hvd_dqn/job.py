@@ -5,7 +5,7 @@ import sys
 
 import numpy as np
 
-from hvd_dqn.agent import EVALUATING
+from hvd_dqn.agent import WEIGHTS
 from hvd_dqn.checkpoint import Checkpoints, Snapshot
 from hvd_dqn.config import Config
 from hvd_dqn.distributed import World
@@ -45,6 +45,7 @@ def train_elastically(config: Config, name: str, run: Run, stop: StopRequest, *,
         try:
             held = trainer.committed if trainer else None
             snapshot, joined = world.furthest(held and (held, config.digest()), held.total_steps if held else -1)
+            again = world.any(trainer is not None)  # of this job's own ranks some have made the run directory
             if snapshot is None:  # the job begins
                 found = newest(checkpoints, run, world).without_parts() if resume else None
             else:
@@ -57,15 +58,17 @@ def train_elastically(config: Config, name: str, run: Run, stop: StopRequest, *,
                 if trainer is not None:  # of a generation that ended before it began: made for another number of ranks
                     trainer.close()
                 trainer = Trainer(config, world, found, stop, joins=snapshot is not None)
-            return _go_on(trainer, name, run, found, checkpoints)
+            return _go_on(trainer, name, run, found, checkpoints, again)
         except Exception as error:
             if not world.recovers_from(error):
                 raise
             world.regroup()
 
 
-def _go_on(trainer: Trainer, name: str, run: Run, snapshot: Snapshot | None, checkpoints: Checkpoints) -> bool:
-    session = in_step(trainer.world, lambda: open_session(run, name, trainer, snapshot))
+def _go_on(
+    trainer: Trainer, name: str, run: Run, snapshot: Snapshot | None, checkpoints: Checkpoints, again: bool = False
+) -> bool:
+    session = in_step(trainer.world, lambda: open_session(run, name, trainer, snapshot, again))
     record = None
     # Closing: a record that cannot be shown ends the training there and then, its goodbyes to the other ranks included.
     with session, contextlib.closing(trainer.train(checkpoints)) as records:
@@ -88,14 +91,14 @@ def _tell(text: str) -> None:
 
 def evaluate(config: Config, world: World, snapshot: Snapshot) -> Row:
     """Plays the evaluation that `config` describes with the weights of a checkpoint. A collective."""
-    rng = np.random.default_rng(np.random.SeedSequence(config.seed, spawn_key=(world.rank, EVALUATING)))
+    rng = np.random.default_rng(np.random.SeedSequence(config.seed, spawn_key=(world.rank, WEIGHTS)))
 
     def build() -> tuple[Learner, Evaluator]:
         with contextlib.closing(make_environments(config, world, 1, "sync")) as envs:
             normalizer = make_normalizer(config, envs)
             learner = make_learner(config, envs, world, rng)
         restore_weights(learner, normalizer, snapshot)
-        return learner, make_evaluator(config, world, lambda o: learner.online.q_values(normalizer(o)), rng)
+        return learner, make_evaluator(config, world, lambda o: learner.online.q_values(normalizer(o)))
 
     learner, evaluator = in_step(world, build)
     BroadcastHook(world, learner.variables)()

@@ -214,16 +214,6 @@ class Writer(Protocol):
     def close(self) -> None: ...
 
 
-class NullWriter:
-    """The writer of the ranks that are not the chief."""
-
-    def write(self, row: Row) -> None:
-        pass
-
-    def close(self) -> None:
-        pass
-
-
 class Writers:
     """Several writers as one."""
 

@@ -4,7 +4,6 @@ from collections.abc import Callable
 
 import numpy as np
 
-from hvd_dqn.actor import Actor
 from hvd_dqn.arrays import UNREADABLE
 from hvd_dqn.checkpoint import Snapshot
 from hvd_dqn.config import Config
@@ -86,7 +85,6 @@ def make_evaluator(
     config: Config,
     world: World,
     q_values: Callable[[np.ndarray], np.ndarray],
-    rng: np.random.Generator,
     stop: Callable[[], bool] = lambda: False,
 ) -> Evaluator:
     settings, copies = config.evaluation, -(-config.evaluation.episodes // world.size)
@@ -95,7 +93,7 @@ def make_evaluator(
     envs = make_environments(config, world, copies, mode)
     return Evaluator(
         envs,
-        Actor(q_values, envs.actions, rng),
+        q_values,
         world,
         epsilon=settings.epsilon,
         seed=config.seed,

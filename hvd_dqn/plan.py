@@ -17,11 +17,17 @@ class Plan:
     Cycle c (0, 1, ...) takes `total_steps_after(c) - total_steps_after(c - 1)` total steps: one step in each environment
     of each rank. A period of p total steps has its event in the cycle in which the total steps reach or pass a multiple of p.
     A run that goes on from `resumed_at` total steps may do so with empty replays, on all ranks or on those that `joined`,
-    which are filled before it learns. Raises InputError where the settings cannot be carried out by `size` ranks.
+    which are filled before it learns; so it may have been before, and then learns from `learns_from` total steps on. Raises
+    InputError where the settings cannot be carried out by `size` ranks.
     """
 
     def __init__(
-        self, config: Config, size: int, resumed_at: int = 0, empty: Literal["no", "all", "joined"] = "no"
+        self,
+        config: Config,
+        size: int,
+        resumed_at: int = 0,
+        empty: Literal["no", "all", "joined"] = "no",
+        learns_from: int = 0,
     ) -> None:
         self.config = config
         self.size = size
@@ -37,10 +43,14 @@ class Plan:
         self.slots_per_env = config.replay.capacity // self.envs
         # One update trains on `global_batch` transitions, and each step is to be trained on `replay_ratio` times.
         self._updates_per_step = Fraction(config.learner.replay_ratio).limit_denominator(10**6) / self.global_batch
-        self._check()
+        # Ranks that join a run which is learning change the numbers, not what was collected.
+        if resumed_at < config.learner.learn_start or empty == "all":
+            self._check_warm_up()
+        self._check_capacity()
         # A rank that joins learns as soon as it holds a batch: the others do not wait for more.
         batch = self.envs * max(config.agent.n_step, math.ceil(self.batch_per_rank / self.envs_per_rank))
-        self._learns_from = resumed_at + {"no": 0, "all": config.learner.learn_start, "joined": batch}[empty]
+        filled = resumed_at + {"no": 0, "all": config.learner.learn_start, "joined": batch}[empty]
+        self.learns_from = max(filled, learns_from)
 
     def _share(self, amount: int, name: str) -> int:
         if self.config.ranks.scaling == "weak":
@@ -52,8 +62,8 @@ class Plan:
             )
         return amount // self.size
 
-    def _check(self) -> None:
-        learner, n_step, stack = self.config.learner, self.config.agent.n_step, self.config.env.frame_stack
+    def _check_warm_up(self) -> None:
+        learner, n_step = self.config.learner, self.config.agent.n_step
         if learner.learn_start < self.global_batch // self.passes:
             raise InputError(
                 "The first update would sample more transitions than the warm-up collects. "
@@ -71,6 +81,9 @@ class Plan:
                 "The replay must hold what the warm-up collects. Received: "
                 f"--replay.capacity {self.config.replay.capacity}, --learner.learn_start {learner.learn_start}."
             )
+
+    def _check_capacity(self) -> None:
+        n_step, stack = self.config.agent.n_step, self.config.env.frame_stack
         # A stream needs room for one n-step transition with its stack, the last observation of an episode and the write head.
         if self.slots_per_env < (least := 2 * (n_step + stack + 2)):
             raise InputError(
@@ -85,7 +98,9 @@ class Plan:
         return self.total_steps_after(cycle) // period > self.total_steps_after(cycle - 1) // period
 
     def _updates_by(self, total_steps: int) -> int:
-        return math.floor(max(total_steps - self.config.learner.learn_start, 0) * self._updates_per_step)
+        # Asked twice a cycle: in integers, for a product of fractions takes ten times as long.
+        rate = self._updates_per_step
+        return max(total_steps - self.config.learner.learn_start, 0) * rate.numerator // rate.denominator
 
     def updates_after(self, cycle: int) -> int:
         """Updates taken from the start of the run to the end of this cycle."""
@@ -96,7 +111,7 @@ class Plan:
 
     def updates_at(self, cycle: int) -> int:
         """K, the number of updates in this cycle's phase; 0 where there is none, as while an empty replay is filled."""
-        if self.total_steps_after(cycle) < self._learns_from:
+        if self.total_steps_after(cycle) < self.learns_from:
             return 0
         return self.updates_after(cycle) - self.updates_after(cycle - 1)
 
@@ -162,15 +177,11 @@ class Plan:
     def checks_drift_at(self, cycle: int) -> bool:
         return self._passes_multiple(cycle, self.config.ranks.drift_check_period)
 
-    def episodes_of(self, rank: int, episodes: int) -> range:
-        """The global indices of the evaluation episodes that this rank plays."""
-        return range(rank, episodes, self.size)
-
     def describe(self) -> dict[str, str]:
         """What the settings amount to on this many ranks, for people."""
         config, learner = self.config, self.config.learner
         # In closed form: a long run has millions of cycles.
-        first = max(self.first_cycle, math.ceil(self._learns_from / self.steps_per_cycle) - 1, 0)
+        first = max(self.first_cycle, math.ceil(self.learns_from / self.steps_per_cycle) - 1, 0)
         updates = max(self.updates_after(self.cycles - 1) - self.updates_after(first - 1), 0)
         steps = self.total_steps_after(self.cycles - 1) - max(self.total_steps_after(first - 1), learner.learn_start)
         phases = min(updates, max(steps, 0) // max(learner.train_period, self.steps_per_cycle))

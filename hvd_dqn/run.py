@@ -28,9 +28,9 @@ class Run:
     def exists(self) -> bool:
         return (self.path / "run.json").exists()
 
-    def create(self, config: Config, about: dict[str, Any]) -> None:
-        """Makes the directory. Raises InputError where it holds a run or cannot be written."""
-        if self.exists:
+    def create(self, config: Config, about: dict[str, Any], again: bool = False) -> None:
+        """Makes the directory. Raises InputError where it holds a run, unless it is made `again`, or cannot be written."""
+        if self.exists and not (again and self.about().get("ended") == "running"):
             raise InputError(
                 f"{self.path} already holds a run. Go on with it by --resume, or choose another --run-dir."
             )

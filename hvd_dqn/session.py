@@ -97,8 +97,8 @@ class NullSession(Session):
         pass
 
 
-def open_session(run: Run, name: str, trainer: Trainer, snapshot: Snapshot | None) -> Session:
-    """Makes or continues the run directory. Raises InputError where that cannot be done."""
+def open_session(run: Run, name: str, trainer: Trainer, snapshot: Snapshot | None, again: bool = False) -> Session:
+    """Makes or continues the run directory, or makes it `again`. Raises InputError where that cannot be done."""
     if trainer.world.rank != 0:
         return NullSession()
     config, world = trainer.config, trainer.world
@@ -116,7 +116,7 @@ def open_session(run: Run, name: str, trainer: Trainer, snapshot: Snapshot | Non
     }
     reported = evaluated = None
     if snapshot is None:
-        run.create(config, about)
+        run.create(config, about, again)
     else:
         reported = snapshot.total_steps
         # An evaluation that was broken off is made again.

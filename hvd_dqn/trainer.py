@@ -47,7 +47,8 @@ class Trainer:
         )
         self.watchdog: Watchdog | NullWatchdog = NullWatchdog()
         self._broadcast = BroadcastHook(world, self.agent.learner.variables)
-        self._saved_at = -1  # the total steps of the last checkpoint to go on from
+        # The total steps of the last checkpoint to go on from.
+        self._saved_at = snapshot.total_steps if snapshot and snapshot.path.name else -1
         self._began = False
         self.committed: Snapshot | None = None  # what an elastic job goes on from when it loses ranks
 
@@ -96,7 +97,8 @@ class Trainer:
             yield Record("message", {}, text)
         self.agent.news.clear()
         began, self._began = self._began, True
-        if began:  # in an earlier generation of this job
+        if began:  # in an earlier generation of this job, which may have come further than what this one goes on from
+            self._saved_at = -1
             return
         lost = self.agent.begin_episodes()
         if lost is not None and (lost := int(self.world.sum(np.array([lost]))[0])):
@@ -190,17 +192,22 @@ class Trainer:
 
     def _remember(self, row: Row, cycle: int, checkpoints: Checkpoints) -> Iterator[Record]:
         """Keeps the best evaluation and its weights; of equals the newer, which has learned longer."""
-        if self.agent.best is None or row["return_mean"] >= self.agent.best[0]:
-            self.agent.best = (row["return_mean"], int(row["total_steps"]))
-            yield from self._save(cycle, checkpoints, only_weights=True)
+        agent, before = self.agent, self.agent.best
+        if before is not None and row["return_mean"] < before[0]:
+            return
+        agent.best = (row["return_mean"], int(row["total_steps"]))
+        # A checkpoint to go on from, made before this evaluation, has the same weights, and must stay.
+        if self._saved_at != agent.plan.total_steps_after(cycle):
+            saved = yield from self._save(cycle, checkpoints, only_weights=True)
+            if not saved:
+                agent.best = before
 
     def _save(
         self, cycle: int, checkpoints: Checkpoints, *, only_weights: bool = False, finished: bool = False
-    ) -> Iterator[Record]:
-        """A checkpoint to go on from or, `only_weights`, to evaluate. A collective."""
-        total_steps = self.agent.plan.total_steps_after(cycle)
+    ) -> Generator[Record, None, bool]:
+        """A checkpoint to go on from or, `only_weights`, to evaluate; returns whether it could be written. A collective."""
+        agent, total_steps = self.agent, self.agent.plan.total_steps_after(cycle)
         self.watchdog.beat(f"a checkpoint at {total_steps:,} total steps")
-        agent = self.agent
         part = agent.part() if self.config.checkpoint.save_replay and not only_weights else None
         try:
             with agent.ledger.timed("save"):
@@ -216,11 +223,14 @@ class Trainer:
             if self.config.checkpoint.on_failure == "stop":
                 raise JobError(f"{error} Make room and go on with --resume.") from None
             yield Record("message", {}, f"{error} The run goes on without it.")
-            return
+            if agent.best is not None and agent.best[1] == total_steps:
+                agent.best = None  # its weights made room for what could not be written
+            return False
         if not only_weights:
             self._saved_at = total_steps
             size = f"{saved.bytes / 1e6:,.1f} MB in {saved.seconds:.2f} s"
             yield Record("message", {}, f"checkpoint at {total_steps:,} total steps: {size}")
+        return True
 
     def close(self) -> None:
         self.agent.close()

@@ -30,8 +30,9 @@ ABORT_SECONDS = 5.0  # for world.abort: MPI_Abort may block while the main threa
 TURN_SECONDS = 0.5  # between the ranks that all see the chief's end: the first to speak ends the others
 LONGEST_LINE = 4096  # bytes
 STRANGER = -1  # the rank of a peer that has not shown the token
-# Whose code runs in the innermost frame of a main thread that waits for other ranks.
-WAITS_IN = ("horovod.", "mpi4py.", "tensorflow.", "hvd_dqn.distributed.")
+# Whose code runs in the innermost frame of a main thread that waits for other ranks, or for its own thread that learns.
+WAITS_IN = ("horovod.", "mpi4py.", "tensorflow.", "hvd_dqn.distributed.", "hvd_dqn.agent.settle.")
+WAITS_BY = ("threading", "concurrent.futures._base")  # the frames inside that do not tell who waits
 
 
 class Progress(NamedTuple):
@@ -211,12 +212,13 @@ class Watchdog:
     def _own_progress(self) -> Progress:
         beaten, where = self._beat
         frame = sys._current_frames().get(self._main_thread)
-        while frame and frame.f_code.co_filename.startswith("<"):  # generated: TensorFlow's wrappers of operations
+        # Those generated are TensorFlow's wrappers of operations.
+        while frame and (frame.f_code.co_filename.startswith("<") or frame.f_globals.get("__name__") in WAITS_BY):
             frame = frame.f_back
         if not frame:
             return Progress(beaten, where[:200], "its end", waits=False)
         line = f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno} in {frame.f_code.co_name}"
-        waits = f"{frame.f_globals.get('__name__')}.".startswith(WAITS_IN)
+        waits = f"{frame.f_globals.get('__name__')}.{frame.f_code.co_name}.".startswith(WAITS_IN)
         return Progress(beaten, where[:200], line[:200], waits)
 
     def _hear(self, peer: Peer) -> None:

@@ -65,18 +65,18 @@ def struck() -> None:
 
 
 def later(action) -> None:
-    """In the first learning cycle after STRIKES_AFTER."""
-    learn = Agent.learn
+    """After the first phase of updates that begins after STRIKES_AFTER."""
+    settle = Agent.settle
 
-    def broken(self, cycle):
-        phase = learn(self, cycle)
-        if self.plan.total_steps_after(cycle) > STRIKES_AFTER + self.plan.resumed_at:
-            Agent.learn = learn
+    def broken(self):
+        phase = settle(self)
+        if phase and self.plan.total_steps_after(self.learned_at) > STRIKES_AFTER + self.plan.resumed_at:
+            Agent.settle = settle
             struck()
             action(self)
         return phase
 
-    Agent.learn = broken
+    Agent.settle = broken
 
 
 def raising(where, name: str, calls: int) -> None:

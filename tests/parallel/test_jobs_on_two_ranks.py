@@ -107,13 +107,13 @@ from hvd_dqn.agent import Agent
 from hvd_dqn.placement import LAUNCHER_VARIABLES
 import os
 rank = int(next(os.environ[name] for name in LAUNCHER_VARIABLES if name in os.environ))
-learn = Agent.learn
-def broken(self, cycle):
-    phase = learn(self, cycle)
-    if rank == 1 and self.updates > 100:
+settle = Agent.settle
+def broken(self):
+    phase = settle(self)
+    if rank == 1 and phase and self.updates > 100:
         {what}
     return phase
-Agent.learn = broken
+Agent.settle = broken
 sys.argv = ["hvd-dqn", "train", "identity", "--evaluation.target_return", "None", "--total_steps", "100000",
             "--ranks.drift_check_period", "1000", "--evaluation.period", "100000", "--run_dir", sys.argv[1]]
 cli.main()

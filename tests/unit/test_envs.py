@@ -492,7 +492,7 @@ def test_a_missing_extra_is_named(monkeypatch):
     for name in [name for name in sys.modules if name.startswith(("Box2D", "gymnasium.envs.box2d"))]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "Box2D", None)
-    with pytest.raises(InputError, match=r"`LunarLander-v3` needs Box2D: pip install 'hvd_dqn\[box2d\]'"):
+    with pytest.raises(InputError, match=r"`LunarLander-v3` needs Box2D: pip install 'gymnasium\[box2d\]'"):
         Environments("LunarLander-v3", 1)
 
 

@@ -3,7 +3,6 @@
 import numpy as np
 import pytest
 
-from hvd_dqn.actor import Actor
 from hvd_dqn.distributed import Solo
 from hvd_dqn.envs import Environments
 from hvd_dqn.evaluation import Evaluator
@@ -22,16 +21,19 @@ def lean(observation):
     return (observation[:, 2] > 0).astype(np.int64)
 
 
-def evaluator(copies, world=None, max_length=1_000, id="CartPole-v1", act=lean, stop=lambda: False):
+def evaluator(copies, world=None, max_length=1_000, id="CartPole-v1", act=lean, stop=lambda: False, epsilon=0.0):
     envs = Environments(id, copies, vectorization="sync")
-    actor = Actor(lambda o: np.eye(envs.actions)[act(o)], envs.actions, np.random.default_rng(0))
-    return Evaluator(envs, actor, world or Solo(), epsilon=0.0, seed=7, max_length=max_length, stop=stop)
+    return Evaluator(
+        envs, lambda o: np.eye(envs.actions)[act(o)], world or Solo(),
+        epsilon=epsilon, seed=7, max_length=max_length, stop=stop,
+    )  # fmt: skip
 
 
-def test_the_result_does_not_depend_on_the_number_of_copies():
+@pytest.mark.parametrize("epsilon", [0.0, 0.1])
+def test_the_result_does_not_depend_on_the_number_of_copies(epsilon):
     results = []
     for copies in (1, 3, 10):
-        one = evaluator(copies)
+        one = evaluator(copies, epsilon=epsilon)
         results.append(one.evaluate(10, round=4))
         one.close()
     assert results[0]["return_std"] > 0  # or equal results would show nothing
@@ -42,12 +44,13 @@ def test_the_result_does_not_depend_on_the_number_of_copies():
     assert results[0]["length_mean"] == pytest.approx(results[0]["return_mean"])  # a reward of 1 per step
 
 
+@pytest.mark.parametrize("epsilon", [0.0, 0.1])
 @pytest.mark.parametrize("size", [2, 3, 4])
-def test_episodes_are_shared_out_without_loss_even_to_a_rank_that_gets_none(size):
-    alone = evaluator(3).evaluate(3, round=0)
+def test_episodes_are_shared_out_without_loss_even_to_a_rank_that_gets_none(size, epsilon):
+    alone = evaluator(3, epsilon=epsilon).evaluate(3, round=0)
     played = []
     for rank in range(size):
-        one = evaluator(2, OneOf(rank, size))
+        one = evaluator(2, OneOf(rank, size), epsilon=epsilon)
         world, vectors = one._world, []
         world.sum = lambda values, kept=vectors: (kept.append(values), np.array([1.0, 0, 0][: len(values)]))[1]
         one.evaluate(3, round=0)
@@ -63,6 +66,19 @@ def test_another_round_has_other_episodes_and_the_same_round_the_same():
     first, again, other = (one.evaluate(5, round=round) for round in (1, 1, 2))
     assert first == again
     assert first != other
+
+
+def test_as_many_actions_are_random_as_it_is_told():
+    chosen, one = [], evaluator(10, epsilon=0.25)
+    step = one._envs.step
+    one._q_values = lambda o: np.tile([0.0, 1.0], (len(o), 1))
+    one._envs.step = lambda action: (chosen.append(action.copy()), step(action))[1]
+    for round in range(20):
+        one.evaluate(10, round)
+    actions = np.concatenate(chosen)
+    assert len(actions) > 1_000
+    # Half of the random ones are the greedy one too; four standard deviations.
+    assert abs(np.mean(actions == 0) - 0.125) < 4 * np.sqrt(0.125 * 0.875 / len(actions))
 
 
 def test_an_episode_without_end_counts_as_it_is_at_the_longest_length():

@@ -147,13 +147,6 @@ def test_backward_passes_enlarge_the_batch_and_thin_out_the_updates():
     assert two.updates_after(two.cycles - 1) == one.updates_after(one.cycles - 1) // 2
 
 
-def test_evaluation_episodes_are_dealt_out_without_loss():
-    for size in (1, 2, 3, 8):
-        plan = Plan(config(), size)
-        dealt = sorted(i for rank in range(size) for i in plan.episodes_of(rank, 20))
-        assert dealt == list(range(20))
-
-
 @pytest.mark.parametrize(
     ("empty", "least"),
     # A batch of 64 from 8 environments each on 2 ranks: 8 cycles of 16.
@@ -164,6 +157,21 @@ def test_an_empty_replay_is_filled_before_anyone_learns(empty, least):
     assert plan.first_cycle == 625
     learning = [plan.total_steps_after(c) for c in range(plan.first_cycle, plan.cycles) if plan.learns_at(c)]
     assert least <= learning[0] < least + 256 + 16
+
+
+def test_a_replay_that_was_being_filled_is_filled_further():
+    plan = Plan(config(), 2, resumed_at=10_000, learns_from=10_700)
+    learning = [plan.total_steps_after(c) for c in range(plan.first_cycle, plan.cycles) if plan.learns_at(c)]
+    assert learning[0] == 10_752  # the first multiple of 256 from there on
+    assert Plan(config(), 2, resumed_at=10_000, empty="joined", learns_from=10_700).learns_from == 10_700
+
+
+def test_ranks_may_join_that_could_not_have_begun_together():
+    with pytest.raises(InputError, match=r"more transitions than the warm-up collects"):
+        Plan(config(), 16)
+    assert Plan(config(), 16, resumed_at=2_048, empty="joined").global_batch == 1_024
+    with pytest.raises(InputError, match=r"more transitions than the warm-up collects"):
+        Plan(config(), 16, resumed_at=2_048, empty="all")
 
 
 @pytest.mark.parametrize(

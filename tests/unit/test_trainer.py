@@ -318,6 +318,94 @@ def test_a_run_stopped_in_an_evaluation_makes_it_again(tmp_path):
     assert_same(resumed.arrays, trainer.arrays)
 
 
+def newest_stays_resumable(checkpoints):
+    """Every save leaves a checkpoint to go on from, if there was one."""
+    save, seen = checkpoints.save, []
+
+    def watched(total_steps, *arguments, **options):
+        saved = save(total_steps, *arguments, **options)
+        newest = checkpoints.newest(print)
+        seen.append(newest and newest.total_steps)
+        assert newest is not None or not any(seen)
+        return saved
+
+    checkpoints.save = watched
+    return seen
+
+
+def test_an_evaluation_takes_no_checkpoint_away(tmp_path):
+    # Each evaluation is the best so far, or as good; the last is made where the last checkpoint was.
+    settings = config(
+        evaluation={"target_return": None, "epsilon": 1.0, "max_episode_steps": 2},
+        checkpoint={"period": 480, "keep": 1},
+    )
+    checkpoints = Checkpoints(tmp_path, Solo(), keep=1)
+    seen = newest_stays_resumable(checkpoints)
+    trainer = Trainer(settings, Solo())
+    assert list(trainer.train(checkpoints))[-1].kind == "result"
+    trainer.close()
+    assert seen == [None, 480, 480, 480, 960, 960]  # at 300 weights, 480, at 600 and 900 weights, 960 and 960 finished
+    assert trainer.agent.best == (2.0, 960)
+    assert checkpoints.weights(960, print) is not None
+
+
+def test_the_evaluation_that_a_resumed_run_makes_again_leaves_what_it_came_from(tmp_path):
+    settings, checkpoints = config(evaluation={"target_return": None}), Checkpoints(tmp_path, Solo())
+    begun = Trainer(settings, Solo())
+    begun._stop = begun.agent.evaluator._stop = lambda: (
+        begun.agent.plan.total_steps_after(0) and begun.agent.updates > 0
+    )
+    assert list(begun.train(checkpoints))[-1].kind == "stopped"
+    begun.close()
+    snapshot = checkpoints.newest(print)
+    snapshot.state["evaluation_due"] = True
+    resumed = Trainer(settings, Solo(), snapshot)
+    records = resumed.train(checkpoints)
+    while next(records).kind != "evaluation":
+        pass
+    next(records)  # past what keeps the best evaluation; here the job is killed
+    resumed.close()
+    assert resumed.agent.best is not None
+    assert resumed.agent.best[1] == snapshot.total_steps
+    assert checkpoints.newest(print).total_steps == snapshot.total_steps
+
+
+def test_weights_that_could_not_be_written_are_not_the_best(tmp_path):
+    settings = config(
+        evaluation={"target_return": None, "epsilon": 1.0, "max_episode_steps": 2},
+        checkpoint={"on_failure": "continue"},
+    )
+    checkpoints = Checkpoints(tmp_path, Solo())
+    save = checkpoints.save
+
+    def full_at_600(total_steps, *arguments, **options):
+        if total_steps == 600:
+            raise JobError("No space left on device.")
+        return save(total_steps, *arguments, **options)
+
+    checkpoints.save = full_at_600
+    trainer = Trainer(settings, Solo())
+    for record in trainer.train(checkpoints):
+        if record.kind == "report" and 600 < record.row["total_steps"] < 900:
+            assert trainer.agent.best == (2.0, 300)
+            assert checkpoints.weights(300, print) is not None
+    trainer.close()
+    assert trainer.agent.best == (2.0, 960)
+
+
+def test_a_run_that_was_filling_its_replay_goes_on_filling_it(tmp_path):
+    settings = config(evaluation={"target_return": None})
+    play(settings, Solo(), tmp_path)
+    snapshot = Checkpoints(tmp_path, Solo()).newest(print).without_parts()
+    longer = settings.model_copy(update={"total_steps": 1_920})
+    resumed = Trainer(longer, Solo(), snapshot)
+    assert resumed.agent.plan.learns_from == 960 + 240
+    held = snapshot._replace(total_steps=1_000, state=resumed.agent.state(1_000, finished=False))
+    resumed.agent.regroup(held, joined=False)  # as an elastic job does that has lost a rank meanwhile
+    resumed.close()
+    assert resumed.agent.plan.learns_from == 960 + 240
+
+
 def test_without_its_replay_a_resumed_run_fills_a_new_one_before_it_learns(tmp_path):
     settings = config(evaluation={"target_return": None}, checkpoint={"save_replay": False})
     _, trainer = play(settings, Solo(), tmp_path)
