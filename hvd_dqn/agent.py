@@ -55,7 +55,8 @@ class Agent:
         planned = self.plan.updates_after(self.plan.cycles - 1)
         self.learner = make_learner(config, self.envs, world, self._rng(WEIGHTS), planned)
         self.actor = Actor(self._acting_q_values, self.envs.actions, self._rng(ACTING), config.agent.epsilon_zeta)
-        self.replay = self._make_replay(self.plan.slots_per_env)
+        # One that joins finds the memory of its neighbours taken already.
+        self.replay = self._make_replay(self.plan.slots_per_env, sharers=1 if joins else world.local_size)
         self.ledger = Ledger(world)
         self.evaluator = make_evaluator(config, world, self._evaluated_q_values, stop)
         self._thread = ThreadPoolExecutor(1, "learner") if config.learner.overlap else None
@@ -76,7 +77,7 @@ class Agent:
         key = (self.world.rank, stream, *([self.plan.resumed_at] if self.plan.resumed_at else []))
         return np.random.default_rng(np.random.SeedSequence(self.config.seed, spawn_key=key))
 
-    def _make_replay(self, slots: int) -> Replay:
+    def _make_replay(self, slots: int, sharers: int = 1) -> Replay:
         config = self.config
         return Replay(
             slots,
@@ -87,7 +88,7 @@ class Agent:
             frame_stack=config.env.frame_stack,
             n_step=config.agent.n_step,
             gamma=config.agent.gamma,
-            sharers=self.world.local_size,
+            sharers=sharers,
         )
 
     def _acting_q_values(self, observation: np.ndarray) -> np.ndarray:

@@ -22,7 +22,7 @@ from hvd_dqn.lockstep import BroadcastHook
 from hvd_dqn.networks import build_network
 from hvd_dqn.placement import cores
 from hvd_dqn.replay import Replay
-from hvd_dqn.transition import Transition
+from hvd_dqn.transition import Batch, Transition
 
 ENVS = 8  # streams of the replay that is sampled from
 
@@ -98,13 +98,16 @@ def _jobs(case: Case, world: World) -> Iterator[Callable[[], None]]:
     batch = replay.sample(case.updates, case.batch)
     copies = np.arange(case.updates) == case.updates - 1
 
+    def update(batch: Batch) -> None:
+        assert not agent.update(batch, 1e-4, copies).skipped, "an update that is skipped costs less"
+
     def train() -> None:
         for _ in range(case.phases):
-            agent.update(batch, 1e-4, copies)
+            update(batch)
 
     def sample_and_train() -> None:
         for _ in range(case.phases):
-            agent.update(replay.sample(case.updates, case.batch), 1e-4, copies)
+            update(replay.sample(case.updates, case.batch))
 
     train()  # traces the phase, and lets the allocator and the caches settle
     yield train

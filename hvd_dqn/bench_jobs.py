@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -136,8 +137,10 @@ def _started(commands: Sequence[Sequence[str]]) -> Iterator[list[_Job]]:
 
 
 def _kill(jobs: Sequence[_Job]) -> None:
-    for job in jobs:
-        job.kill(signal.SIGKILL)
+    for number in (signal.SIGTERM, signal.SIGKILL):  # as `close` does it: mpirun ends its ranks
+        for job in jobs:
+            job.kill(number)
+        time.sleep(GRACE)
 
 
 def _environment() -> dict[str, str]:

@@ -26,7 +26,8 @@ def scaling(
     say: Callable[[str], None] = lambda text: None,
 ) -> dict[str, Any]:
     """Efficiency: steps per second of a job of N ranks over the sum of those of N silent processes, of which each does the
-    same work as a rank. Both have one thread per rank; in every round each is measured once, in turns.
+    same work as a rank, compiled by XLA where that pays, which ranks that average gradients cannot be. Both have one thread
+    per rank; in every round each is measured once, in turns.
 
     Weak: each rank has the case's batch and environments. Strong: a part of them; left out where they do not divide.
     `total_steps` are those of one rank.
@@ -35,7 +36,7 @@ def scaling(
     if not ranks or min(ranks) < 1 or rounds < 1:
         raise InputError(f"--ranks and --rounds must be at least 1. Received: {list(ranks)} and {rounds}.")
     check_launcher()
-    layouts = [(n, kind) for n in ranks for kind in scalings if n > 1 or kind == "weak"]  # alone both are the same
+    layouts = [(n, kind) for n in ranks for kind in scalings if n > 1 or kind == scalings[0]]  # alone both are the same
     skipped = [f"{n} ranks, strong" for n, kind in layouts if kind == "strong" and _divided(case, n) is None]
     layouts = [(n, kind) for n, kind in layouts if kind == "weak" or _divided(case, n) is not None]
     measured: list[dict[tuple[int, str, str], Any]] = []

@@ -16,7 +16,7 @@ import tyro
 from hvd_dqn import __version__
 from hvd_dqn.checkpoint import Checkpoints, Snapshot
 from hvd_dqn.config import Config, load_file, load_preset, nearest, presets, setting_names
-from hvd_dqn.distributed import World, connect
+from hvd_dqn.distributed import Solo, World, connect
 from hvd_dqn.errors import InputError, JobError, RunError
 from hvd_dqn.lockstep import in_step
 from hvd_dqn.placement import is_elastic, set_thread_defaults
@@ -128,8 +128,7 @@ def main() -> None:
             print(f"hvd-dqn: {error}", file=sys.stderr, flush=True)
         sys.exit(1)
     except (RunError, KeyboardInterrupt) as error:
-        assert world is not None
-        world.abort(str(error) or "interrupted")
+        (world or Solo()).abort(str(error) or "interrupted")
 
 
 def find_command(argv: Sequence[str]) -> Callable[[Sequence[str], World], None]:
@@ -141,20 +140,23 @@ def find_command(argv: Sequence[str]) -> Callable[[Sequence[str], World], None]:
 
 def parse(kind: type[T], arguments: Sequence[str], prog: str, default: T | None = None) -> T:
     """Reads `arguments` into a `kind`. Raises InputError with one line where they do not fit."""
+    options, unknown = parse_known(kind, arguments, prog=prog, default=default)
+    if unknown:
+        known = [f"--{name}" for name in setting_names()] if kind is TrainOptions else []
+        raise InputError(f"There is no option {unknown[0]!r}.{nearest(unknown[0], known)} See `{prog} --help`.")
+    return options
+
+
+def parse_known(kind: type[T], arguments: Sequence[str], **options: Any) -> tuple[T, list[str]]:
+    """The same with what `kind` does not know, instead of complaining of it."""
     complaint = io.StringIO()
     try:
         with contextlib.redirect_stderr(complaint):
-            options, unknown = tyro.cli(
-                kind, args=arguments, prog=prog, default=default, return_unknown_args=True, use_underscores=True
-            )
+            return tyro.cli(kind, args=arguments, return_unknown_args=True, use_underscores=True, **options)
     except SystemExit as stop:
         if not stop.code:
             raise  # --help, printed
         raise InputError(one_line(complaint.getvalue())) from None
-    if unknown:
-        known = [f"--{name}" for name in setting_names()] if kind is TrainOptions else []
-        raise InputError(f"There is no option {unknown[0]!r}.{nearest(unknown[0], known)} See `{prog} --help`.")
-    return options  # type: ignore[return-value]  # tyro cannot tell a default of None
 
 
 def one_line(box: str) -> str:
@@ -176,17 +178,17 @@ def read_settings(arguments: Sequence[str]) -> tuple[TrainOptions, str, Config]:
     prog = f"hvd-dqn train {preset or 'PRESET'}"
     base = load_preset(preset) if preset else Config()
     # The file must be known before the settings on the command line can be laid over it.
-    where, _ = tyro.cli(_Where, args=rest, add_help=False, return_unknown_args=True)
+    where, _ = parse_known(_Where, rest, prog=prog, add_help=False)
+    name = preset or "run"
     if where.config:
-        base = load_file(where.config, base)
+        base, name = load_file(where.config, base), preset or where.config.stem
     elif where.resume and where.run_dir:
-        base = _settings_of_run(Run(where.run_dir), preset)
+        name, base = _made_by(Run(where.run_dir), preset)
     elif not preset and not {"-h", "--help"} & set(rest):
         raise InputError(f"What shall be trained? Name a preset ({', '.join(presets())}) or a --config FILE.")
     options = parse(TrainOptions, rest, prog, TrainOptions(settings=base))
     if options.resume and not options.run_dir:
         raise InputError("--resume needs --run-dir DIR, the run to go on with.")
-    name = preset or (where.config.stem if where.config else "run")
     return options, name, options.settings
 
 
@@ -197,13 +199,14 @@ class _Where:
     resume: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
 
 
-def _settings_of_run(run: Run, preset: str | None) -> Config:
+def _made_by(run: Run, preset: str | None) -> tuple[str, Config]:
+    """The name and the settings of the run that is to go on."""
     if not run.exists:
         raise InputError(f"There is nothing to resume in {run.path}: it holds no run. Start it without --resume.")
-    made_by = run.about().get("preset")
+    made_by = str(run.about().get("preset"))
     if preset is not None and preset != made_by:
         raise InputError(f"{run.path} is a run of {made_by}, not of {preset}. Leave the preset out or name that one.")
-    return run.config()
+    return made_by, run.config()
 
 
 def train(arguments: Sequence[str], world: World) -> None:

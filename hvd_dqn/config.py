@@ -305,10 +305,10 @@ def parse(text: str, origin: str, base: Config | None = None) -> Config:
     """Lays the YAML `text` over `base` or the defaults; `origin` names it in errors."""
     try:
         return Config.model_validate(_laid_over((base or Config()).model_dump(), yaml.safe_load(text) or {}))
-    except yaml.YAMLError as error:
-        raise InputError(f"{origin} is not YAML: {' '.join(str(error).split())}") from None
     except ValidationError as error:
         raise InputError(f"{origin}: {explain(error)}") from None
+    except (yaml.YAMLError, ValueError) as error:  # a date that does not exist is a ValueError
+        raise InputError(f"{origin} is not YAML: {' '.join(str(error).split())}") from None
 
 
 def _laid_over(base: dict[str, Any], top: Any) -> Any:

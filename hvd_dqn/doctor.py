@@ -131,25 +131,6 @@ def _no_horovod(ranks: Ranks) -> Iterator[str]:
         )
 
 
-def _mpi_disagrees(ranks: Ranks) -> Iterator[str]:
-    for rank in ranks:
-        seen = rank["horovod"].get("mpi4py_rank"), rank["horovod"].get("mpi4py_size")
-        if seen not in ((None, None), (rank["rank"], rank["size"])):
-            yield (
-                f"Rank {rank['rank']} of {rank['size']} for Horovod is rank {seen[0]} of {seen[1]} for mpi4py: "
-                "they were built against different MPIs. Run launch/setup.sh with one mpirun on PATH."
-            )
-
-
-def _thread_level(ranks: Ranks) -> Iterator[str]:
-    level = ranks[0]["horovod"].get("mpi_thread_level", "MULTIPLE")
-    if level != "MULTIPLE":
-        yield (
-            f"MPI granted MPI_THREAD_{level}, but Horovod's background thread needs MPI_THREAD_MULTIPLE: "
-            "use Open MPI 4.0 or later."
-        )
-
-
 def _shared_cores(ranks: Ranks) -> Iterator[str]:
     for host, neighbours in _by_host(ranks):
         threads = sum(rank["threads"] for rank in neighbours)
@@ -202,8 +183,6 @@ def _different_versions(ranks: Ranks) -> Iterator[str]:
 CHECKS: tuple[Callable[[Ranks], Iterator[str]], ...] = (
     _alone_in_company,
     _no_horovod,
-    _mpi_disagrees,
-    _thread_level,
     _shared_cores,
     _shared_gpu,
     _no_nccl,

@@ -300,10 +300,7 @@ class Environments:
 
     def close(self) -> None:
         """Ends the environments and their processes; a second call does nothing."""
-        if isinstance(self._vector, AsyncVectorEnv):
-            workers.end(self._vector, CLOSING_SECONDS)
-        else:
-            self._vector.close()
+        vectors.end(self._vector, CLOSING_SECONDS)
 
     def _frames(self, raw: Any) -> np.ndarray:
         """Copies: vector classes use their arrays again."""

@@ -10,14 +10,14 @@ from hvd_dqn.checkpoint import Checkpoints, Snapshot
 from hvd_dqn.config import Config
 from hvd_dqn.distributed import World
 from hvd_dqn.elastic import ElasticWorld
-from hvd_dqn.errors import InputError
+from hvd_dqn.errors import InputError, RunError
 from hvd_dqn.evaluation import Evaluator
 from hvd_dqn.learner import Learner
 from hvd_dqn.lockstep import BroadcastHook, in_step
 from hvd_dqn.metrics import Row
 from hvd_dqn.parts import make_environments, make_evaluator, make_learner, make_normalizer, restore_weights
 from hvd_dqn.run import Run
-from hvd_dqn.session import open_session
+from hvd_dqn.session import Session, open_session
 from hvd_dqn.signals import StopRequest
 from hvd_dqn.trainer import Trainer
 
@@ -68,13 +68,23 @@ def train_elastically(config: Config, name: str, run: Run, stop: StopRequest, *,
 def _go_on(
     trainer: Trainer, name: str, run: Run, snapshot: Snapshot | None, checkpoints: Checkpoints, again: bool = False
 ) -> bool:
-    session = in_step(trainer.world, lambda: open_session(run, name, trainer, snapshot, again))
+    session = in_step(trainer.world, lambda: _opened(run, name, trainer, snapshot, again))
     record = None
     # Closing: a record that cannot be shown ends the training there and then, its goodbyes to the other ranks included.
     with session, contextlib.closing(trainer.train(checkpoints)) as records:
         for record in records:
-            session.show(record)
+            try:
+                session.show(record)
+            except OSError as error:
+                raise RunError(f"{run.path} cannot be written: {error}. Make room and go on with --resume.") from None
     return record is not None and record.kind == "stopped"
+
+
+def _opened(run: Run, name: str, trainer: Trainer, snapshot: Snapshot | None, again: bool) -> Session:
+    try:
+        return open_session(run, name, trainer, snapshot, again)
+    except OSError as error:
+        raise InputError(f"Cannot write the run directory {run.path}: {error.strerror}.") from None
 
 
 def newest(checkpoints: Checkpoints, run: Run, world: World) -> Snapshot:

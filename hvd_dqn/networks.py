@@ -34,9 +34,9 @@ class Network(Protocol):
 
 
 def encode(observation: tf.Tensor, categories: int | None) -> tf.Tensor:
-    """Makes float32 of what environments yield: states one-hot [B, categories], bytes scaled to [0, 1]."""
+    """Makes float32 of what environments yield: k stacked states one-hot [B, k * categories], bytes scaled to [0, 1]."""
     if categories is not None:
-        return tf.one_hot(observation[:, 0], categories)
+        return tf.reshape(tf.one_hot(observation, categories), [-1, observation.shape[1] * categories])
     if observation.dtype == tf.uint8:
         return tf.cast(observation, tf.float32) * (1.0 / 255.0)
     return tf.cast(observation, tf.float32)
@@ -113,7 +113,7 @@ class Mlp(FlatNetwork):
 
     def q_values(self, observation: np.ndarray) -> np.ndarray:
         if self._categories is not None:
-            observation = np.eye(self._categories, dtype=np.float32)[observation[:, 0]]
+            observation = _one_hot(observation, self._categories)
         elif observation.dtype == np.uint8:
             observation = observation * np.float32(1 / 255)
         return self._forward(self._weights(), observation)
@@ -192,7 +192,7 @@ def build_network(
             "--agent.dueling splits the last hidden layer in two: give --agent.hidden at least one hidden layer."
         )
     if name == "mlp":
-        inputs = categories or math.prod(observation_shape)
+        inputs = (categories or 1) * math.prod(observation_shape)
         return Mlp(inputs, hidden, actions, dueling=dueling, categories=categories, rng=rng)
     if name == "cnn":
         if len(observation_shape) != 3 or categories is not None:
@@ -204,7 +204,7 @@ def build_network(
     if ":" not in name:
         raise InputError(f"--agent.network must be mlp, cnn or module:function. Received: {name!r}.")
     tf.keras.utils.set_random_seed(int(rng.integers(2**31)))
-    shape = observation_shape if categories is None else (categories,)
+    shape = observation_shape if categories is None else (categories * math.prod(observation_shape),)
     model = _call_builder(name, shape, actions)
     if model.non_trainable_variables:
         raise InputError(
@@ -218,7 +218,7 @@ def _call_builder(name: str, observation_shape: tuple[int, ...], actions: int) -
     module, function = name.split(":", 1)
     try:
         builder = getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError) as error:
+    except (ImportError, AttributeError, ValueError) as error:
         raise InputError(
             f"--agent.network {name} cannot be imported: {error}. Expected: an importable module:function."
         ) from None
@@ -245,6 +245,13 @@ def _initial(shapes: Sequence[tuple[int, ...]], rng: np.random.Generator) -> np.
         # low-dimensional control problems live.
         parts += [rng.uniform(-bound, bound, math.prod(shape)) for shape in (kernel, bias)]
     return np.concatenate(parts).astype(np.float32)
+
+
+def _one_hot(states: np.ndarray, categories: int) -> np.ndarray:
+    """As `encode` does it, in NumPy."""
+    encoded = np.zeros((states.size, categories), np.float32)
+    encoded[np.arange(states.size), states.reshape(-1)] = 1.0
+    return encoded.reshape(len(states), -1)
 
 
 def _flatten(x: Array) -> Array:

@@ -15,6 +15,8 @@ from hvd_dqn.learner import Learner
 from hvd_dqn.networks import build_network
 from hvd_dqn.normalizer import Normalizer, NullNormalizer
 
+MOST_COPIES = 32  # that evaluate, on each rank: in processes of their own a thousand would be too many
+
 
 def make_environments(config: Config, world: World, copies: int, vectorization: str, restarts: int = 0) -> Environments:
     env = config.env
@@ -87,7 +89,7 @@ def make_evaluator(
     q_values: Callable[[np.ndarray], np.ndarray],
     stop: Callable[[], bool] = lambda: False,
 ) -> Evaluator:
-    settings, copies = config.evaluation, -(-config.evaluation.episodes // world.size)
+    settings, copies = config.evaluation, min(-(-config.evaluation.episodes // world.size), MOST_COPIES)
     # One by one, not the environment's own vector class: that takes one seed for all its copies.
     mode = "async" if config.env.vectorization == "async" else "sync"
     envs = make_environments(config, world, copies, mode)

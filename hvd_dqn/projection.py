@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+AGREEMENTS = 2  # small all-reduces by which Horovod's ranks find out what is ready everywhere, before each message
 DRAWS = 200_000  # of lateness: hundreds of them are later than the latest of 512 ranks usually is
 
 
@@ -43,7 +44,7 @@ def fit_line(points: Sequence[tuple[float, float]]) -> Line:
 
 
 class Network(NamedTuple):
-    """What a message between ranks costs: `latency` s per hop, `seconds_per_byte`, and `overhead` s that Horovod adds."""
+    """What a message between ranks costs: `latency` s per hop, `seconds_per_byte`, and `overhead` s of Horovod's threads."""
 
     latency: float
     seconds_per_byte: float
@@ -53,7 +54,8 @@ class Network(NamedTuple):
         """Seconds for `size` bytes: the ring or, for short messages, recursive doubling, as MPI libraries choose.
 
         The ring takes 2 (N - 1) hops of 1/N of the message each (Patarasuk & Yuan 2009), doubling log2 N of all of it
-        (Thakur et al. 2005). Horovod agrees on what is ready by a tree, so that its part grows as log2 N too.
+        (Thakur et al. 2005). What Horovod adds is handing the message to its thread and back, which does not depend on N, and
+        agreeing on what is ready, which does.
         """
         if ranks == 1:
             return 0.0
@@ -61,24 +63,25 @@ class Network(NamedTuple):
         hops = 2 * (ranks - 1)
         ring = hops * (self.latency + size / ranks * self.seconds_per_byte)
         doubling = rounds * (self.latency + size * self.seconds_per_byte)
-        return rounds * self.overhead + min(ring, doubling)
+        return self.overhead + AGREEMENTS * rounds * self.latency + min(ring, doubling)
 
 
 def fit_network(ranks: int, horovod: Mapping[float, float], raw: Mapping[float, float]) -> Network:
     """From the seconds of all-reduces by their bytes, among `ranks` ranks: Horovod's, and MPI's own where it was asked.
 
-    Without small ones of MPI's, half of what a small message takes counts as the network's, as two equal waits.
+    Without small ones of MPI's, half of what a small message takes counts as the network's.
     """
     whole = fit_line(list(horovod.items()))
-    # Of the fixed cost, what a small message of MPI's own takes is the network's, and the rest Horovod's. The fastest of the
-    # small ones: beside Horovod's busy thread any of them may have been slow.
+    # Of the fixed cost, what a small message of MPI's own takes is the network's, once for each agreement and for the message
+    # itself, and the rest Horovod's threads'.
     sent = {size: size * whole.slope for size in raw}
     small = [seconds - sent[size] for size, seconds in raw.items() if sent[size] < whole.fixed / 10]
-    fixed = min(whole.fixed, max(0.0, min(small))) if small else whole.fixed / 2
+    waits = 1 + AGREEMENTS
+    fixed = min(whole.fixed, waits * max(0.0, min(small))) if small else whole.fixed / 2
     rounds, hops = math.ceil(math.log2(ranks)), 2 * (ranks - 1)
     # At two ranks and any size, doubling is one hop of the whole message; above, large messages go round the ring.
     bytes_sent = 1.0 if ranks == 2 else hops / ranks
-    return Network(fixed / rounds, whole.slope / bytes_sent, (whole.fixed - fixed) / rounds)
+    return Network(fixed / waits / rounds, whole.slope / bytes_sent, whole.fixed - fixed)
 
 
 def expected_wait(lateness: np.ndarray, ranks: int) -> float:
@@ -134,16 +137,17 @@ def efficiency(parts: Mapping[str, float]) -> float:
 
 
 def at_batch(phase: Phase, per_update: Line, batch: float) -> Phase:
-    """The same phase with another batch: its time by the line, what it varies by in proportion to it."""
+    """The same phase with another batch: its time by the line, and its lateness as if it were several of the old ones."""
     seconds = phase.updates * per_update(batch)
     factor = seconds / phase.seconds
-    return phase._replace(batch=batch, seconds=seconds, least=factor * phase.least, deviation=factor * phase.deviation)
+    deviation = math.sqrt(factor) * phase.deviation
+    return phase._replace(batch=batch, seconds=seconds, least=factor * phase.least, deviation=deviation)
 
 
 def batch_for(
     target: float, phase: Phase, per_update: Line, network: Network, ranks: int, sync: str, limit: int = 1 << 20
 ) -> int | None:
-    """The smallest batch per rank, up to `limit`, with at least this efficiency; None where waiting alone forbids it."""
+    """The smallest batch per rank, up to `limit`, with at least this efficiency; None where there is none."""
 
     def reached(batch: int) -> bool:
         return efficiency(cost(at_batch(phase, per_update, batch), network, ranks, sync)) >= target

@@ -68,9 +68,12 @@ class Session:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.close()
-        if kind is not None:
-            with contextlib.suppress(InputError):
+        if kind is None:
+            self.close()
+        else:  # nothing may take the place of what ended the run
+            with contextlib.suppress(OSError):
+                self.close()
+            with contextlib.suppress(InputError, OSError):
                 self._run.note(ended=f"failed: {kind.__name__}: {error}", finished=now())
 
 

@@ -16,6 +16,7 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.name: str | None = None  # of the first signal that came
+        self._interrupts = 0
 
     def install(self, for_all: bool = True) -> None:
         """In the main thread, as Python wants it. `for_all`: a SIGTERM stops the whole job and not this process alone."""
@@ -29,9 +30,10 @@ class StopRequest:
             signal.signal(wish, signal.SIG_IGN)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        if number == signal.SIGINT and self.name == "SIGINT":
+        self._interrupts += number == signal.SIGINT
+        if self._interrupts > 1:
             os._exit(130)  # a shell's code for Ctrl-C; the launcher ends the other ranks
-        self.name = signal.Signals(number).name
+        self.name = self.name or signal.Signals(number).name
 
     def __call__(self) -> bool:
         return self.name is not None

@@ -89,7 +89,7 @@ def is_native(vector: VectorEnv) -> bool:
 
 
 def end(vector: VectorEnv, seconds: float) -> None:
-    """Closes the copies of one that has failed, whatever that raises, and leaves it after `seconds`."""
+    """Closes all copies, whatever that raises, and leaves them after `seconds`."""
     if isinstance(vector, AsyncVectorEnv):
         workers.end(vector, seconds)
         return

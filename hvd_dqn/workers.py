@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import multiprocessing
 import os
 import signal
 import sys
@@ -32,7 +33,8 @@ def start(makers: Sequence[Callable[[], gymnasium.Env]]) -> AsyncVectorEnv:
 
 
 def _make_in_worker(maker: Callable[[], gymnasium.Env]) -> gymnasium.Env:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole terminal: the rank decides how to end.
+    if multiprocessing.parent_process() is not None:  # Gymnasium also makes one in the rank itself, to see its spaces
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole terminal: the rank decides how to end
     return maker()
 
 

@@ -42,6 +42,10 @@ def run(
         os.killpg(process.pid, signal.SIGKILL)
         out, err = process.communicate()
         raise AssertionError(f"hung for {timeout} s: {command}\n{out}\n{err}") from None
+    except BaseException:  # Ctrl-C: the next to measure shall have the cores to itself
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        raise
     return subprocess.CompletedProcess(command, process.returncode, out, err)
 
 

@@ -4,6 +4,7 @@ import argparse
 import json
 import re
 import shlex
+import signal
 import statistics
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -32,6 +33,7 @@ Round = Mapping[str, dict[str, Any]]
 
 
 def arguments(description: str | None) -> argparse.ArgumentParser:
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # so that `run` ends what it has started
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
     return parser

@@ -9,12 +9,14 @@ and RLlib, one after the other, one thread per process. All are timed from their
 and checkpoints.
 
 What differs: every project steps cheap environments as it recommends, ours by Gymnasium's vector class of CartPole, SB3 by
-DummyVecEnv, Tianshou by DummyVectorEnv, RLlib in as many worker processes as there are cores, so that ours on two ranks is
-what it is held against. RLlib takes a few more steps per update than it is asked for, which lowers its updates/s, not its
-steps/s, and pads its convolutions; Tianshou asks the online network for the next observations too. The target network of SB3
-and Tianshou stays as it is within a phase of updates, ours is copied at any update. `--total-steps` are a job's, on one rank.
+DummyVecEnv, Tianshou by DummyVectorEnv, RLlib in as many worker processes as there are cores and environments, so that ours on
+two ranks stands beside it too. RLlib takes a few more steps per update than it is asked for: updates per step, in batches of
+one rank, are in the table. Tianshou asks the online network for the next observations too. The target network of SB3 and
+Tianshou stays as it is within a phase of updates, ours is copied at any update. At 64-64 ours is compiled by XLA on one rank,
+as in runs of 50,000 updates, which compiling outside of what is timed stands for. `--total-steps` are a job's, on one rank.
 """
 
+import statistics
 from collections.abc import Sequence
 from typing import Any
 
@@ -87,15 +89,23 @@ def summary(case: str, made: Sequence[Round]) -> dict[str, Any]:
     ratios = {}
     for name in made[0]:
         if name not in ("ours", "ours, two ranks"):
-            mine = "ours, two ranks" if name == "rllib" else "ours"
-            ratios[f"{mine} over {name}"] = ratio(rates[mine][RATES[0]], rates[name][RATES[0]])
+            for mine in ("ours", "ours, two ranks") if name == "rllib" else ("ours",):
+                ratios[f"{mine} over {name}"] = ratio(rates[mine][RATES[0]], rates[name][RATES[0]])
     ratios["two ranks over one"] = ratio(rates["ours, two ranks"][RATES[0]], rates["ours"][RATES[0]])
     return {
         "case": case,
         "rates": {name: {what: spread(values) for what, values in each.items()} for name, each in rates.items()},
+        "updates_per_step": {
+            name: statistics.median(ranks(name) * r[name]["updates"] / r[name]["total_steps"] for r in made)
+            for name in made[0]
+        },
         "ratios": ratios,
         "runs": made,
     }
+
+
+def ranks(name: str) -> int:
+    return 2 if name == "ours, two ranks" else 1
 
 
 def table(result: dict[str, Any]) -> Table:
@@ -104,6 +114,7 @@ def table(result: dict[str, Any]) -> Table:
     for name in rows[0]["rates"]:
         for what, unit in zip(RATES, ("steps/s", "updates/s"), strict=True):
             lines[f"{name}: {unit}"] = [cell(row["rates"][name][what]) for row in rows]
+        lines[f"{name}: updates per step"] = [f"{row['updates_per_step'][name]:.3f}" for row in rows]
     lines |= {name: [cell(row["ratios"][name], ".2f") for row in rows] for name in rows[0]["ratios"]}
     return compare.table(result, "Whole training", [row["case"] for row in rows], lines)
 

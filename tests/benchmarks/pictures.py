@@ -195,7 +195,11 @@ def scaling(results: Sequence[Result]) -> Figure | None:
             labels(axes, ends, 0.065 * max(1.1, highest))
     all_axes[0].set_ylabel("efficiency", color=INK)
     all_axes[0].annotate(
-        "hollow: more ranks than cores", (0.03, 0.03), xycoords="axes fraction", fontsize=8, color=GREY
+        "dashed: strong scaling\nhollow: more ranks than cores",
+        (0.03, 0.03),
+        xycoords="axes fraction",
+        fontsize=8,
+        color=GREY,
     )
     return figure
 
@@ -273,7 +277,8 @@ def projection(results: Sequence[Result]) -> Figure | None:
             batch = f", batch {result['fit']['phase']['batch']:g}"  # of the line; others are checked on the right
             if (found := re.match(r"efficiency of (\d+) ranks", check["what"])) and check["what"].endswith(batch):
                 left.plot(int(found[1]), check["measured"] / 100, "o", color=color, markersize=7, zorder=3)
-            names.append((check, color))
+            if check not in (each for each, _ in names):  # all-reduces are the same for both
+                names.append((check, color))
     title(left, f"{', '.join(sorted({result['case'] for result in results}))}: efficiency of many ranks")
     ranks_axis(left, [row["ranks"] for row in results[0]["results"]])
     percent_axis(left)

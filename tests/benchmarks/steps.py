@@ -19,11 +19,10 @@ from rich.table import Table
 
 from hvd_dqn.config import Config, load_preset, presets
 from hvd_dqn.errors import InputError
-from hvd_dqn.metrics import read_csv
 from hvd_dqn.placement import cores
 from hvd_dqn.plan import Plan
 from hvd_dqn.run import Run
-from tests.benchmarks import compare
+from tests.benchmarks import compare, solve
 from tests.benchmarks.solve import median, shown
 from tests.learning.table import trained
 
@@ -66,10 +65,8 @@ def allowed(preset: str, ranks: int, scaling: str) -> bool:
 
 
 def reached(run: Run) -> dict[str, Any]:
-    about, returns = run.about(), read_csv(run.path / "evaluations.csv")["return_mean"]
-    # A run that ends at its limit has a last evaluation of 100 too, but none before it that reached the target.
-    there = bool((returns[-2:] >= about["target_return"]).all())
-    steps = about["result"]["total_steps"] if there else None
+    about = run.about()
+    steps = about["result"]["total_steps"] if solve.reached(run) else None
     return {"seed": about["seed"], "total_steps": steps, "commit": about.get("commit", "unknown")}
 
 
@@ -111,7 +108,7 @@ def table(result: dict[str, Any]) -> Table:
 
 def over_one(row: dict[str, Any]) -> str:
     found = row["over_one_rank"]
-    text = "never" if found["ratio"] is None else f"{found['ratio']:.2f} times one rank's"
+    text = "-" if found["ratio"] is None else f"{found['ratio']:.2f} times one rank's"
     if wanted := found.get("target"):
         text += f", {wanted['sign']} {wanted['limit']:g}: {'met' if wanted['met'] else 'NOT MET'}"
     return text

@@ -16,6 +16,9 @@ def told(result: Result) -> str:
     machine, count = result["machine"], result.get("rounds", result.get("repeats"))
     left_out = f" Left out: {'; '.join(result['left_out'])}." if result.get("left_out") else ""
     of = f", {count} rounds or seeds" if count else ""
+    # `hvd-dqn bench` gives quartiles, the comparisons of a few rounds the lowest and the highest.
+    ends = "quartiles" if result["benchmark"] in ("scaling", "allreduce") else "lowest to highest"
+    of += f", medians ({ends})" if count else ""
     return (
         f"`{result['command']}` at commit {result['commit']}{of}, {machine['cpu']}, {machine['cores']} cores.{left_out}"
     )
@@ -43,6 +46,10 @@ def loop_table(result: Result) -> list[list[str]]:
     made = [["steps/s", *(row["case"] for row in rows)]]
     for name in rows[0]["rates"]:
         made.append([NAMES.get(name, name), *(spread(row["rates"][name]["steps_per_second"]) for row in rows)])
+    for name in rows[0]["updates_per_step"]:
+        made.append(
+            [f"{NAMES.get(name, name)}: updates per step", *(f"{r['updates_per_step'][name]:.3f}" for r in rows)]
+        )
     return made + [[n, *(spread(row["ratios"][n], ".2f") for row in rows)] for n in rows[0]["ratios"]]
 
 

@@ -78,6 +78,8 @@ def test_a_run_is_resumed_in_its_own_files(tmp_path):
     assert (steps[0], steps[-1]) == (252, 2000)
     assert json.loads((folder / "run.json").read_text())["resumes"][0]["total_steps"] == 1000
     assert yaml.safe_load((folder / "config.yaml").read_text())["total_steps"] == 2000
+    assert json.loads((folder / "run.json").read_text())["preset"] == "identity"  # by which a later resume may name it
+    assert "identity: return" in done.stdout
 
 
 def test_plot_draws_several_runs(identity, tmp_path):
@@ -116,6 +118,8 @@ BAD_INPUT = [
     (["train", "identity", "--env.id", "Pendulum-v1"], r"Pendulum-v1.*Discrete"),
     (["train", "identity", "--env.id", "Blackjack-v1"], r"Blackjack-v1"),
     (["train", "identity", "--resume"], r"--resume needs --run-dir"),
+    (["train", "identity", "--run-dir"], r"Missing value for argument '--run_dir'"),
+    (["train", "identity", "--agent.network", ":f"], r"--agent.network :f cannot be imported"),
     (["train", "identity", "--resume", "--run_dir", "nothing"], r"nothing to resume in nothing"),
     (["train", "identity", "--run_dir", "/proc/no/run"], r"Cannot write the run directory /proc/no/run"),
     (["evaluate", "nothing"], r"nothing is no run"),

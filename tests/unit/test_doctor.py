@@ -64,12 +64,6 @@ def test_healthy_ranks_have_no_problem():
         ([rank(0, 1, versions=without("horovod"))], "several ranks need horovod", "launch/setup.sh"),
         ([rank(0, 1, versions=without("mpi4py"))], "several ranks need mpi4py", "launch/setup.sh"),
         ([rank(0, 1, horovod={"horovod_error": "undefined symbol"})], "undefined symbol", "launch/setup.sh"),
-        (
-            [rank(0), rank(1, horovod={"mpi4py_rank": 0, "mpi4py_size": 1})],
-            "Rank 1 of 2 for Horovod is rank 0 of 1 for mpi4py",
-            "one mpirun on PATH",
-        ),
-        ([rank(0, horovod={"mpi_thread_level": "SERIALIZED"}), rank(1)], "MPI_THREAD_SERIALIZED", "Open MPI 4.0"),
         ([rank(0, threads=2), rank(1, threads=2)], "2 ranks on one run 4 threads on 2 cores", "INTRAOP_THREADS to 1"),
         ([rank(0, cores=[1]), rank(1, cores=[1])], "run 2 threads on 1 core ", "start fewer ranks"),
         ([rank(0, threads=2), rank(1, threads=1)], "run 3 threads on 2 cores", "mpirun --bind-to none"),

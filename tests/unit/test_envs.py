@@ -508,3 +508,9 @@ def test_the_identity_environment_rewards_repeating_its_state():
             assert episodes.returns.tolist() == ([10] * 4 if step % 10 == 0 else [])
         wrong = [envs.step((envs.observation[:, 0] + 1) % 4)[0].reward.sum() for _ in range(10)]
         assert sum(wrong) == 0
+
+
+def test_ctrl_c_still_reaches_a_rank_whose_copies_are_processes():
+    before = signal.getsignal(signal.SIGINT)
+    with made("Counter-v0", 2, vectorization="async"):
+        assert signal.getsignal(signal.SIGINT) is before

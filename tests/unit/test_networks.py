@@ -35,12 +35,13 @@ def not_a_model(observation_shape, actions):
 @pytest.mark.parametrize(
     ("hidden", "dueling"), [((), False), ((8,), False), ((8, 6), False), ((8,), True), ((8, 6), True)]
 )
-@pytest.mark.parametrize("kind", ["float", "states", "bytes", "image"])
+@pytest.mark.parametrize("kind", ["float", "states", "stacked states", "bytes", "image"])
 def test_an_mlp_computes_the_same_in_numpy_and_in_tensorflow(kind, hidden, dueling):
     rng = np.random.default_rng(1)
     shape, categories, observation = {
         "float": ((4,), None, rng.normal(size=(7, 4)).astype(np.float32)),
         "states": ((1,), 5, rng.integers(5, size=(7, 1)).astype(np.int32)),
+        "stacked states": ((3,), 5, rng.integers(5, size=(7, 3)).astype(np.int32)),
         "bytes": ((4,), None, rng.integers(256, size=(7, 4)).astype(np.uint8)),
         "image": ((3, 3, 2), None, rng.normal(size=(7, 3, 3, 2)).astype(np.float32)),
     }[kind]
@@ -89,6 +90,14 @@ def test_an_own_keras_model_is_used_with_its_variables_as_they_are():
     assert network.q_values(np.zeros((2, 4), np.float32)).shape == (2, 3)
     states = make("tests.unit.test_networks:keras_model", shape=(1,), categories=5)
     assert states.q_values(np.array([[3]], np.int32)).shape == (1, 3)
+
+
+def test_each_of_stacked_states_counts():
+    for name in ("mlp", "tests.unit.test_networks:keras_model"):
+        network = make(name, shape=(2,), categories=5)
+        q = network.q_values(np.array([[3, 1], [3, 2], [0, 2], [3, 1]], np.int32))
+        assert len(np.unique(q[:, 0])) == 3
+        assert np.array_equal(q[0], q[3])
 
 
 def test_one_seed_makes_one_network():

@@ -11,7 +11,13 @@ from matplotlib.colors import to_hex
 from tests.benchmarks import pictures, steps, tables
 from tests.learning import table
 
-TOLD = {"command": "python -m it", "commit": "c0ffee", "machine": {"cpu": "a CPU", "cores": 2}, "rounds": 3}
+TOLD = {
+    "benchmark": "steps",
+    "command": "python -m it",
+    "commit": "c0ffee",
+    "machine": {"cpu": "a CPU", "cores": 2},
+    "rounds": 3,
+}
 
 
 def step_rows(*medians: tuple[int, str, float]) -> list[dict]:
@@ -81,7 +87,10 @@ def test_each_file_gives_its_table_with_command_and_commit_and_its_picture(tmp_p
     text = capsys.readouterr().out
     assert "| cartpole | 8 | weak | never (never to never) | 0 of 1 | never, ≤ 1.25 **not met** |" in text
     assert "| cartpole | 8 | strong | 1,100 (1,100 to 1,100) | 1 of 1 | 1.10, ≤ 1.1 met |" in text
-    assert "`python -m it` at commit c0ffee, 3 rounds or seeds, a CPU, 2 cores. Left out: x." in text
+    assert (
+        "`python -m it` at commit c0ffee, 3 rounds or seeds, medians (lowest to highest), a CPU, 2 cores. Left out: x."
+        in text
+    )
 
 
 def test_two_ranks_are_held_against_what_is_wanted_of_them():

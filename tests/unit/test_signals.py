@@ -43,6 +43,17 @@ def test_the_first_signal_is_noted_and_later_ones_of_another_kind_change_nothing
     process.wait()
 
 
+def test_a_second_ctrl_c_ends_it_whatever_came_before_and_between():
+    process = start()
+    for name in ("SIGUSR1", "SIGINT", "SIGTERM", "SIGINT"):
+        assert process.poll() is None
+        process.send_signal(signal.Signals[name])
+        if name == "SIGUSR1":
+            assert process.stdout.readline() == "SIGUSR1\n"
+        time.sleep(0.2)
+    assert process.wait(30) == 130
+
+
 def test_a_second_ctrl_c_ends_the_process_at_once():
     process = start()
     process.send_signal(signal.SIGINT)

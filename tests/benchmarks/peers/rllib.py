@@ -1,6 +1,6 @@
 """RLlib's DQN with its workers: whole training, with the learner in this process and `runners` others that step environments.
 
-Without prioritized replay, double Q-learning and dueling streams, which are its defaults; its convolutions pad ("same").
+Without prioritized replay, double Q-learning and dueling streams, which are its defaults.
 """
 
 import os
@@ -43,7 +43,9 @@ def make_env(job: shared.Job) -> gym.Env:
 
 def config(job: shared.Job, runners: int) -> DQNConfig:
     model = (
-        DefaultModelConfig(conv_filters=[[32, 8, 4], [64, 4, 2], [64, 3, 1]], head_fcnet_hiddens=job.hidden)
+        DefaultModelConfig(
+            conv_filters=[[32, 8, 4, "valid"], [64, 4, 2, "valid"], [64, 3, 1, "valid"]], head_fcnet_hiddens=job.hidden
+        )
         if job.image
         else DefaultModelConfig(fcnet_hiddens=job.hidden, fcnet_activation="relu", head_fcnet_hiddens=[])
     )
