@@ -1,7 +1,9 @@
 """The loop: its collectives are the same on all ranks, one seed gives one run, and a run can be continued."""
 
 import contextlib
+import errno
 import json
+import os
 import shutil
 import threading
 import time
@@ -13,13 +15,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from hvd_dqn import job
 from hvd_dqn.arrays import measure
 from hvd_dqn.checkpoint import Checkpoints, divide
 from hvd_dqn.config import Config
 from hvd_dqn.distributed import Solo
 from hvd_dqn.errors import InputError, JobError, RunError
 from hvd_dqn.learner import Learner, Phase
+from hvd_dqn.metrics import CsvWriter
 from hvd_dqn.replay import TRUNCATED
+from hvd_dqn.run import Run
+from hvd_dqn.signals import StopRequest
 from hvd_dqn.trainer import Trainer
 
 
@@ -616,3 +622,21 @@ def test_observations_that_are_states_cannot_be_normalised(id):
 def test_every_kind_of_setting_trains(changes, tmp_path):
     records, _ = play(config(**changes), Solo(), tmp_path)
     assert records[-1].kind == "result"
+
+
+@pytest.mark.parametrize(
+    ("method", "error", "line"),
+    [
+        ("write", RunError, r"run cannot be written: .*No space left on device\. Make room and go on with --resume"),
+        ("__init__", InputError, r"Cannot write the run directory .*run: No space left on device"),
+    ],
+)
+def test_files_that_cannot_be_written_end_a_run_with_one_line(method, error, line, tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(CsvWriter, method, full)
+    with pytest.raises(error, match=line):
+        job.train(config(), "cartpole", Run(tmp_path / "run"), Solo(), StopRequest(), resume=False)
+    if method == "write":
+        assert Run(tmp_path / "run").about()["ended"].startswith("failed: RunError")
