@@ -279,7 +279,6 @@ class HorovodWorld:
             levels = ("SINGLE", "FUNNELED", "SERIALIZED", "MULTIPLE")
             found["mpi_library"] = MPI.Get_library_version().split(",")[0].strip()
             found["mpi_thread_level"] = levels[MPI.Query_thread()]
-            found["mpi4py_rank"], found["mpi4py_size"] = self._comm.rank, self._comm.size
         return found
 
     def recovers_from(self, error: Exception) -> bool:

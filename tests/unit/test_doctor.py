@@ -26,7 +26,7 @@ def rank(number=0, size=2, **differs):
         "threads": 1,
         "gpus": [],
         "versions": VERSIONS,
-        "horovod": {"mpi_built": True, "nccl_built": False, "mpi4py_rank": number, "mpi4py_size": size},
+        "horovod": {"mpi_built": True, "nccl_built": False},
         "settings": {},
         **differs,
     }
