@@ -9,11 +9,12 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from hvd_dqn.cli import JsonOptions, parse, tell
+from hvd_dqn.cli import tell
 from hvd_dqn.config import nearest
 from hvd_dqn.distributed import World
 from hvd_dqn.errors import InputError
 from hvd_dqn.lockstep import in_step
+from hvd_dqn.options import JsonOptions, parse
 
 
 @dataclass

@@ -15,14 +15,7 @@ from typing import Any, NoReturn, Protocol
 import numpy as np
 
 from hvd_dqn.errors import InputError, RunError
-from hvd_dqn.placement import (
-    gpu_conflict,
-    is_elastic,
-    is_launched,
-    pin_gpu,
-    set_communication_defaults,
-    srun_tasks,
-)
+from hvd_dqn.placement import pin_gpu
 
 
 class World(Protocol):
@@ -292,51 +285,6 @@ class HorovodWorld:
         os._exit(1)  # Gloo: its launcher ends the others
 
 
-def connect() -> World:
-    """The world this process was started into; alone, neither Horovod, mpi4py nor TensorFlow is imported."""
-    if not is_launched():
-        _refuse_strangers()
-        return Solo()
-    set_communication_defaults()
-    if is_elastic():
-        # A collective would meet the ones in which the others are training: until it joins them, each works alone.
-        return Solo(int(os.environ["HOROVOD_RANK"]))
-    under_gloo = "HOROVOD_GLOO_RENDEZVOUS_ADDR" in os.environ
-    size = int(os.environ["HOROVOD_SIZE"]) if under_gloo else _mpi_size()
-    if size == 1:
-        _refuse_strangers()
-        return Solo()
-    if importlib.util.find_spec("horovod") is None:
-        raise InputError(
-            f"{size} ranks need Horovod, which is not installed: run launch/setup.sh, or start one process."
-        )
-    world = HorovodWorld()
-    # Asked on every rank: how Horovod was built is one host's affair, and whether ranks meet must not be.
-    places = world.gather((world.describe()["nccl_built"], world.hostname, world.gpu))
-    if all(has_nccl for has_nccl, *_ in places):
-        conflict = gpu_conflict([(host, gpu) for _, host, gpu in places])
-        if conflict:
-            _refuse(conflict, world.rank)
-    return world
-
-
-def _refuse_strangers() -> None:
-    """srun without MPI would start the same training several times over, each in a process that finds itself alone."""
-    if srun_tasks() > 1:
-        _refuse(
-            f"srun started {srun_tasks()} tasks that know nothing of each other: use `srun --mpi=pmix`, or mpirun "
-            "inside the job where `srun --mpi=list` has no pmix.",
-            int(os.environ.get("SLURM_PROCID", 0)),
-        )
-
-
-def _refuse(complaint: str, rank: int) -> NoReturn:
-    """Bad input that all ranks see before there is a world to agree in: the first alone says so."""
-    if rank == 0:
-        raise InputError(complaint)
-    sys.exit(2)
-
-
 def _horovod_build() -> dict[str, Any]:
     """What Horovod was built with; its error where it is installed but cannot be loaded."""
     if importlib.util.find_spec("horovod") is None:
@@ -348,7 +296,8 @@ def _horovod_build() -> dict[str, Any]:
     return {name: bool(getattr(hvd, name)()) for name in ("mpi_built", "gloo_built", "nccl_built", "cuda_built")}
 
 
-def _mpi_size() -> int:
+def mpi_size() -> int:
+    """The number of ranks of the MPI job this process belongs to; starts MPI. Raises InputError without mpi4py."""
     if importlib.util.find_spec("mpi4py") is None:
         raise InputError("A job of several ranks needs mpi4py, which is not installed: run launch/setup.sh.")
     from mpi4py import MPI

@@ -25,7 +25,8 @@ import psutil
 from hvd_dqn import bench
 from hvd_dqn.checkpoint import Checkpoints
 from hvd_dqn.config import Config, load_preset
-from hvd_dqn.distributed import Solo, World, connect
+from hvd_dqn.connect import connect
+from hvd_dqn.distributed import Solo, World
 from hvd_dqn.placement import set_thread_defaults
 from hvd_dqn.replay import Replay
 from hvd_dqn.trainer import Trainer

@@ -13,7 +13,7 @@ from tests.ranks import ROOT, horovodrun, processes_of, run, wait_until
 JOB = """
 import itertools, os, signal, sys, threading, time
 import numpy as np
-from hvd_dqn.distributed import connect
+from hvd_dqn.connect import connect
 from hvd_dqn.placement import set_thread_defaults
 from hvd_dqn.watchdog import open_watchdog
 

@@ -8,7 +8,8 @@ import traceback
 import numpy as np
 import pytest
 
-from hvd_dqn.distributed import Solo, connect
+from hvd_dqn.connect import connect
+from hvd_dqn.distributed import Solo
 from hvd_dqn.errors import InputError, RunError
 from hvd_dqn.lockstep import BroadcastHook, check_drift, in_step
 from hvd_dqn.placement import set_thread_defaults

@@ -11,11 +11,11 @@ FLOORS = {
     0: ["errors", "config", "schedules", "transition", "arrays", "signals", "placement"],
     1: ["plan", "graphs", "copies", "workers", "vectors", "pixels", "identity", "projection"],
     2: ["adam", "envs", "networks", "losses", "replay", "distributed", "normalizer"],
-    3: ["lockstep", "elastic", "actor", "learner", "metrics", "resharding", "watchdog"],
+    3: ["lockstep", "connect", "elastic", "actor", "learner", "metrics", "resharding", "watchdog"],
     4: ["evaluation", "checkpoint", "plots", "run", "progress"],
     5: ["parts", "agent", "trainer", "session", "bench", "bench_allreduce", "doctor"],
     6: ["job", "bench_jobs", "bench_loop", "bench_scaling", "bench_project"],
-    7: ["cli", "bench_commands", "__main__"],
+    7: ["options", "cli", "bench_commands", "__main__"],
 }
 FLOOR_OF = {room: floor for floor, rooms in FLOORS.items() for room in rooms}
 ONLY_IN = {
@@ -23,7 +23,7 @@ ONLY_IN = {
     "mpi4py": {"distributed"},
     "gymnasium": {"envs", "vectors", "workers", "copies", "pixels", "identity"},
     "matplotlib": {"plots"},
-    "tyro": {"cli", "bench_commands"},
+    "tyro": {"options", "bench_commands"},
     "pydantic": {"config"},
 }
 FILES = sorted(Path(hvd_dqn.__file__).parent.glob("*.py"))
@@ -57,7 +57,7 @@ def test_each_outside_library_has_one_room(path):
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_only_rooms_that_know_the_config_take_it(path):
     if "hvd_dqn.config.Config" in imports(path):
-        assert path.stem in {"plan", "run", "parts", "agent", "trainer", "job", "bench_loop", "cli"}
+        assert path.stem in {"plan", "run", "parts", "agent", "trainer", "job", "bench_loop", "options", "cli"}
 
 
 def test_every_file_has_a_floor_and_says_what_it_is_for():

@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from hvd_dqn import placement
-from hvd_dqn.distributed import connect
+from hvd_dqn.connect import connect
 from hvd_dqn.errors import InputError
 
 LAUNCHERS = ("OMPI_", "PMI", "HOROVOD_", "SLURM_", "MPI_LOCAL")

@@ -43,6 +43,16 @@ def test_the_first_signal_is_noted_and_later_ones_of_another_kind_change_nothing
     process.wait()
 
 
+def test_the_first_signal_gives_the_name():
+    process = start(then="time.sleep(1); print(stop.name, flush=True)")
+    process.send_signal(signal.SIGUSR1)
+    assert process.stdout.readline() == "SIGUSR1\n"
+    process.send_signal(signal.SIGTERM)
+    assert process.stdout.readline() == "SIGUSR1\n"
+    process.kill()
+    process.wait()
+
+
 def test_a_second_ctrl_c_ends_it_whatever_came_before_and_between():
     process = start()
     for name in ("SIGUSR1", "SIGINT", "SIGTERM", "SIGINT"):
