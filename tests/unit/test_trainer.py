@@ -2,7 +2,9 @@
 
 import contextlib
 import errno
+import functools
 import json
+import operator
 import os
 import shutil
 import threading
@@ -450,9 +452,6 @@ def saved(tmp_path_factory):
     return folder / "checkpoints" / "408", small
 
 
-PLACES = [("rank-00000.json", name) for name in ("replay", "envs", "actor", "evaluator", "window", "normalizer")] + [
-    ("state.json", name) for name in ("updates", "best", "evaluation_due", "layout", "ledger", "normalizer")
-]
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=5),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=9), inner, max_size=3),
@@ -460,20 +459,23 @@ JSON = st.recursive(
 )
 
 
-@given(place=st.sampled_from(PLACES), inside=st.booleans(), pick=st.integers(0, 20), value=JSON)
+def places(tree, depth=2):
+    """The ways to all values of `tree`, to a depth: tuples of keys."""
+    for key in tree if isinstance(tree, dict) else ():
+        yield (key,)
+        if depth > 1:
+            yield from ((key, *rest) for rest in places(tree[key], depth - 1))
+
+
+@given(data=st.data(), file=st.sampled_from(["rank-00000.json", "state.json"]), value=JSON)
 @settings(max_examples=40)
-def test_a_checkpoint_with_other_contents_is_refused_in_words_or_taken(
-    saved, tmp_path_factory, place, inside, pick, value
-):
+def test_a_checkpoint_with_other_contents_is_refused_in_words_or_taken(saved, tmp_path_factory, data, file, value):
     source, small = saved
     path = tmp_path_factory.mktemp("fuzz") / "checkpoints" / "408"
     shutil.copytree(source, path)
-    file, name = place
     tree = json.loads((path / file).read_text())
-    if inside and isinstance(tree[name], dict) and tree[name]:
-        tree[name][sorted(tree[name])[pick % len(tree[name])]] = value
-    else:
-        tree[name] = value
+    *way, last = data.draw(st.sampled_from(list(places(tree))))
+    functools.reduce(operator.getitem, way, tree)[last] = value
     (path / file).write_text(json.dumps(tree))
     manifest = json.loads((path / "MANIFEST.json").read_text())
     manifest["files"][file] = measure(path / file)._asdict()
