@@ -70,7 +70,7 @@ def test_a_run_is_resumed_in_its_own_files(tmp_path):
     folder = tmp_path / "run"
     settings = ["--evaluation.target_return", "None", "--checkpoint.period", "500"]
     assert hvd_dqn("train", "identity", "--run_dir", folder, "--total_steps", "1000", *settings).returncode == 0
-    done = hvd_dqn("train", "identity", "--run_dir", folder, "--resume", "--total_steps", "2000")
+    done = hvd_dqn("train", "--run_dir", folder, "--resume", "--total_steps", "2000")  # its preset need not be named
     assert done.returncode == 0, done.stderr
     assert re.search(r"Going on from .*1000.*Changed settings: total_steps", done.stderr)
     steps = [int(line.split(",")[0]) for line in (folder / "metrics.csv").read_text().splitlines()[1:]]

@@ -3,9 +3,11 @@
 import numpy as np
 import pytest
 
+from hvd_dqn.config import Config
 from hvd_dqn.distributed import Solo
 from hvd_dqn.envs import Environments
 from hvd_dqn.evaluation import Evaluator
+from hvd_dqn.parts import make_evaluator
 
 
 class OneOf(Solo):
@@ -59,6 +61,14 @@ def test_episodes_are_shared_out_without_loss_even_to_a_rank_that_gets_none(size
     assert count == 3
     assert total / count == pytest.approx(alone["return_mean"])
     assert length / count == pytest.approx(alone["length_mean"])
+
+
+@pytest.mark.parametrize(("episodes", "size", "copies"), [(20, 1, 20), (20, 3, 7), (2, 3, 1), (1_000, 2, 32)])
+def test_a_rank_has_a_copy_per_episode_but_never_more_than_it_can_hold(episodes, size, copies):
+    config = Config.model_validate({"env": {"id": "CartPole-v1"}, "evaluation": {"episodes": episodes}})
+    one = make_evaluator(config, OneOf(0, size), lambda o: np.zeros((len(o), 2)))
+    assert one._envs.copies == copies
+    one.close()
 
 
 def test_another_round_has_other_episodes_and_the_same_round_the_same():

@@ -414,6 +414,22 @@ def test_a_run_that_was_filling_its_replay_goes_on_filling_it(tmp_path):
     assert resumed.agent.plan.learns_from == 960 + 240
 
 
+def test_a_job_that_lost_ranks_saves_again_where_it_had_saved_with_them(tmp_path):
+    checkpoints, stops = Checkpoints(tmp_path, Solo()), []
+    trainer = Trainer(
+        config(evaluation={"target_return": None}, checkpoint={"period": 960}), Solo(), None,
+        lambda: stops.append(1) or len(stops) % 4 == 0,
+    )  # fmt: skip
+    state, weights = trainer.agent.state(0, finished=False), trainer.agent.learner.state()
+    assert list(trainer.train(checkpoints))[-1].kind == "stopped"
+    saved = checkpoints.newest(print)
+    shutil.rmtree(saved.path)
+    trainer.agent.regroup(saved._replace(total_steps=0, state=state, arrays=weights), joined=False)
+    assert list(trainer.train(checkpoints))[-1].row["total_steps"] == saved.total_steps
+    trainer.close()
+    assert checkpoints.newest(print).total_steps == saved.total_steps
+
+
 def test_without_its_replay_a_resumed_run_fills_a_new_one_before_it_learns(tmp_path):
     settings = config(evaluation={"target_return": None}, checkpoint={"save_replay": False})
     _, trainer = play(settings, Solo(), tmp_path)
