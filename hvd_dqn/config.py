@@ -47,7 +47,7 @@ class Env(Section):
     vectorization: Literal["auto", "sync", "async"] = setting(
         "auto",
         "step the copies in this process (sync) or in one process each (async); auto takes the environment's own vector class "
-        "where it has one, else sync",
+        "for several copies where it has one, else sync",
         source="Gymnasium",
     )
     frame_stack: int = setting(

@@ -26,8 +26,8 @@ def build(id: str, copies: int, kwargs: dict[str, Any], vectorization: str, firs
     """The copies in Gymnasium's vector environment, whose spaces DQN can learn; InputError where that cannot be."""
     spec = find(id)
     try:
-        native = None
-        if vectorization == "auto" and spec.vector_entry_point is not None and not spec.additional_wrappers:
+        native, own = None, spec.vector_entry_point is not None and not spec.additional_wrappers
+        if own and vectorization == "auto" and copies > 1:  # a single copy is stepped sooner without arrays around it
             native = _native(id, spec, copies, kwargs)
         if native is not None:
             check_spaces(id, native.single_observation_space, native.single_action_space)

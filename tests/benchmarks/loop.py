@@ -8,9 +8,9 @@ rank, ours on two (each rank with the environments and the batch of one: their s
 and RLlib, one after the other, one thread per process. All are timed from their own first updates on, without evaluations
 and checkpoints.
 
-What differs: every project steps cheap environments as it recommends, ours by Gymnasium's vector class of CartPole, SB3 by
-DummyVecEnv, Tianshou by DummyVectorEnv, RLlib in as many worker processes as there are cores and environments, so that ours on
-two ranks stands beside it too. RLlib takes a few more steps per update than it is asked for: updates per step, in batches of
+What differs: every project steps cheap environments as it recommends, 16 of ours by Gymnasium's vector class of CartPole, SB3
+by DummyVecEnv, Tianshou by DummyVectorEnv, RLlib in as many worker processes as there are cores and environments, so that ours
+on two ranks stands beside it too. RLlib takes a few more steps per update than it is asked for: updates per step, in batches of
 one rank, are in the table. Tianshou asks the online network for the next observations too. The target network of SB3 and
 Tianshou stays as it is within a phase of updates, ours is copied at any update. At 64-64 ours is compiled by XLA on one rank,
 as in runs of 50,000 updates, which compiling outside of what is timed stands for. `--total-steps` are a job's, on one rank.

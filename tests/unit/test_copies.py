@@ -299,16 +299,16 @@ def test_a_wrong_observation_return_or_generator_is_noticed():
 
 def test_a_class_that_resets_late_goes_on_bit_by_bit_also_from_a_step_that_ended_an_episode():
     arguments = {"kwargs": {"max_episode_steps": 4}, "frame_stack": 2}
-    with made("CartPole-v1", 1, **arguments) as one, made("CartPole-v1", 1, **arguments) as other:
+    with made("CartPole-v1", 2, **arguments) as one, made("CartPole-v1", 2, **arguments) as other:
         one.probe()
-        one.reset([1])
+        one.reset([1, 2])
         for step in range(1, 11):
-            transition, _ = one.step(np.array([0]))
+            transition, _ = one.step(np.array([0, 1]))
             assert (transition.truncated[0], transition.valid[0]) == (step % 5 == 4, step % 5 != 0)
             state = checkpointed(one.state())
-            expected = seen(one, [np.array([1])] * 6)
+            expected = seen(one, [np.array([1, 1])] * 6)
             assert other.load_state(state).all()
-            assert seen(other, [np.array([1])] * 6) == expected
+            assert seen(other, [np.array([1, 1])] * 6) == expected
             one.load_state(state)
 
 
@@ -383,7 +383,7 @@ def test_a_slow_environment_is_not_probed_for_long(monkeypatch):
     monkeypatch.setattr(copies, "PROBE_SECONDS", -1)
     monkeypatch.setattr("hvd_dqn.vectors.PROBE_SECONDS", -1)
     for vectorization in ("auto", "sync"):
-        with made("CartPole-v1", 1, vectorization=vectorization) as envs:
+        with made("CartPole-v1", 2, vectorization=vectorization) as envs:
             assert envs.probe() is False
 
 

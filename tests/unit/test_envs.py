@@ -302,6 +302,15 @@ def test_what_was_handed_out_never_changes_afterwards():
                     np.testing.assert_array_equal(array, copy)
 
 
+@pytest.mark.parametrize(
+    ("copies", "vectorization", "taken"),
+    [(1, "auto", "SyncVectorEnv"), (2, "auto", "CartPoleVectorEnv"), (2, "sync", "SyncVectorEnv")],
+)
+def test_the_environments_own_vector_class_is_taken_for_several_copies(copies, vectorization, taken):
+    with made("CartPole-v1", copies, vectorization=vectorization) as envs:
+        assert type(envs._vector).__name__ == taken
+
+
 def test_a_reset_with_the_same_seeds_begins_the_same_run_again():
     for vectorization in ("auto", "sync"):
         with made("CartPole-v1", 2, vectorization=vectorization) as envs:
