@@ -19,7 +19,7 @@ def outcomes(gloo: bool) -> dict[str, str]:
     return json.loads(found.group(1))
 
 
-@pytest.mark.parametrize("gloo", [False, True], ids=["mpi", "gloo"])
+@pytest.mark.parametrize("gloo", [pytest.param(False, id="mpi"), pytest.param(True, id="gloo", marks=pytest.mark.slow)])
 def test_every_check_passes_on_two_ranks(gloo, subtests):
     results = outcomes(gloo)
     assert len(results) > 25
