@@ -55,7 +55,9 @@ def learner(world: World, networks: Sequence[str] = tuple(CASES), repeats: int =
     turn the slowest rank counts. An update includes averaging over ranks; every phase ends with a target copy.
     """
     jobs = [job for name in networks for job in _jobs(CASES[name], world)]
-    seconds = world.max(np.array([[_seconds(job, world) for job in jobs] for _ in range(repeats)]))  # [repeats, jobs]
+    seconds = world.max(
+        np.array([[seconds_of(job, world.barrier) for job in jobs] for _ in range(repeats)])
+    )  # [repeats, jobs]
     results = []
     for i, name in enumerate(networks):
         case = CASES[name]
@@ -99,7 +101,8 @@ def _jobs(case: Case, world: World) -> Iterator[Callable[[], None]]:
     copies = np.arange(case.updates) == case.updates - 1
 
     def update(batch: Batch) -> None:
-        assert not agent.update(batch, 1e-4, copies).skipped, "an update that is skipped costs less"
+        skipped = agent.update(batch, 1e-4, copies).skipped
+        assert not skipped, "an update that is skipped costs less"
 
     def train() -> None:
         for _ in range(case.phases):
@@ -138,8 +141,9 @@ def filled_replay(case: Case, rank: int) -> Replay:
     return replay
 
 
-def _seconds(job: Callable[[], None], world: World) -> float:
-    world.barrier()
+def seconds_of(job: Callable[[], Any], barrier: Callable[[], None]) -> float:
+    """Of this rank, from when all are ready."""
+    barrier()
     start = time.perf_counter()
     job()
     return time.perf_counter() - start

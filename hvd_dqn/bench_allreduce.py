@@ -1,7 +1,6 @@
 """What an all-reduce takes: Horovod's inside a graph, as the learner's updates make it, beside MPI's own."""
 
 import functools
-import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
@@ -10,7 +9,7 @@ import numpy as np
 import tensorflow as tf
 from rich.table import Table
 
-from hvd_dqn.bench import made_table, provenance, spread, with_spread
+from hvd_dqn.bench import made_table, provenance, seconds_of, spread, with_spread
 from hvd_dqn.distributed import World
 from hvd_dqn.errors import InputError
 from hvd_dqn.graphs import Graph, fold
@@ -48,12 +47,12 @@ def measure(world: World, floats: int, rounds: int, *, beside_mpi: bool = True) 
     rows: list[list[float]] = []
     for _ in range(rounds):
         horovods()  # traces, and lets Horovod meet the tensor's name
-        rows.append([_seconds(horovods, world.barrier)])
+        rows.append([seconds_of(horovods, world.barrier)])
         with world.raw_sum() if beside_mpi else nullcontext() as raw:
             if raw is not None:
                 mpis = functools.partial(_repeat, raw, values, per_call)
                 mpis()
-                rows[-1].append(_seconds(mpis, functools.partial(raw, np.zeros(1))))
+                rows[-1].append(seconds_of(mpis, functools.partial(raw, np.zeros(1))))
     result: dict[str, Any] = {"bytes": size}
     for name, measured in zip(("horovod", "mpi"), world.max(np.array(rows) / per_call).T, strict=False):
         found = spread(measured)
@@ -71,13 +70,6 @@ def _horovods(world: World, floats: int, per_call: int) -> Callable[[], Any]:
 def _repeat(raw: Callable[[np.ndarray], None], values: np.ndarray, count: int) -> None:
     for _ in range(count):
         raw(values)
-
-
-def _seconds(job: Callable[[], Any], barrier: Callable[[], None]) -> float:
-    barrier()
-    start = time.perf_counter()
-    job()
-    return time.perf_counter() - start
 
 
 def table(result: dict[str, Any]) -> Table:

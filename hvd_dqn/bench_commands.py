@@ -9,12 +9,16 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from hvd_dqn.cli import tell
 from hvd_dqn.config import nearest
 from hvd_dqn.distributed import World
-from hvd_dqn.errors import InputError
+from hvd_dqn.errors import InputError, tell
 from hvd_dqn.lockstep import in_step
 from hvd_dqn.options import JsonOptions, parse
+
+
+@dataclass
+class LearnerOptions(JsonOptions):
+    """Measures updates of three networks, with sampling and without."""
 
 
 @dataclass
@@ -38,6 +42,11 @@ class LoopOptions(JsonOptions):
 
 
 @dataclass
+class AllreduceOptions(JsonOptions):
+    """Measures what Horovod's all-reduce adds to MPI's, for five sizes."""
+
+
+@dataclass
 class ScalingOptions(JsonOptions):
     """Measures jobs of several ranks against as many processes that do not talk; starts all of them itself."""
 
@@ -50,7 +59,7 @@ class ScalingOptions(JsonOptions):
     sync: Literal["gradients", "parameters", "both"] = "both"
     """What the ranks average."""
     total_steps: int | None = None
-    """Of each rank; by default some seconds of training."""
+    """Of each rank, under strong scaling of all ranks together; by default some seconds of training."""
     rounds: int = 5
     """How often each is measured, in turns."""
 
@@ -76,10 +85,15 @@ class ProjectOptions(JsonOptions):
 
 
 def bench(arguments: Sequence[str], world: World) -> None:
-    name = arguments[0] if arguments else ""
+    name = arguments[0] if arguments else "--help"
+    if name in ("-h", "--help"):
+        for each, (kind, _) in BENCHMARKS.items():
+            print(f"hvd-dqn bench {each:10}  {kind.__doc__}")
+        return
     if name not in BENCHMARKS:
-        agree_on = f"There is no benchmark {name!r}.{nearest(name, BENCHMARKS)} Benchmarks: {', '.join(BENCHMARKS)}."
-        raise InputError(agree_on)
+        raise InputError(
+            f"There is no benchmark {name!r}.{nearest(name, BENCHMARKS)} Benchmarks: {', '.join(BENCHMARKS)}."
+        )
     kind, measure = BENCHMARKS[name]
     options = in_step(world, lambda: parse(kind, arguments[1:], f"hvd-dqn bench {name}"))
     result, render = measure(options, world)
@@ -94,7 +108,7 @@ def bench(arguments: Sequence[str], world: World) -> None:
 Measured = tuple[dict[str, Any], Callable[[dict[str, Any]], Any]]  # a result, and what makes a table of it
 
 
-def _bench_learner(options: JsonOptions, world: World) -> Measured:
+def _bench_learner(options: LearnerOptions, world: World) -> Measured:
     from hvd_dqn import bench as benchmark
 
     return benchmark.learner(world), benchmark.table
@@ -123,7 +137,7 @@ def _bench_loop(options: LoopOptions, world: World) -> Measured:
     return result, benchmark.table
 
 
-def _bench_allreduce(options: JsonOptions, world: World) -> Measured:
+def _bench_allreduce(options: AllreduceOptions, world: World) -> Measured:
     from hvd_dqn import bench_allreduce as benchmark
 
     return benchmark.allreduce(world), benchmark.table
@@ -168,9 +182,9 @@ def _numbers(name: str, text: str) -> list[int]:
 
 
 BENCHMARKS: dict[str, tuple[Any, Callable[[Any, World], Measured]]] = {
-    "learner": (JsonOptions, _bench_learner),
+    "learner": (LearnerOptions, _bench_learner),
     "loop": (LoopOptions, _bench_loop),
-    "allreduce": (JsonOptions, _bench_allreduce),
+    "allreduce": (AllreduceOptions, _bench_allreduce),
     "scaling": (ScalingOptions, _bench_scaling),
     "project": (ProjectOptions, _bench_project),
 }

@@ -78,7 +78,8 @@ def settings(
     name: str, ranks: int, *, total_steps: int | None = None, batch: int | None = None, envs: int | None = None,
     sync: str = "gradients", overlap: bool = False,
 ) -> Config:  # fmt: skip
-    """The case's settings for so many ranks, each of which works as one alone would: all periods grow with their number.
+    """The case's settings for so many ranks, each of which learns as one alone would: the periods of that grow with their
+    number. Votes and drift checks come as often as in every run, after so many total steps.
 
     `batch` and `envs` are each rank's. With another batch the replay ratio stays, and the period between phases changes so that
     the number of updates in one stays too, where a period of less than a step of each environment does not forbid it.
@@ -92,15 +93,20 @@ def settings(
     envs = env["envs_per_rank"] if envs is None else envs
     if batch < 1 or envs < 1:
         raise InputError(f"--batch and --envs must be at least 1. Received: {batch} and {envs}.")
-    period = max(1, learner["train_period"] * batch // learner["batch_size"])
+    period = learner["train_period"] * batch // learner["batch_size"]
+    step = math.ceil(max(period, envs) / envs) * envs  # of one rank, from phase to phase
+    if learner.get("xla") and learner["replay_ratio"] * step % batch:
+        raise InputError(
+            f"{name} is compiled for each number of updates in a phase, and must always make as many. Take --batch and --envs "
+            f"in the proportion of {learner['batch_size']} to {env['envs_per_rank']}. Received: {batch} and {envs}."
+        )
     start = max(learner["learn_start"], batch, envs)
-    learner |= {"batch_size": batch, "learn_start": ranks * start, "train_period": ranks * period}
+    learner |= {"batch_size": batch, "learn_start": ranks * start, "train_period": ranks * step}
     learner["target_period"] *= ranks
     learner["overlap"] = overlap
     env["envs_per_rank"] = envs
     given["agent"]["epsilon_steps"] = ranks * given["agent"].get("epsilon_steps", 10_000)
-    given["replay"]["capacity"] = ranks * max(given["replay"]["capacity"], start)
-    step = math.ceil(max(period, envs) / envs) * envs  # of one rank, from phase to phase
+    given["replay"]["capacity"] = ranks * max(given["replay"]["capacity"], start, 100 * envs)
     # The first phase may be a shorter one: the graphs are traced, and compiled, by the end of the second.
     least = ranks * (start + (2 + PHASES) * step)
     if total_steps is None:

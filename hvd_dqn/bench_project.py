@@ -15,6 +15,7 @@ from hvd_dqn.bench_jobs import apart, check_launcher, together
 from hvd_dqn.bench_loop import CASES, settings
 from hvd_dqn.bench_scaling import mean_phase, scaling
 from hvd_dqn.errors import InputError
+from hvd_dqn.placement import cores
 from hvd_dqn.projection import (
     Line,
     Network,
@@ -30,9 +31,12 @@ from hvd_dqn.projection import (
 TARGET = 0.9
 # What is taken from each benchmark's result, and from each of its rows.
 FIELDS = {
-    "loop": (("ranks",), ("case", "batch", "envs", "phase")),
-    "allreduce": (("ranks",), ("bytes", "horovod")),
-    "scaling": ((), ("case", "ranks", "scaling", "sync", "batch", "envs", "oversubscribed", "efficiency", "phase")),
+    "loop": (("commit", "machine", "ranks"), ("case", "batch", "envs", "phase")),
+    "allreduce": (("commit", "machine", "ranks"), ("bytes", "horovod")),
+    "scaling": (
+        ("commit", "machine"),
+        ("case", "ranks", "scaling", "sync", "batch", "envs", "oversubscribed", "efficiency", "phase"),
+    ),
 }
 MOST_BYTES = 30e6  # a case sends 20 MB at most; of larger messages, which no cache holds, the line need not know
 Results = Sequence[dict[str, Any]]
@@ -61,6 +65,11 @@ def project(
             f"Received: {ranks}, {rounds}, {latency} and {bandwidth}."
         )
     measured = [_read(path) for path in files] if files else measure(case, sync, rounds, say)
+    machine, *others = [result["machine"] for result in measured]
+    if any(other != machine for other in others):
+        raise InputError(
+            f"--files must all be of one machine. Received: {machine} and {next(o for o in others if o != machine)}."
+        )
     base, points = work_points(case, measured)
     fitted_on = _held_out(sorted({batch for batch, _ in points}))
     per_update = fit_line([point for point in points if point[0] in fitted_on])
@@ -75,6 +84,8 @@ def project(
     return {
         "benchmark": "project",
         **provenance(),
+        "machine": machine,
+        "measured_at": sorted({result["commit"] for result in measured}),
         "threads": 1,
         "case": case,
         "sync": sync,
@@ -95,6 +106,11 @@ def project(
 def measure(case: str, sync: str, rounds: int, say: Callable[[str], None]) -> Results:
     """What the model needs, on this machine: three batches, all-reduces, and jobs to check it with."""
     check_launcher()
+    if cores() < 2:
+        raise InputError(
+            "What is computed rests on two ranks with a core each, and this process may use one. Measure elsewhere with "
+            "`bench loop`, `allreduce` and `scaling --json`, and give --files."
+        )
     batch, found = CASES[case].settings["learner"]["batch_size"], []
     for i in range(rounds):
         for other in (2 * batch, 4 * batch):  # with half of it phases would not be of as many updates
@@ -280,7 +296,7 @@ def table(result: dict[str, Any]) -> RenderableType:
         "Horovod's thread takes no time from it; phases of ranks that average gradients take as long as those of one alone, "
         "which XLA may compile. "
         f"From {result['measured_ranks']} ranks on {result['machine']['cores']} cores to {result['results'][-1]['ranks']} "
-        f"is {times:,.0f} times as far as was measured. averaging: {result['sync']}; commit {result['commit']}: "
-        f"{result['command']}"
+        f"is {times:,.0f} times as far as was measured. averaging: {result['sync']}; measured at commit "
+        f"{', '.join(result['measured_at'])}, computed at {result['commit']}: {result['command']}"
     )
     return Group(made, checked if result["checks"] else "Nothing was measured that could check it.", assumes)

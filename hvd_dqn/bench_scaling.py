@@ -30,9 +30,9 @@ def scaling(
     per rank; in every round each is measured once, in turns.
 
     Weak: each rank has the case's batch and environments. Strong: a part of them; left out where they do not divide.
-    `total_steps` are those of one rank.
+    `total_steps` are those of one rank, under strong scaling of all together.
     """
-    settings(case, 1)  # a case that does not exist is refused before anything starts
+    settings(case, 1, total_steps=total_steps)  # what cannot be is refused before anything starts
     if not ranks or min(ranks) < 1 or rounds < 1:
         raise InputError(f"--ranks and --rounds must be at least 1. Received: {list(ranks)} and {rounds}.")
     check_launcher()
@@ -68,7 +68,7 @@ def _measure(case: str, ranks: int, kind: str, name: str, total_steps: int | Non
     parts = _divided(case, ranks) if kind == "strong" else None
     if parts:
         words += ["--batch", str(parts[0]), "--envs", str(parts[1])]
-    steps = total_steps or CASES[case].total_steps
+    steps = CASES[case].total_steps if total_steps is None else total_steps
     if parts:  # as much work altogether as one rank's alone, but enough of it to measure
         steps = max(steps // ranks, _least(case, parts))
     if name == "silent":

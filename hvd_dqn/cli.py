@@ -13,9 +13,9 @@ from hvd_dqn.checkpoint import Checkpoints, Snapshot
 from hvd_dqn.config import Config, nearest, presets
 from hvd_dqn.connect import connect
 from hvd_dqn.distributed import Solo, World
-from hvd_dqn.errors import InputError, JobError, RunError
+from hvd_dqn.errors import InputError, JobError, RunError, tell
 from hvd_dqn.lockstep import in_step
-from hvd_dqn.options import EvaluateOptions, JsonOptions, PlotOptions, TrainOptions, parse, read_settings
+from hvd_dqn.options import EvaluateOptions, JsonOptions, NoOptions, PlotOptions, TrainOptions, parse, read_settings
 from hvd_dqn.placement import is_elastic, set_thread_defaults
 from hvd_dqn.run import Run, default_path
 from hvd_dqn.signals import StopRequest
@@ -27,7 +27,7 @@ stop_request = StopRequest()
 USAGE = """\
 usage: hvd-dqn COMMAND ...
 
-  train PRESET | --config FILE  [--section.setting VALUE ...] [--run-dir DIR] [--resume] [--elastic]
+  train PRESET | --config FILE  [--section.setting VALUE ...] [--run-dir DIR] [--resume] [--elastic] [--timeline FILE]
   evaluate RUN_DIR              [--episodes 100] [--seed S] [--epsilon E] [--best] [--json]
   plot RUN_DIR...               [-o FILE.png]
   bench learner | allreduce     [--json]
@@ -63,12 +63,12 @@ def main() -> None:
         command(argv[1:], world)
     except InputError as error:
         if world is None or world.rank == 0 or is_elastic():
-            print(f"hvd-dqn: {error}", file=sys.stderr, flush=True)
+            tell(str(error))
         sys.exit(2)
     except JobError as error:
         assert world is not None
         if world.rank == 0 or is_elastic():  # there any rank may fail alone, or have become the chief
-            print(f"hvd-dqn: {error}", file=sys.stderr, flush=True)
+            tell(str(error))
         sys.exit(1)
     except (RunError, KeyboardInterrupt) as error:
         (world or Solo()).abort(str(error) or "interrupted")
@@ -128,7 +128,7 @@ def _check_timeline(options: TrainOptions, world: World) -> None:
         raise InputError("--timeline is for two ranks or more that stay together: one alone has nobody to wait for.")
     try:
         if world.rank == 0:
-            options.timeline.touch()
+            options.timeline.open("a").close()
     except OSError as error:
         raise InputError(f"--timeline {options.timeline} cannot be written: {error.strerror}.") from None
 
@@ -169,10 +169,6 @@ def _chosen_weights(checkpoints: Checkpoints, run: Run, best: bool) -> Snapshot:
     return snapshot
 
 
-def tell(text: str) -> None:
-    print(f"hvd-dqn: {text}", file=sys.stderr, flush=True)
-
-
 def plot(arguments: Sequence[str], world: World) -> None:
     options = in_step(world, lambda: parse(PlotOptions, arguments, "hvd-dqn plot"))
     in_step(world, lambda: _plot(options) if world.rank == 0 else None)
@@ -205,6 +201,7 @@ def doctor(arguments: Sequence[str], world: World) -> None:
 
 def list_presets(arguments: Sequence[str], world: World) -> None:
     """Prints the leading comment of each preset: its source and expected result."""
+    in_step(world, lambda: parse(NoOptions, arguments, "hvd-dqn presets"))
     for name, text in presets().items():
         print(name)
         for line in text.splitlines():

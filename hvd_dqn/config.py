@@ -64,7 +64,7 @@ class Env(Section):
     )
     restart_failed_envs: int = setting(
         0,
-        "how often a rank builds its copies anew after one has raised, died or returned a value that is not finite",
+        "how often a rank makes all copies it trains with anew after one raised, died or returned a value that is not finite",
         source=OURS,
         ge=0,
     )

@@ -40,7 +40,8 @@ class Environments:
 
     A copy fails by raising, by the end of its process, and by a value that is not finite. After the first `restarts`
     failures all copies are closed, made anew and reset with seeds that follow from those of the last `reset`. After the
-    next, `step` and `reset` raise RunError, which names the copy and contains the environment's traceback.
+    next, `step` and `reset` raise RunError, which names the copy and contains the environment's traceback; where `restarts` is
+    None, after the first, and without the advice to allow some.
     """
 
     frame_shape: tuple[int, ...]  # [D] or [H, W, C]
@@ -65,7 +66,7 @@ class Environments:
         reward_clip: float | None = None,
         first_index: int = 0,
         rank: int = 0,
-        restarts: int = 0,
+        restarts: int | None = 0,
     ) -> None:
         self.id = id
         self.copies = copies
@@ -373,6 +374,8 @@ class Environments:
             told = f"Environment {which} ({self.id}) on rank {self._rank} {failure.did} {when}: {failure.why}"
             trace = f"\n{failure.trace}" if failure.trace else ""
             vectors.end(self._vector, CLOSING_SECONDS)
+            if self._restarts is None:
+                raise RunError(f"{told}. Where episodes are evaluated none is made anew: mend it.{trace}") from failure
             if self.restarted >= self._restarts:
                 raise RunError(
                     f"{told}. Mend it, or let the copies be made anew after a failure: --env.restart_failed_envs "

@@ -1,5 +1,12 @@
 """The ways in which hvd_dqn refuses to go on, each printed as a message instead of a traceback."""
 
+import sys
+
+
+def tell(text: str) -> None:
+    """A line for people, apart from what a command prints as its result."""
+    print(f"hvd-dqn: {text}", file=sys.stderr, flush=True)
+
 
 class InputError(ValueError):
     """What the user asked for cannot be done: exit code 2, before any rank trains."""

@@ -10,7 +10,7 @@ from hvd_dqn.checkpoint import Checkpoints, Snapshot
 from hvd_dqn.config import Config
 from hvd_dqn.distributed import World
 from hvd_dqn.elastic import ElasticWorld
-from hvd_dqn.errors import InputError, RunError
+from hvd_dqn.errors import InputError, RunError, tell
 from hvd_dqn.evaluation import Evaluator
 from hvd_dqn.learner import Learner
 from hvd_dqn.lockstep import BroadcastHook, in_step
@@ -77,6 +77,8 @@ def _go_on(
                 session.show(record)
             except OSError as error:
                 raise RunError(f"{run.path} cannot be written: {error}. Make room and go on with --resume.") from None
+            except InputError as error:  # what was begun is no bad input any more
+                raise RunError(str(error)) from None
     return record is not None and record.kind == "stopped"
 
 
@@ -89,14 +91,10 @@ def _opened(run: Run, name: str, trainer: Trainer, snapshot: Snapshot | None, ag
 
 def newest(checkpoints: Checkpoints, run: Run, world: World) -> Snapshot:
     """The checkpoint to go on from. A collective. Raises InputError where there is none."""
-    snapshot = checkpoints.newest(_tell if world.rank == 0 else lambda text: None)
+    snapshot = checkpoints.newest(tell if world.rank == 0 else lambda text: None)
     if snapshot is None:
         raise InputError(f"There is nothing to resume in {run.path}: it has no complete checkpoint.")
     return snapshot
-
-
-def _tell(text: str) -> None:
-    print(f"hvd-dqn: {text}", file=sys.stderr, flush=True)
 
 
 def evaluate(config: Config, world: World, snapshot: Snapshot) -> Row:

@@ -258,7 +258,7 @@ class Learner:
             network.refresh()
 
     def _average_parameters(self) -> list[tf.Tensor]:
-        slots = [v for v in self.optimizer.variables if v.dtype.is_floating and v.shape.rank > 0]
+        slots = [v for v in self.optimizer.variables if v.dtype.is_floating]
         variables = [*self.online.variables, *slots]
         for variable, mean in zip(variables, self._world.average(variables), strict=True):
             variable.assign(mean)

@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from hvd_dqn.distributed import World
-from hvd_dqn.errors import InputError, RunError
+from hvd_dqn.errors import InputError, JobError
 
 T = TypeVar("T")
 
@@ -23,7 +23,7 @@ class BroadcastHook:
 
 
 def check_drift(world: World, variables: Mapping[str, Any], when: str) -> None:
-    """Compares a checksum of every variable over ranks. Raises RunError, on all ranks, naming those that differ.
+    """Compares a checksum of every variable over ranks. Raises JobError, on all ranks, naming those that differ.
 
     The error goes to the ranks whose values differ from the chief's. `when` says at which point of the run.
     """
@@ -36,7 +36,7 @@ def check_drift(world: World, variables: Mapping[str, Any], when: str) -> None:
     ranks = ", ".join(str(rank) for rank in np.flatnonzero(differs.any(axis=1)))
     odd = differs.any(axis=0)
     names = ", ".join(f"{name} ({v.name})" for (name, v), is_odd in zip(variables.items(), odd, strict=True) if is_odd)
-    raise RunError(
+    raise JobError(
         f"The ranks have drifted apart {when}: on rank {ranks} the variables {names} differ from rank 0's. "
         "Something changed weights without averaging; go on from the last checkpoint with --resume."
     )

@@ -63,8 +63,13 @@ class PlotOptions:
 
 
 @dataclass
+class NoOptions:
+    """Lists the presets: where their settings come from, and what to expect."""
+
+
+@dataclass
 class JsonOptions:
-    """Measures this machine."""
+    """Looks at every rank: what it runs on, what is wrong and its cure, how long all-reduces take."""
 
     json: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Print one JSON object."""

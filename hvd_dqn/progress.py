@@ -73,32 +73,7 @@ def clock(seconds: float) -> str:
     return f"{hours}:{minute:02}:{second:02}" if hours else f"{minute:02}:{second:02}"
 
 
-class NullProgress:
-    """The progress of the ranks that are not the chief."""
-
-    def plan(self, rows: dict[str, str]) -> None:
-        pass
-
-    def update(self, row: Row) -> None:
-        pass
-
-    def evaluation(self, row: Row) -> None:
-        pass
-
-    def message(self, text: str) -> None:
-        pass
-
-    def close(self) -> None:
-        pass
-
-    def __enter__(self) -> "NullProgress":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-
-class Progress(NullProgress):
+class Progress:
     """The chief's. A stream that breaks (a closed terminal, a reader that left) silences it and never stops the run."""
 
     def __init__(self, total_steps: int, stream: TextIO) -> None:

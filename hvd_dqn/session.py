@@ -4,7 +4,7 @@ import contextlib
 from types import TracebackType
 
 from hvd_dqn.checkpoint import Snapshot
-from hvd_dqn.errors import InputError
+from hvd_dqn.errors import InputError, tell
 from hvd_dqn.evaluation import COLUMNS as EVALUATION_COLUMNS
 from hvd_dqn.metrics import COLUMNS, CsvWriter, Ledger, Row, TensorBoardWriter, Writer, Writers
 from hvd_dqn.plots import plot
@@ -51,7 +51,10 @@ class Session:
         trainer, size = self._trainer, self._trainer.world.size
         best_return, best_steps = trainer.agent.best or (row["return_mean"], int(row["total_steps"]))
         self._run.note(ended="finished", finished=now(), result=row, best=(best_return, best_steps))
-        plot([self._run.path], self._run.path / "curve.png")
+        try:
+            plot([self._run.path], self._run.path / "curve.png")
+        except InputError as error:  # the run itself is done
+            tell(str(error))
         print(f"{self._run.about()['preset']}: {where_the_time_went(trainer.agent.ledger)}")
         print(
             f"{self._run.about()['preset']}: return {row['return_mean']:.1f} ± {row['return_std']:.1f} over "

@@ -182,8 +182,11 @@ class Trainer:
     ) -> Generator[Record, None, Record]:
         total_steps = self.agent.plan.total_steps_after(cycle)
         self.agent.evaluation_due = evaluation_due
-        if self._saved_at != total_steps:
-            yield from self._save(cycle, checkpoints)
+        if self._saved_at != total_steps and not (yield from self._save(cycle, checkpoints)):
+            raise JobError(
+                f"Asked to stop after {total_steps:,} total steps, and no checkpoint could be written: --resume goes on from "
+                "the one before, where there is one."
+            )
         return Record("stopped", {"total_steps": total_steps, "seconds": self.agent.ledger.seconds})
 
     def _reaches_target(self, row: Row) -> bool:

@@ -25,10 +25,11 @@ from rich.table import Table
 from hvd_dqn.bench_loop import CASES, settings
 from hvd_dqn.config import Config
 from tests.benchmarks import compare
-from tests.benchmarks.compare import Round, cell, ratio, spread
+from tests.benchmarks.compare import Round, cell, ratio, spread, target
 
 PEERS = ("sb3", "tianshou", "rllib")
 RATES = ("steps_per_second", "updates_per_second")
+TARGETS = {"cartpole-zoo": {"ours over sb3": 6.0}}  # at least
 
 
 def main() -> None:
@@ -39,11 +40,12 @@ def main() -> None:
     parser.add_argument("--total-steps", type=int, help="of each job on one rank; default: the case's own")
     options = parser.parse_args()
     peers = compare.present(options.peers)
-    results, made = [], []
+    results, every = [], []
     for case in options.cases:
         made = compare.rounds(jobs(case, peers, options.total_steps), options.rounds)
         results.append(summary(case, made))
-    result = compare.told("loop", made, results=results)
+        every += made
+    result = compare.told("loop", every, results=results) | {"rounds": options.rounds}
     compare.tell(result, table(result), options.json)
 
 
@@ -52,7 +54,8 @@ def jobs(case: str, peers: Sequence[str], total_steps: int | None) -> dict[str, 
 
     def ours(ranks: int) -> dict[str, Any]:
         words = ["bench", "loop", case, "--json", "--total-steps", str(ranks * config.total_steps)]
-        return compare.ours(*words, ranks=ranks)["results"][0]
+        found = compare.ours(*words, ranks=ranks)
+        return found["results"][0] | {"commit": found["commit"]}
 
     request = {"what": "loop", **job(config)}
     return {
@@ -91,6 +94,9 @@ def summary(case: str, made: Sequence[Round]) -> dict[str, Any]:
         if name not in ("ours", "ours, two ranks"):
             for mine in ("ours", "ours, two ranks") if name == "rllib" else ("ours",):
                 ratios[f"{mine} over {name}"] = ratio(rates[mine][RATES[0]], rates[name][RATES[0]])
+    for name, limit in TARGETS.get(case, {}).items():
+        if name in ratios:
+            ratios[name]["target"] = target("≥", limit, ratios[name])
     ratios["two ranks over one"] = ratio(rates["ours, two ranks"][RATES[0]], rates["ours"][RATES[0]])
     return {
         "case": case,

@@ -24,7 +24,7 @@ from tests.benchmarks.tables import NAMES, TABLES, Result, markdown, told
 
 INK, PALE = "#222222", "#B8B8B8"
 COLORS = {"ours": PALETTE[0], "ours, two ranks": PALETTE[5]}
-KINDS = {"weak": ("-", PALETTE[0]), "strong": ("-", PALETTE[1])}
+KINDS = {"weak": PALETTE[0], "strong": PALETTE[1]}
 WIDTH = 9.0  # 900 px at 100 dpi
 
 
@@ -93,9 +93,9 @@ def speed(results: Sequence[Result]) -> Figure | None:
 def loop_notes(row: Result) -> dict[str, str]:
     notes = {}
     for ratio, found in row["ratios"].items():
-        mine, _, theirs = ratio.rpartition(" over ")
-        if theirs in row["rates"]:
-            notes[theirs] = f"{mine.removeprefix('ours, two ').replace('ranks', '2 ranks')}: {found['median']:.1f}x"
+        mine, _, theirs = ratio.partition(" over ")
+        if mine == "ours":
+            notes[theirs] = f"ours: {found['median']:.1f}x"
     return notes
 
 
@@ -217,7 +217,7 @@ def steps(results: Sequence[Result]) -> Figure | None:
         reached = [run["total_steps"] for row in of_preset for run in row["runs"] if run["total_steps"] is not None]
         top = 1.15 * max(reached, default=1)
         one = next(row for row in of_preset if row["ranks"] == 1)
-        for kind, (line, color) in KINDS.items():
+        for kind, color in KINDS.items():
             points = [one, *(row for row in of_preset if row["ranks"] > 1 and row["scaling"] == kind)]
             side = 0.96 if kind == "weak" else 1.04
             for row in points:
@@ -231,7 +231,7 @@ def steps(results: Sequence[Result]) -> Figure | None:
                     limit = wanted["limit"] * one["total_steps"]["median"]
                     axes.plot([row["ranks"] * 0.88, row["ranks"] * 1.12], [limit] * 2, ":", color=color, linewidth=1.6)
             y = [top if row["total_steps"]["median"] is None else row["total_steps"]["median"] for row in points]
-            axes.plot([row["ranks"] for row in points], y, linestyle=line, marker="o", color=color, linewidth=1.8)
+            axes.plot([row["ranks"] for row in points], y, marker="o", color=color, linewidth=1.8)
             ends.append((points[-1]["ranks"] * 1.1, y[-1], f"{kind}{grown(points[-1])}", color))
         ranks_axis(axes, sorted({row["ranks"] for row in of_preset}))
         axes.set_ylim(0, 1.08 * top)

@@ -30,6 +30,7 @@ from hvd_dqn.distributed import Solo, World
 from hvd_dqn.placement import set_thread_defaults
 from hvd_dqn.replay import Replay
 from hvd_dqn.trainer import Trainer
+from tests.benchmarks.compare import spread
 
 
 def guarded(on: bool, total_steps: int) -> Config:
@@ -79,8 +80,9 @@ def train(config: Config, world: World) -> tuple[float, dict[str, float]]:
                 watches.attach("votes", trainer, "_vote")
                 watches.attach("drift checks", trainer, "_check_drift")
                 watches.attach("beats", trainer.watchdog, "beat")
+                before = watchdog_seconds()
             rows.append(record.row)
-            thread = watchdog_seconds()
+            thread = watchdog_seconds() - before
     trainer.close()
     seconds = rows[-1]["seconds"] - rows[0]["seconds"]
     parts = {name: spent / seconds for name, spent in (watches.seconds | {"watchdog's thread": thread}).items()}
@@ -106,10 +108,6 @@ def guards(world: World, rounds: int, total_steps: int) -> None:
             "all_parts": spread(sum(worst.values())),
         }  # fmt: skip
         print(json.dumps(result, indent=1))
-
-
-def spread(values: Any) -> dict[str, float]:
-    return {"median": float(np.median(values)), "low": float(np.min(values)), "high": float(np.max(values))}
 
 
 def read(store: Checkpoints, replay: Replay) -> None:

@@ -127,7 +127,7 @@ cli.main()
         ("raise ZeroDivisionError('broken on purpose')", r"\[rank 1/2 \S+\] ZeroDivisionError: broken on purpose"),
         (
             "self.learner.online.theta.assign_add(0 * self.learner.online.theta + 1e-3)",
-            r"\[rank [01]/2 \S+\] The ranks have drifted apart after [\d,]+ total steps: on rank 1 the variables online/0",
+            r"hvd-dqn: The ranks have drifted apart after [\d,]+ total steps: on rank 1 the variables online/0",
         ),
         (
             "import threading; threading.Thread(target=lambda: 1 / 0).start(); import time; time.sleep(600)",

@@ -49,7 +49,7 @@ def test_a_measurement_is_divided_by_all_updates_it_took_and_the_slowest_rank_co
     # Two networks with two jobs each, with and without sampling; in the first repeat the neighbour is slow.
     mine = iter([1.0, 2.0, 1.0, 1.0, 3.0, 4.0, 1.0, 1.0, 30.0, 40.0, 1.0, 1.0])
     neighbour = np.array([[6.0, 1.0, 1.0, 8.0], [1.0, 1.0, 1.0, 8.0], [1.0, 1.0, 1.0, 8.0]])
-    monkeypatch.setattr(bench, "_seconds", lambda job, world: next(mine))
+    monkeypatch.setattr(bench, "seconds_of", lambda job, world: next(mine))
     mlp, cnn = bench.learner(SlowNeighbour(), networks=("mlp", "cnn"), repeats=3)["results"]
     # The slowest rank took 6, 3 and 30 seconds alone, and 2, 4 and 40 with sampling, for 2 phases of 3 updates.
     assert mlp["microseconds_per_update"] == pytest.approx({"low": 4.5e6 / 6, "median": 6e6 / 6, "high": 18e6 / 6})

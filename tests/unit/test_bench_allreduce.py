@@ -36,7 +36,7 @@ def test_one_rank_is_refused():
 
 def test_horovods_and_mpis_take_turns_and_are_divided_by_their_number(monkeypatch):
     seconds = iter([50.0, 5.0, 100.0, 10.0, 150.0, 15.0])
-    monkeypatch.setattr(bench, "_seconds", lambda job, barrier: next(seconds))
+    monkeypatch.setattr(bench, "seconds_of", lambda job, barrier: next(seconds))
     world = Pair()
     (row,) = bench.allreduce(world, (1_024,), rounds=3)["results"]
     assert row["bytes"] == 4_096

@@ -61,12 +61,26 @@ def test_another_batch_keeps_the_replay_ratio_and_the_updates_of_a_phase():
 
 
 @pytest.mark.parametrize(
+    "arguments", [{"batch": 128}, {"batch": 256}, {"envs": 4}, {"envs": 64}, {"batch": 8, "envs": 2}]
+)
+def test_what_is_compiled_makes_as_many_updates_in_every_phase(arguments):
+    plan = Plan(settings("cartpole-16", 1, **arguments), 1)
+    counts = [plan.updates_at(cycle) for cycle in range(plan.cycles) if plan.learns_at(cycle)]
+    assert len(set(counts[1:])) == 1
+
+
+def test_more_environments_have_room():
+    assert Plan(settings("pixels", 1, envs=1_000), 1).envs == 1_000
+
+
+@pytest.mark.parametrize(
     ("arguments", "line"),
     [
         ({"name": "pixel"}, "no case 'pixel'. Did you mean `pixels`"),
         ({"name": "pixels", "total_steps": 512}, "--total-steps must be at least 608, .* 512"),
         ({"name": "pixels", "total_steps": 0}, "--total-steps must be at least 608, .* 0"),
         ({"name": "pixels", "batch": 0}, "--batch and --envs must be at least 1. Received: 0 and 16"),
+        ({"name": "cartpole-16", "batch": 96}, "in the proportion of 64 to 16. Received: 96 and 16"),
     ],
 )
 def test_what_cannot_be_measured_is_refused(arguments, line):

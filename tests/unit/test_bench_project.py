@@ -9,6 +9,7 @@ from hvd_dqn import bench_project as bench
 from hvd_dqn.errors import InputError
 from hvd_dqn.projection import Line, Network, Phase, at_batch, cost, efficiency
 
+ORIGIN = {"commit": "0123456789", "machine": {"cpu": "a CPU", "cores": 64, "gpus": []}}
 NETWORK = Network(latency=20e-6, seconds_per_byte=1e-9, overhead=80e-6)
 PER_UPDATE = Line(100e-6, 4e-6)
 PHASE = at_batch(Phase(64, 4, 0.001, 0.0009, 0.00005, 18_440), PER_UPDATE, 64)
@@ -31,7 +32,7 @@ def allreduces(sizes=(4_096, 18_440, 271_368, 6_748_824, 67_108_864)):
         seconds = NETWORK.allreduce(2, size)
         raw = NETWORK.latency + size * NETWORK.seconds_per_byte
         rows.append({"bytes": size, "horovod": {"seconds": {"median": seconds}}, "mpi": {"seconds": {"median": raw}}})
-    return {"benchmark": "allreduce", "ranks": 2, "results": rows}
+    return {"benchmark": "allreduce", **ORIGIN, "ranks": 2, "results": rows}
 
 
 @pytest.fixture
@@ -46,7 +47,7 @@ def files(tmp_path):
     return write
 
 
-SCALING = {"benchmark": "scaling", "results": [job(1, 64, sync="none"), job(2, 64), job(2, 32), job(2, 128)]}
+SCALING = {"benchmark": "scaling", **ORIGIN, "results": [job(1, 64, sync="none"), job(2, 64), job(2, 32), job(2, 128)]}
 
 
 def test_it_finds_the_model_again_that_made_the_measurements(files):
@@ -67,7 +68,7 @@ def test_what_checks_it_was_not_fitted_to(files):
     slow["results"][4]["horovod"]["seconds"]["median"] *= 2  # larger than any
     odd = job(2, 128, sync="none")  # the middle one of three batches
     odd["phase"]["seconds"] *= 2
-    scaling = {"benchmark": "scaling", "results": [odd, late, job(2, 256), job(4, 64, oversubscribed=True)]}
+    scaling = {"benchmark": "scaling", **ORIGIN, "results": [odd, late, job(2, 256), job(4, 64, oversubscribed=True)]}
     result = bench.project("cartpole-16", 512, files=files(scaling, slow))
     # Neither the fit of the batches nor that of the messages has seen any of these...
     assert result["fit"]["seconds_per_update"] == pytest.approx(PER_UPDATE._asdict(), rel=1e-6)
@@ -88,13 +89,13 @@ def test_phases_of_another_mixture_are_left_out(files):
     fewer["phase"] |= {"updates": 8.0, "seconds": 1.0}
     other = job(1, 256, sync="none", envs=8)
     other["phase"]["seconds"] = 1.0
-    scaling = {"benchmark": "scaling", "results": [job(1, 64, sync="none"), job(2, 128), fewer, other]}
+    scaling = {"benchmark": "scaling", **ORIGIN, "results": [job(1, 64, sync="none"), job(2, 128), fewer, other]}
     result = bench.project("cartpole-16", 8, files=files(scaling, allreduces()))
     assert result["fit"]["seconds_per_update"] == pytest.approx(PER_UPDATE._asdict(), rel=1e-6)
 
 
 def test_parameters_are_checked_with_jobs_that_averaged_parameters(files):
-    scaling = {"benchmark": "scaling", "results": [*SCALING["results"], job(2, 64, sync="parameters")]}
+    scaling = {"benchmark": "scaling", **ORIGIN, "results": [*SCALING["results"], job(2, 64, sync="parameters")]}
     result = bench.project("cartpole-16", 8, sync="parameters", files=files(scaling, allreduces()))
     checks = [check for check in result["checks"] if check["unit"] == "%"]
     assert [check["what"] for check in checks] == ["efficiency of 2 ranks, weak, batch 64"]
@@ -125,12 +126,28 @@ def test_a_result_is_found_in_what_horovodrun_makes_of_it(tmp_path):
         ([allreduces()], r"nothing of one rank's cartpole-16 with its own batch of 64: add .hvd-dqn bench scaling"),
         ([{"benchmark": "learner"}], r"0.json: the result of bench learner"),
         ([[]], r"0.json: TypeError"),
-        ([{"benchmark": "loop", "ranks": 1, "results": [{"case": "cartpole-16"}]}], r"0.json: KeyError: 'batch'"),
+        ([{"benchmark": "loop", **ORIGIN, "ranks": 1, "results": [{"case": "cartpole-16"}]}], r"KeyError: 'batch'"),
+        (
+            [SCALING, allreduces() | {"machine": {"cpu": "other"}}],
+            r"of one machine. Received: .*'a CPU'.* and .*'other'",
+        ),
     ],
 )
 def test_files_that_do_not_suffice_are_refused(results, line, files):
     with pytest.raises(InputError, match=line):
         bench.project("cartpole-16", files=files(*results))
+
+
+def test_it_tells_where_and_with_which_code_it_was_measured(files):
+    result = bench.project("cartpole-16", files=files(SCALING, allreduces() | {"commit": "abc"}))
+    assert (result["machine"], result["measured_at"]) == (ORIGIN["machine"], ["0123456789", "abc"])
+
+
+def test_one_core_cannot_measure_two_ranks(monkeypatch):
+    monkeypatch.setattr(bench, "check_launcher", lambda: None)
+    monkeypatch.setattr(bench, "cores", lambda: 1)
+    with pytest.raises(InputError, match=r"two ranks with a core each.*give --files"):
+        bench.project("cartpole-16")
 
 
 @pytest.mark.parametrize("arguments", [{"ranks": 1}, {"latency": 0.0}, {"bandwidth": -1.0}, {"rounds": 0}])

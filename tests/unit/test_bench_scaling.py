@@ -87,11 +87,12 @@ def test_what_does_not_divide_is_left_out_by_name(started):
     [
         (("cartpole-15",), "no case 'cartpole-15'. Did you mean `cartpole-16`"),
         (("pixels", (0, 2)), r"--ranks and --rounds must be at least 1. Received: \[0, 2\] and 5"),
+        (("pixels", (1, 2), 0), r"--total-steps must be at least 608.* Received: 0"),
     ],
 )
 def test_what_cannot_be_measured_is_refused_before_anything_starts(arguments, line, started):
     with pytest.raises(InputError, match=line):
-        bench.scaling(*arguments)
+        bench.scaling(*arguments[:2], total_steps=(*arguments, None, None)[2])
     assert started == []
 
 

@@ -100,6 +100,8 @@ def test_help_lists_every_setting_and_presets_say_what_to_expect():
         assert f"{name}\n" in listed
     assert listed.count("Expected:") == len(presets())
     assert "train PRESET" in hvd_dqn("--help").stdout
+    assert re.search(r"(?m)^hvd-dqn bench loop +Measures whole training", hvd_dqn("bench", "--help").stdout)
+    assert "what is wrong and its cure" in " ".join(hvd_dqn("doctor", "--help").stdout.split())
 
 
 #                            words                                                     the line says
@@ -126,6 +128,7 @@ BAD_INPUT = [
     (["evaluate", "."], r"\. is no run"),
     (["plot", "nothing"], r"nothing is no run"),
     (["plot"], r"(?i)name at least one run directory"),
+    (["presets", "cartpole"], r"[Uu]nrecognized|no option 'cartpole'"),
     (["bench", "lerner"], r"no benchmark 'lerner'. Did you mean `learner`"),
 ]
 
@@ -140,6 +143,15 @@ def test_bad_input_gets_one_clear_line_and_exit_code_2(words, line, tmp_path):
     assert said.startswith("hvd-dqn: ")
     assert re.search(line, said)
     assert done.stdout == ""
+
+
+def test_a_picture_that_cannot_be_written_does_not_undo_a_run(tmp_path):
+    (tmp_path / "run" / "curve.png").mkdir(parents=True)
+    done = hvd_dqn("train", "identity", "--run_dir", tmp_path / "run")
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"^hvd-dqn: .*curve.png", done.stderr, re.MULTILINE)
+    assert "identity: return 10.0" in done.stdout
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["ended"] == "finished"
 
 
 def test_a_directory_that_holds_a_run_is_not_overwritten(identity):

@@ -6,6 +6,7 @@ import pytest
 from hvd_dqn.config import Config
 from hvd_dqn.distributed import Solo
 from hvd_dqn.envs import Environments
+from hvd_dqn.errors import RunError
 from hvd_dqn.evaluation import Evaluator
 from hvd_dqn.parts import make_evaluator
 
@@ -69,6 +70,16 @@ def test_a_rank_has_a_copy_per_episode_but_never_more_than_it_can_hold(episodes,
     one = make_evaluator(config, OneOf(0, size), lambda o: np.zeros((len(o), 2)))
     assert one._envs.copies == copies
     one.close()
+
+
+def test_an_environment_that_fails_in_an_evaluation_is_to_be_mended():
+    config = Config.model_validate({"env": {"id": "CartPole-v1", "restart_failed_envs": 5}})
+    one = make_evaluator(config, Solo(), lambda o: np.zeros((len(o), 2)))
+    one._envs._vector.step = lambda action: 1 / 0
+    with pytest.raises(
+        RunError, match=r"in step 1: ZeroDivisionError.*Where episodes are evaluated none is made anew: mend it"
+    ):
+        one.evaluate(3, round=0)
 
 
 def test_another_round_has_other_episodes_and_the_same_round_the_same():

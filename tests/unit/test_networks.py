@@ -13,9 +13,19 @@ def make(name="mlp", shape=(4,), categories=None, actions=3, hidden=(8, 6), duel
     return build_network(name, shape, categories, actions, hidden=hidden, dueling=dueling, rng=rng)
 
 
+class Gain(tf.keras.layers.Layer):
+    """One weight without axes, for all features."""
+
+    def build(self, shape):
+        self.gain = self.add_weight(name="gain", shape=(), initializer="ones")
+
+    def call(self, features):
+        return features * self.gain
+
+
 def keras_model(observation_shape, actions):
     return tf.keras.Sequential(
-        [tf.keras.Input(observation_shape), tf.keras.layers.Dense(5, "relu"), tf.keras.layers.Dense(actions)]
+        [tf.keras.Input(observation_shape), tf.keras.layers.Dense(5, "relu"), Gain(), tf.keras.layers.Dense(actions)]
     )
 
 
@@ -86,7 +96,7 @@ def test_the_nature_cnn_has_the_papers_size():
 
 def test_an_own_keras_model_is_used_with_its_variables_as_they_are():
     network = make("tests.unit.test_networks:keras_model")
-    assert len(network.variables) == 4
+    assert len(network.variables) == 5
     assert network.q_values(np.zeros((2, 4), np.float32)).shape == (2, 3)
     states = make("tests.unit.test_networks:keras_model", shape=(1,), categories=5)
     assert states.q_values(np.array([[3]], np.int32)).shape == (1, 3)

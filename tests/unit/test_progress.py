@@ -11,12 +11,13 @@ import subprocess
 import sys
 import termios
 import threading
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 
 from hvd_dqn.metrics import COLUMNS
-from hvd_dqn.progress import NullProgress, Progress, clock, open_stream, short
+from hvd_dqn.progress import Progress, clock, open_stream, short
 
 PLAN = {"environment": "CartPole-v1", "global batch": "2 ranks x 64 = 128"}
 EVALUATION = {"total_steps": 25_000, "episodes": 20, "return_mean": 487.0, "return_min": 450.0, "return_max": 500.0}
@@ -115,7 +116,7 @@ def test_times_are_minutes_and_seconds_with_hours_in_front_where_needed():
 
 def test_a_log_gets_one_aligned_line_per_report_with_the_numbers_under_their_titles():
     log = io.StringIO()
-    with Progress(50_000, log) as progress:
+    with closing(Progress(50_000, log)) as progress:
         progress.plan(PLAN)
         progress.message("a word between")
         progress.update(row(1_000, return_mean=math.nan, loss=math.nan))
@@ -159,7 +160,7 @@ def test_a_run_that_takes_more_steps_than_asked_is_done_at_100_percent():
 def test_a_terminal_shows_the_key_numbers_and_never_wraps(terminal):
     for columns in (60, 80, 120):
         screen = terminal(columns)
-        with Progress(50_000, screen.stream) as progress:
+        with closing(Progress(50_000, screen.stream)) as progress:
             progress.plan(PLAN)
             progress.update(row(26_000))
             progress.evaluation(EVALUATION)
@@ -192,7 +193,7 @@ def test_a_terminal_is_not_drawn_more_often_than_a_person_can_see(terminal):
 def test_what_others_print_to_the_same_stderr_goes_above_the_display(terminal, monkeypatch):
     screen = terminal()
     monkeypatch.setattr(sys, "stderr", screen.stream)
-    with Progress(50_000, sys.stderr) as progress:
+    with closing(Progress(50_000, sys.stderr)) as progress:
         progress.update(row(1_000))
         print("a stray warning", file=sys.stderr)
     assert sys.stderr is screen.stream
@@ -281,12 +282,3 @@ def test_a_mistake_of_ours_is_not_taken_for_a_broken_stream():
         progress.evaluation(EVALUATION | {"total_steps": "many"})
     with pytest.raises(KeyError, match="loss"):
         progress.update({name: value for name, value in row(100).items() if name != "loss"})
-
-
-def test_other_ranks_show_nothing(capsys):
-    with NullProgress() as progress:
-        progress.plan(PLAN)
-        progress.update(row(1_000))
-        progress.evaluation(EVALUATION)
-        progress.message("word")
-    assert capsys.readouterr() == ("", "")

@@ -34,7 +34,7 @@ RUN_BY = {
     r"(horovodrun -np 2 )?hvd-dqn bench (allreduce|loop .*|scaling|project)": "tests/unit/test_bench_loop.py and others",
     r"horovodrun .*--host-discovery-script .* hvd-dqn train cartpole --elastic .*": "tests/faults/test_elastic.py",
     r"pytest tests/faults -rP": ".ci/run runs all tests",
-    r"(horovodrun -np 2 )?python -m tests\.benchmarks\.safety (guards|checkpoints)": "by hand: it takes minutes",
+    r"(horovodrun -np 2 )?python -m tests\.benchmarks\.safety (guards|checkpoints --rounds 3)": "by hand: it takes minutes",
     r"python -m tests\.faults\.leaks.*": "by hand: it takes half an hour",
     r"tests/benchmarks/setup\.sh|python -m tests\.benchmarks\.(learner|loop|solve|steps)": "by hand: PyTorch and hours",
     r"python -m tests\.benchmarks\.pictures": "tests/unit/test_pictures.py",

@@ -613,6 +613,18 @@ def test_a_checkpoint_that_cannot_be_written_stops_the_job_or_is_done_without(po
     trainer.close()
 
 
+def test_who_asks_to_stop_is_told_where_no_checkpoint_could_be_written(tmp_path, monkeypatch):
+    def full(self, target, part):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Checkpoints, "_write_part", full)
+    settings = config(evaluation={"target_return": None}, checkpoint={"on_failure": "continue"})
+    trainer = Trainer(settings, Solo(), None, lambda: True)
+    with pytest.raises(JobError, match="Asked to stop after 108 total steps, and no checkpoint could be written"):
+        list(trainer.train(Checkpoints(tmp_path, Solo())))
+    trainer.close()
+
+
 def test_a_checkpoint_of_another_network_is_refused(tmp_path):
     play(config(), Solo(), tmp_path)
     snapshot = Checkpoints(tmp_path, Solo()).newest(print)
