@@ -7,9 +7,6 @@ class Adam(tf.keras.optimizers.Adam):
     """Keras's Adam with its update as one operation instead of a dozen: the same formula (Kingma & Ba 2015)."""
 
     def update_step(self, gradient: tf.Tensor, variable: tf.Variable) -> None:
-        if isinstance(gradient, tf.IndexedSlices):  # of an embedding in a user's own model
-            super().update_step(gradient, variable)
-            return
         index = self._index_dict[self._var_key(variable)]
         step = tf.cast(self.iterations + 1, variable.dtype)
         tf.raw_ops.ResourceApplyAdam(

@@ -90,10 +90,17 @@ class Agent(Section):
     )
     epsilon_start: float = setting(1.0, "first probability of a random action", source=NATURE, ge=0, le=1)
     epsilon_end: float = setting(0.05, "last probability of a random action", source="Stable-Baselines3", ge=0, le=1)
-    epsilon_steps: int = setting(10_000, "length of the way from first to last", unit="total steps", source=OURS, ge=0)
+    epsilon_steps: int = setting(
+        10_000,
+        "when the way from first to last ends, which begins at 0; until learn_start the first holds",
+        unit="total steps",
+        source=OURS,
+        ge=0,
+    )
     epsilon_zeta: float | None = setting(
         None,
-        "hold a random action for n steps with a probability proportional to n**-x; none holds it for one step",
+        "hold a random action for n steps with a probability proportional to n**-x, so that epsilon is that of beginning one; "
+        "none holds it for one step",
         source="Dabney et al. 2021, arXiv:2006.01782 (there 2)",
         gt=1,
     )
@@ -173,7 +180,9 @@ class Ranks(Section):
         "weak", "keep environments and batch per rank (weak) or divide them among ranks (strong)", source="Horovod"
     )
     learning_rate_scaling: Literal["none", "sqrt", "linear"] = setting(
-        "none", "how the learning rate grows with the global batch", source="Goyal et al. 2017, arXiv:1706.02677"
+        "none",
+        "how the learning rate grows with the global batch",
+        source="sqrt: Krizhevsky 2014, arXiv:1404.5997; linear: Goyal et al. 2017, arXiv:1706.02677",
     )
     warmup_steps: int = setting(
         0,
@@ -188,7 +197,7 @@ class Ranks(Section):
     )  # fmt: skip
     compression: Literal["none", "fp16"] = setting("none", "of gradients on the wire", source="Horovod")
     backward_passes_per_step: int = setting(
-        1, "gradients that each rank adds up locally before one averaged update", source="Horovod", ge=1
+        1, "minibatches whose mean gradient each rank takes into one averaged update", source="Horovod", ge=1
     )
     drift_check_period: int = setting(
         10_000, "between comparisons of the weights of all ranks", unit="total steps", source=OURS, ge=1

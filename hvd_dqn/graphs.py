@@ -1,10 +1,13 @@
-"""TensorFlow graphs, called with NumPy arrays for NumPy arrays, and what is put into them: loops and clocks."""
+"""TensorFlow graphs, called with NumPy arrays for NumPy arrays, and what is put into them: loops, gradients and clocks."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import tensorflow as tf
+
+SUMMED_BY_ONE_THREAD = 100_000  # numbers, at most; TensorFlow shares out the sum of some twice as many
+ROW = 4_096
 
 
 class Graph:
@@ -48,18 +51,40 @@ def fold(step: Callable[[tf.Tensor, Any], Any], start: Any, begin: tf.Tensor | i
     return loop[1]
 
 
-class StampedTape(tf.GradientTape):
+def global_norm(tensors: Sequence[tf.Tensor]) -> tf.Tensor:
+    """The norm [] of all numbers together, the same to the last bit however many threads a rank has.
+
+    TensorFlow shares out the sum of a large tensor among them: such a one is summed in rows first, each by one thread.
+    """
+    sums = []
+    for tensor in tensors:
+        squares = tf.reshape(tf.square(tensor), [-1])
+        if squares.shape[0] > SUMMED_BY_ONE_THREAD:
+            rows = tf.reshape(tf.pad(squares, [[0, -squares.shape[0] % ROW]]), [-1, ROW])
+            squares = tf.reduce_sum(rows, axis=1)
+        sums.append(tf.reduce_sum(squares))
+    return tf.sqrt(tf.add_n(sums))
+
+
+class DenseTape(tf.GradientTape):
+    """Whose gradients are tensors: of an embedding too, and of what the result does not depend on."""
+
+    def gradient(self, target: tf.Tensor, sources: Any) -> list[tf.Tensor]:
+        gradients = super().gradient(target, sources, unconnected_gradients=tf.UnconnectedGradients.ZERO)
+        return [tf.convert_to_tensor(gradient) for gradient in gradients]
+
+
+class StampedTape(DenseTape):
     """Takes the time when its gradient is ready."""
 
-    def gradient(self, *args: Any, **kwargs: Any) -> Any:
-        gradients = super().gradient(*args, **kwargs)
+    def gradient(self, target: tf.Tensor, sources: Any) -> list[tf.Tensor]:
+        gradients = super().gradient(target, sources)
         self.ready = time_after(gradients)
         return gradients
 
 
 def time_after(gradients: list[tf.Tensor]) -> tf.Tensor:
     """The time [] in seconds when these are there."""
-    parts = tf.nest.flatten(gradients, expand_composites=True)
     # Identities: whoever depends on the results of an inlined function otherwise only waits for what it must run.
-    with tf.control_dependencies([tf.identity(part) for part in parts]):
+    with tf.control_dependencies([tf.identity(part) for part in gradients]):
         return tf.timestamp()

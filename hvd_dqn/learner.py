@@ -10,7 +10,7 @@ import tensorflow as tf
 
 from hvd_dqn.adam import Adam
 from hvd_dqn.distributed import World
-from hvd_dqn.graphs import Graph, StampedTape, fold, time_after
+from hvd_dqn.graphs import DenseTape, Graph, StampedTape, fold, global_norm, time_after
 from hvd_dqn.losses import chosen, double_q_target, huber, q_target, squared
 from hvd_dqn.networks import Mlp, Network
 from hvd_dqn.transition import Batch
@@ -28,8 +28,8 @@ XLA_UPDATES = 50_000
 class Phase(NamedTuple):
     """Sums over the updates of one phase, of this rank's minibatches; the gradient's is of the averaged gradient.
 
-    Updates whose averaged gradient is not finite are skipped, and only counted; `culprits` of them had a loss or values
-    on this rank that were not finite. `exchange` is the part of its `seconds` that went into averaging over ranks,
+    Updates whose averaged gradient is not finite are skipped, and only counted; `culprits` of them had a loss
+    on this rank that was not finite. `exchange` is the part of its `seconds` that went into averaging over ranks,
     waiting for them included.
     """
 
@@ -187,7 +187,7 @@ class Learner:
         # `apply_gradients` would average nothing, silently.
         averaged = self.optimizer.compute_gradients(objective, variables, tape)
         exchange = self._exchange(tape, [gradient for gradient, _ in averaged])
-        norm = tf.linalg.global_norm([gradient for gradient, _ in averaged])
+        norm = global_norm([gradient for gradient, _ in averaged])
         if self._max_gradient_norm is not None:
             # Average first, then clip: only so are N ranks x batch b one rank x batch N * b.
             shrink = self._max_gradient_norm / tf.maximum(norm, self._max_gradient_norm)
@@ -207,7 +207,7 @@ class Learner:
         return tf.cond(tf.math.is_finite(norm), apply, skip)
 
     def _tape(self) -> tf.GradientTape:
-        return StampedTape() if self._is_timed else tf.GradientTape()
+        return StampedTape() if self._is_timed else DenseTape()
 
     def _exchange(self, tape: tf.GradientTape, averaged: list[tf.Tensor]) -> tf.Tensor:
         """Seconds [] from this rank's gradient to the average of all."""
@@ -227,7 +227,7 @@ class Learner:
             gradients, loss, mean_q = means
             part = Batch(*(x[p] for x in parts))
             target = self._bootstrap(part, values[p])
-            with tf.GradientTape() as tape:
+            with DenseTape() as tape:
                 part_loss, part_q = self._evaluate(part, target)
                 part_objective = _spoilt_unless_finite(part_loss)
             part_gradients = tape.gradient(part_objective, variables)

@@ -211,6 +211,10 @@ def build_network(
             f"The model of {name} has variables that are not trained ({model.non_trainable_variables[0].name}, ...). "
             "Batch statistics would differ between ranks: use LayerNormalization instead of BatchNormalization."
         )
+    if model.losses:
+        raise InputError(
+            f"The model of {name} has losses of its own (a regularizer's), which DQN's loss does not include: leave them out."
+        )
     return KerasNetwork(model, categories)
 
 

@@ -95,7 +95,10 @@ class Plan:
         return (cycle + 1) * self.steps_per_cycle
 
     def _passes_multiple(self, cycle: int, period: int) -> bool:
-        return self.total_steps_after(cycle) // period > self.total_steps_after(cycle - 1) // period
+        before = self.total_steps_after(cycle - 1)
+        if cycle == self.first_cycle:  # on another number of ranks the run stopped within a cycle
+            before = min(before, self.resumed_at)
+        return self.total_steps_after(cycle) // period > before // period
 
     def _updates_by(self, total_steps: int) -> int:
         # Asked twice a cycle: in integers, for a product of fractions takes ten times as long.
@@ -186,6 +189,7 @@ class Plan:
         steps = self.total_steps_after(self.cycles - 1) - max(self.total_steps_after(first - 1), learner.learn_start)
         phases = min(updates, max(steps, 0) // max(learner.train_period, self.steps_per_cycle))
         factor = self.learning_rate_factor
+        between = float(learner.target_period * self._updates_per_step)
         return {
             "environment": f"{config.env.id}, {self.size} ranks x {self.envs_per_rank} = {self.envs} copies",
             "total steps": f"{config.total_steps:,} in {self.cycles:,} cycles of {self.steps_per_cycle}",
@@ -196,6 +200,7 @@ class Plan:
             f" ({config.ranks.learning_rate_scaling} scaling, warm-up over {config.ranks.warmup_steps:,} steps)",
             "replay ratio": f"{learner.replay_ratio:g} transitions trained on per step",
             "updates": f"{updates:,}" + (f" in about {phases:,} phases of {updates / phases:.0f}" if phases else ""),
+            "target network": "a copy after every " + (f"{between:.3g} updates" if between > 1 else "update"),
             "averaging": f"of {config.ranks.sync}" if self.size > 1 else "none: one rank",
             "replay": f"{self.slots_per_env * self.envs_per_rank:,} transitions per rank",
         }

@@ -147,6 +147,11 @@ class Trainer:
             + (f" (the loss on rank {', '.join(map(str, culprits))})" if culprits else "")
             + f": {phase.skipped} of {phase.skipped + phase.updates} updates were not made, and the weights are sound. "
             "Lower --learner.learning_rate or --env.reward_scale, or skip such updates with --learner.on_nonfinite skip."
+            + (
+                " Gradients above 65,504 do not fit --ranks.compression fp16."
+                if self.config.ranks.compression == "fp16"
+                else ""
+            )
         )
 
     def _evaluate_at(self, cycle: int, checkpoints: Checkpoints) -> Generator[Record, None, Record | None]:

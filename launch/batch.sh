@@ -12,7 +12,7 @@ need_venv() { [ -x "$root/.venv/bin/hvd-dqn" ] || stop "there is no $root/.venv 
 # prepare WORDS...: goes to the project's folder. Leaves in `words` what `hvd-dqn train` shall do, in `run_dir` where.
 prepare() {
     local word more
-    read -ra more <<<"${HVD_DQN_ARGS:-}"
+    read -rd '' -a more <<<"${HVD_DQN_ARGS:-}" || true # at blanks and at ends of lines
     for word in "$@" ${more[@]+"${more[@]}"}; do
         case $word in
             --) ;;
@@ -29,7 +29,8 @@ prepare() {
     if [ -n "$began_at" ]; then
         echo "$script: going on with $run_dir from $began_at total steps" >&2
         words+=(--resume)
-    elif [ -z "${HVD_DQN_RUN_DIR:-}" ] && [ -e "$run_dir/run.json" ]; then # this job's: its host went down too early
+    elif [ -e "$run_dir/run.json" ] && [[ -z ${HVD_DQN_RUN_DIR:-} || ${SLURM_RESTART_COUNT:-0} != 0 ]]; then
+        # This job's: its host went down too early.
         mv "$run_dir" "$run_dir-without-checkpoint-$(date +%Y%m%d-%H%M%S)"
     fi
     words+=(--run-dir "$run_dir")

@@ -27,4 +27,6 @@ travels='^(PATH|LD_LIBRARY_PATH|PYTHONPATH|(HVD_DQN|HOROVOD|NCCL|TF|OMP|XLA|MALL
 for name in $(compgen -e | LC_ALL=C sort); do
     [[ ! $name =~ $travels ]] || options+=(-x "$name")
 done
+# Whoever hides all GPUs does so everywhere; numbers, which batch systems set, are one host's own.
+[[ ! ${CUDA_VISIBLE_DEVICES-none said} =~ ^(-1)?$ ]] || options+=(-x CUDA_VISIBLE_DEVICES)
 start mpirun "${options[@]}" ${extra[@]+"${extra[@]}"} hvd-dqn "${words[@]}"

@@ -30,7 +30,7 @@ read_options() {
             -p) port=$2 ;;
             -i) key=$2 ;;
             --interface) interface=$2 ;;
-            --extra) read -ra more <<<"$2"; extra+=("${more[@]}") ;;
+            --extra) read -rd '' -a more <<<"$2" || true; extra+=("${more[@]}") ;;
         esac
         shift 2
     done

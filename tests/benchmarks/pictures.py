@@ -2,7 +2,7 @@
 
     python -m tests.benchmarks.pictures [--results tests/benchmarks/results] [--out tests/benchmarks]
 
-Reads those of loop*.json, solve.json, learner.json, scaling*.json, steps.json, project*.json and allreduce.json that are there;
+Reads those of loop*.json, solve*.json, learner.json, scaling*.json, steps.json, project*.json and allreduce.json;
 draws speed.png, scaling.png, steps.png and projection.png, and prints a Markdown table of the numbers of each file.
 """
 
@@ -41,7 +41,7 @@ def main() -> None:
     options = parser.parse_args()
     found = {name: [read(path) for path in sorted(options.results.glob(f"{name}.json"))] for name in TABLES}
     drawn = {
-        "speed": speed([*found["loop*"], *found["solve"]]),
+        "speed": speed([*found["loop*"], *found["solve*"]]),
         "scaling": scaling(found["scaling*"]),
         "steps": steps(found["steps"]),
         "projection": projection(found["project*"]),

@@ -121,6 +121,6 @@ def allreduce_table(result: Result) -> list[list[str]]:
 
 
 TABLES: dict[str, Callable[[Result], list[list[str]]]] = {
-    "loop*": loop_table, "solve": solve_table, "learner": learner_table, "scaling*": scaling_table,
+    "loop*": loop_table, "solve*": solve_table, "learner": learner_table, "scaling*": scaling_table,
     "steps": steps_table, "project*": project_table, "allreduce": allreduce_table,
 }  # fmt: skip

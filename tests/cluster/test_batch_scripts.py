@@ -22,7 +22,8 @@ case $(basename "$0") in
     srun) [ "$*" != --mpi=list ] || { echo "MPI plugin types are... ${PLUGINS:-none pmix pmi2}"; exit; } ;;
     scontrol) [ "$1" != show ] || printf '%s\\n' ${HOSTS:-alone}; exit ;;
     qstat) printf 'Job Id: %s\\n    Resource_List.select = %s\\n    Resource_List.walltime = %s\\n' "$3" \\
-        $'2:ncpus=8:mpi\\n\\tprocs=2' "${WALLTIME:-02:00:00}"; exit ;;
+        $'2:ncpus=8:mpi\\n\\tprocs=2' "${WALLTIME:-02:00:00}"
+        printf '    Account_Name = grant\\n    project = %s\\n' "${PROJECT:-_pbs_project_default}"; exit ;;
     qsub) echo "env $HVD_DQN_RUN_DIR $HVD_DQN_ARGS" >>"$CALLS"; exit ;;
     mpirun) [ "$*" != --version ] || { echo "mpirun (Open MPI) 4.1.4"; exit; } ;;
 esac
@@ -45,7 +46,13 @@ SYSTEMS = {
         "SLURM_TASKS_PER_NODE": "4(x2),3",
         "HOSTS": "a b c",
     },
-    "pbs": {"PBS_JOBNAME": "my/job", "PBS_JOBID": "7", "PBS_QUEUE": "batch", "PBS_NODEFILE": "{folder}/nodes"},
+    "pbs": {
+        "PBS_JOBNAME": "my/job",
+        "PBS_JOBID": "7",
+        "PBS_QUEUE": "small",
+        "PBS_O_QUEUE": "batch",
+        "PBS_NODEFILE": "{folder}/nodes",
+    },
     "lsf": {"LSB_JOBNAME": "my/job", "LSB_JOBID": "7", "LSB_MCPU_HOSTS": "a 4 b 2 "},
 }
 
@@ -127,7 +134,7 @@ SRUN = "srun --mpi=pmix --export=ALL --kill-on-bad-exit=0 --wait=120"
         (
             "slurm/train-apptainer.sbatch",
             {"SLURM_GPUS_ON_NODE": "4"},
-            SRUN + " apptainer exec --bind {0} --pwd {0} --nv {0}/hvd-dqn.sif hvd-dqn",
+            SRUN + " apptainer exec --bind {0} --bind {0}/runs/my-job-7 --pwd {0} --nv {0}/hvd-dqn.sif hvd-dqn",
         ),
         ("slurm/train-mpirun.sbatch", {}, "mpirun -np 11 -H a:4,b:4,c:3 "),
         ("pbs/train.pbs", {}, "mpirun -np 4 -H a:2,b:2 "),
@@ -145,7 +152,7 @@ def test_the_ranks_are_started_on_all_that_the_job_was_given(script, environment
 
 def test_settings_come_as_words_and_from_the_environment(project):
     code, said = project.run(
-        "slurm/train.sbatch", "cartpole", "--", "--env.id", "a b", HVD_DQN_ARGS="--seed 3  --seed 4"
+        "slurm/train.sbatch", "cartpole", "--", "--env.id", "a b", HVD_DQN_ARGS="--seed 3 \n --seed 4"
     )
     assert code == 0, said
     assert project.calls[-1].endswith(" train cartpole --env.id a b --seed 3 --seed 4 --run-dir runs/my-job-7")
@@ -155,7 +162,7 @@ STARTS_AGAIN = {
     "slurm/train.sbatch": "scontrol requeue 7",
     "slurm/train-mpirun.sbatch": "scontrol requeue 7",
     "slurm/train-apptainer.sbatch": "scontrol requeue 7",
-    "pbs/train.pbs": "qsub -N my/job -q batch -l select=2:ncpus=8:mpiprocs=2 -l walltime=02:00:00 -v "
+    "pbs/train.pbs": "qsub -V -N my/job -q batch -A grant -l select=2:ncpus=8:mpiprocs=2 -l walltime=02:00:00 -v "
     "HVD_DQN_ROOT,HVD_DQN_RUN_DIR,HVD_DQN_ARGS launch/pbs/train.pbs",
 }
 
@@ -202,10 +209,10 @@ def test_a_job_whose_time_was_too_short_to_start_is_told_so(project):
 def test_pbs_asks_the_job_to_save_two_minutes_before_its_time_is_over(project):
     # 124 s: four are left until then.
     code, said = project.run(
-        "pbs/train.pbs", HVD_DQN_ARGS="identity", CODE="75", STEPS="400", WAIT="1", WALLTIME="00:02:04"
+        "pbs/train.pbs", HVD_DQN_ARGS="identity", CODE="75", STEPS="400", WAIT="1", WALLTIME="00:02:04", PROJECT="cars"
     )
     assert code == 75, said
-    assert any(call.startswith("qsub ") for call in project.calls)
+    assert any(call.startswith("qsub ") and " -A grant -P cars -l " in call for call in project.calls)
 
 
 def test_a_job_goes_on_with_the_newest_checkpoint_that_can_be_gone_on_from(project):
@@ -229,6 +236,15 @@ def test_a_run_that_ended_before_its_first_checkpoint_is_put_aside(project):
     (aside,) = project.run_dir.parent.iterdir()
     assert aside.name.startswith("my-job-7-without-checkpoint-")
     assert (aside / "run.json").exists()
+
+
+def test_so_is_a_run_that_was_named_when_it_is_this_jobs_own(project):
+    named = project.folder / "runs/mine"
+    named.mkdir(parents=True)
+    (named / "run.json").touch()
+    code, said = project.run("slurm/train.sbatch", "identity", HVD_DQN_RUN_DIR="runs/mine", SLURM_RESTART_COUNT="1")
+    assert code == 0, said
+    assert len(list(named.parent.glob("mine-without-checkpoint-*/run.json"))) == 1
 
 
 def test_a_run_that_was_named_is_never_put_aside_for_another_job_may_be_writing_it(project):

@@ -151,7 +151,9 @@ def test_ranks_in_containers_find_each_other_and_are_requeued_too(slurm, project
     job = Job(slurm, project, "train-apptainer", *LONG, **environment)
     goes_on_to_the_end(job, stop(slurm, job, "--signal=USR1"))
     calls = (project / "calls").read_text().splitlines()
-    command = f"apptainer exec --bind {project} --pwd {project} {project}/hvd-dqn.sif hvd-dqn train identity"
+    command = (
+        f"apptainer exec --bind {project} --bind {job.run_dir} --pwd {project} {project}/hvd-dqn.sif hvd-dqn train"
+    )
     assert len(calls) == 4  # two ranks, twice
     assert all(call.startswith(command) for call in calls)
 

@@ -1,11 +1,15 @@
 """Graphs between NumPy arrays: the same numbers as eagerly, and no memory lost."""
 
+import os
+import subprocess
+import sys
+
 import numpy as np
 import psutil
 import pytest
 import tensorflow as tf
 
-from hvd_dqn.graphs import Graph
+from hvd_dqn.graphs import DenseTape, Graph, global_norm
 
 
 @pytest.mark.parametrize("compiled", [False, True])
@@ -50,3 +54,40 @@ def test_many_graphs_are_no_reason_for_a_warning(caplog):
     graphs = [Graph(lambda x, i=i: [x + i]) for i in range(12)]
     assert [int(graph(np.int64(1))[0]) for graph in graphs] == list(range(1, 13))
     assert "retracing" not in caplog.text
+
+
+def test_the_norm_is_that_of_all_numbers_together():
+    rng = np.random.default_rng(0)
+    arrays = [rng.normal(size=shape).astype(np.float32) for shape in [(), (3, 5), (400_003,), (4_096 * 50,)]]
+    (norm,) = Graph(lambda: [global_norm([tf.constant(array) for array in arrays])])()
+    assert norm == pytest.approx(
+        np.linalg.norm(np.concatenate([array.ravel() for array in arrays]).astype(float)), rel=1e-5
+    )
+
+
+NORM = """
+import numpy as np, tensorflow as tf
+from hvd_dqn.graphs import Graph, global_norm
+many = np.random.default_rng(0).normal(size=1_687_206).astype(np.float32)
+print("norm", Graph(lambda x: [global_norm([x[0]])])(many[None])[0].tobytes().hex())
+"""
+
+
+def test_the_norm_does_not_depend_on_the_number_of_threads():
+    def on(threads):
+        environment = os.environ | {"TF_NUM_INTRAOP_THREADS": str(threads)}
+        done = subprocess.run(
+            [sys.executable, "-c", NORM], env=environment, capture_output=True, text=True, timeout=300
+        )
+        return done.stdout.split("norm ")[1]
+
+    assert on(1) == on(3) == on(8)
+
+
+def test_gradients_are_tensors_also_of_rows_and_of_what_does_not_count():
+    table, unused = tf.Variable(tf.ones([4, 2])), tf.Variable([1.0, 2.0])
+    with DenseTape() as tape:
+        total = tf.reduce_sum(tf.gather(table, [1, 1, 3]))
+    rows, none = tape.gradient(total, [table, unused])
+    assert rows.numpy().tolist() == [[0, 0], [2, 2], [0, 0], [1, 1]]
+    assert none.numpy().tolist() == [0, 0]

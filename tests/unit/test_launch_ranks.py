@@ -121,6 +121,13 @@ def test_what_is_set_before_the_call_is_kept_and_travels(project, path):
     assert "-x HOROVOD_CYCLE_TIME -x PATH -x PYTHONPATH -x TF_CPP_MIN_LOG_LEVEL " in done.stdout
 
 
+@pytest.mark.parametrize(("devices", "travels"), [("", True), ("-1", True), ("0,1", False), ("GPU-8f", False)])
+def test_that_no_gpu_is_to_be_seen_travels_and_which_ones_are_does_not(devices, travels, project, path):
+    env = {"PATH": path, "CUDA_VISIBLE_DEVICES": devices}
+    done = run(project / "launch" / "mpirun.sh", "--dry-run", "train", "cartpole", env=env)
+    assert ("-x CUDA_VISIBLE_DEVICES hvd-dqn" in done.stdout) == travels
+
+
 @pytest.mark.parametrize("script", ["horovodrun.sh", "mpirun.sh"])
 @pytest.mark.parametrize(
     ("arguments", "line"),

@@ -158,6 +158,17 @@ def test_valuing_ahead_changes_nothing(passes, monkeypatch):
         np.testing.assert_allclose(one.numpy(), other.numpy(), rtol=1e-5, atol=1e-6)
 
 
+def test_an_embedding_is_learned_like_anything_else_in_one_pass_and_in_two():
+    learners = [
+        make(network="tests.unit.test_networks:keras_model_with_embedding", passes=passes, max_gradient_norm=0.01)
+        for passes in (1, 2)
+    ]
+    phases = [learner.update(batch(1, 16), 0.01, np.array([False])) for learner in learners]
+    assert sums(phases[0]) == pytest.approx(sums(phases[1]), rel=1e-5)
+    for one, other in zip(*(learner.online.variables for learner in learners), strict=True):
+        np.testing.assert_allclose(one.numpy(), other.numpy(), rtol=1e-4, atol=1e-5)
+
+
 def test_averaging_parameters_alone_changes_nothing():
     gradients, parameters = make(), make(sync="parameters")
     b, copies = batch(4, 16), np.array([False, False, False, True])

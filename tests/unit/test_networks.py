@@ -38,6 +38,19 @@ def keras_model_with_batch_statistics(observation_shape, actions):
     return tf.keras.Sequential([tf.keras.Input(observation_shape), layers.BatchNormalization(), layers.Dense(actions)])
 
 
+def keras_model_with_embedding(observation_shape, actions):
+    layers = tf.keras.layers
+    inputs = tf.keras.Input(observation_shape)
+    numbers = tf.cast(tf.clip_by_value(tf.abs(inputs) * 3, 0, 7), tf.int32)
+    features = layers.Flatten()(layers.Embedding(8, 3)(numbers))
+    return tf.keras.Model(inputs, layers.Dense(actions)(layers.Dense(5, "relu")(inputs) + layers.Dense(5)(features)))
+
+
+def keras_model_with_a_regularizer(observation_shape, actions):
+    layers = tf.keras.layers
+    return tf.keras.Sequential([tf.keras.Input(observation_shape), layers.Dense(actions, kernel_regularizer="l2")])
+
+
 def not_a_model(observation_shape, actions):
     return 3
 
@@ -128,6 +141,7 @@ def test_one_seed_makes_one_network():
         ({"name": "tests.unit.test_networks:not_a_model"}, r"must return a keras.Model.*int"),
         ({"name": "tests.unit.test_networks:keras_model_of_wrong_width"}, r"\[B, 3\].*\(1, 4\)"),
         ({"name": "tests.unit.test_networks:keras_model_with_batch_statistics"}, r"LayerNormalization"),
+        ({"name": "tests.unit.test_networks:keras_model_with_a_regularizer"}, r"losses of its own"),
         ({"hidden": (), "dueling": True}, r"at least one hidden layer"),
     ],
 )

@@ -188,6 +188,21 @@ def test_settings_that_cannot_work_together_are_refused(sections, message):
         Plan(config(**sections), 1)
 
 
+def test_what_was_due_where_a_run_stopped_within_a_cycle_of_more_ranks_is_made_up_for():
+    #  640 steps per cycle: from 4,504 the first that is counted anew ends at 5,760
+    sections = {"env": {"envs_per_rank": 64}, "evaluation": {"period": 5_000}, "learner": {"learn_start": 2_000}}
+    plan = Plan(config(**sections), 10, resumed_at=4_504)
+    assert (plan.first_cycle, plan.total_steps_after(plan.first_cycle)) == (8, 5_760)
+    assert plan.evaluates_at(8)
+    assert not Plan(config(**sections), 10, resumed_at=5_120).evaluates_at(8)
+
+
+def test_people_see_when_the_target_network_is_no_older_than_the_network():
+    learner = {"target_period": 256, "replay_ratio": 8, "batch_size": 64, "learn_start": 4_000}
+    told = [Plan(config(learner=learner), size).describe()["target network"] for size in (1, 8, 40)]
+    assert told == ["a copy after every 32 updates", "a copy after every 4 updates", "a copy after every update"]
+
+
 @pytest.mark.parametrize("name", presets())
 @pytest.mark.parametrize("size", [1, 2, 4])
 @pytest.mark.parametrize("scaling", ["weak", "strong"])
