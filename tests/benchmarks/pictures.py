@@ -85,7 +85,7 @@ def speed(results: Sequence[Result]) -> Figure | None:
             title(axes, f"{row['case']}: steps/s")
             bars(axes, {name: rates["steps_per_second"] for name, rates in row["rates"].items()}, loop_notes(row))
         else:
-            title(axes, f"{row['preset']}: seconds to the target")
+            title(axes, f"{row['preset']}: seconds")
             bars(axes, {name: found["seconds"] for name, found in row["summary"].items()}, solve_notes(row))
     return figure
 
