@@ -9,9 +9,8 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from hvd_dqn.config import nearest
 from hvd_dqn.distributed import World
-from hvd_dqn.errors import InputError, tell
+from hvd_dqn.errors import InputError, nearest, tell
 from hvd_dqn.lockstep import in_step
 from hvd_dqn.options import JsonOptions, parse
 

@@ -14,9 +14,9 @@ from rich.table import Table
 from hvd_dqn.agent import Agent
 from hvd_dqn.bench import made_table, provenance, rate
 from hvd_dqn.checkpoint import Checkpoints
-from hvd_dqn.config import Config, nearest
+from hvd_dqn.config import Config
 from hvd_dqn.distributed import World
-from hvd_dqn.errors import InputError
+from hvd_dqn.errors import InputError, nearest
 from hvd_dqn.lockstep import in_step
 from hvd_dqn.trainer import Trainer
 

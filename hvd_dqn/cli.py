@@ -10,10 +10,11 @@ from typing import Any
 
 from hvd_dqn import __version__
 from hvd_dqn.checkpoint import Checkpoints, Snapshot
-from hvd_dqn.config import Config, nearest, presets
+from hvd_dqn.config import Config
+from hvd_dqn.config_files import presets
 from hvd_dqn.connect import connect
 from hvd_dqn.distributed import Solo, World
-from hvd_dqn.errors import InputError, JobError, RunError, tell
+from hvd_dqn.errors import InputError, JobError, RunError, nearest, tell
 from hvd_dqn.lockstep import in_step
 from hvd_dqn.options import EvaluateOptions, JsonOptions, NoOptions, PlotOptions, TrainOptions, parse, read_settings
 from hvd_dqn.placement import is_elastic, set_thread_defaults

@@ -1,7 +1,6 @@
 """One rank's copies of a Gymnasium environment: stepped together, saved where they stand, made anew after failures."""
 
 import functools
-import sys
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -13,7 +12,7 @@ from gymnasium.vector import AsyncVectorEnv, AutoresetMode, VectorEnv
 
 from hvd_dqn import vectors, workers
 from hvd_dqn.copies import Failure, line
-from hvd_dqn.errors import InputError, RunError
+from hvd_dqn.errors import InputError, RunError, tell
 from hvd_dqn.transition import Transition
 
 # How long environments and their processes may take to close before they are left or killed.
@@ -40,8 +39,7 @@ class Environments:
 
     A copy fails by raising, by the end of its process, and by a value that is not finite. After the first `restarts`
     failures all copies are closed, made anew and reset with seeds that follow from those of the last `reset`. After the
-    next, `step` and `reset` raise RunError, which names the copy and contains the environment's traceback; where `restarts` is
-    None, after the first, and without the advice to allow some.
+    next, `step` and `reset` raise RunError, which names the copy and contains the environment's traceback.
     """
 
     frame_shape: tuple[int, ...]  # [D] or [H, W, C]
@@ -66,7 +64,7 @@ class Environments:
         reward_clip: float | None = None,
         first_index: int = 0,
         rank: int = 0,
-        restarts: int | None = 0,
+        restarts: int = 0,
     ) -> None:
         self.id = id
         self.copies = copies
@@ -374,20 +372,14 @@ class Environments:
             told = f"Environment {which} ({self.id}) on rank {self._rank} {failure.did} {when}: {failure.why}"
             trace = f"\n{failure.trace}" if failure.trace else ""
             vectors.end(self._vector, CLOSING_SECONDS)
-            if self._restarts is None:
-                raise RunError(f"{told}. Where episodes are evaluated none is made anew: mend it.{trace}") from failure
             if self.restarted >= self._restarts:
                 raise RunError(
-                    f"{told}. Mend it, or let the copies be made anew after a failure: --env.restart_failed_envs "
-                    f"(now {self._restarts}).{trace}"
+                    f"{told}. Mend it, or have the copies that are trained with made anew after a failure: "
+                    f"--env.restart_failed_envs.{trace}"
                 ) from failure
             self.restarted += 1
             left = self._restarts - self.restarted
-            print(
-                f"hvd-dqn: {told}. All copies of this rank are made anew; restarts left: {left}.{trace}",
-                file=sys.stderr,
-                flush=True,
-            )
+            tell(f"{told}. All copies of this rank are made anew; restarts left: {left}.{trace}")
             try:
                 self._vector = self._build()
                 self._remember()

@@ -1,11 +1,19 @@
 """The ways in which hvd_dqn refuses to go on, each printed as a message instead of a traceback."""
 
+import difflib
 import sys
+from collections.abc import Iterable
 
 
 def tell(text: str) -> None:
     """A line for people, apart from what a command prints as its result."""
     print(f"hvd-dqn: {text}", file=sys.stderr, flush=True)
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """What to add to a message about `name`, which is none of the `known`."""
+    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f" Did you mean `{close[0]}`?" if close else ""
 
 
 class InputError(ValueError):

@@ -10,8 +10,9 @@ from typing import Annotated, Any, TypeVar
 
 import tyro
 
-from hvd_dqn.config import Config, load_file, load_preset, nearest, presets, setting_names
-from hvd_dqn.errors import InputError
+from hvd_dqn.config import Config, setting_names
+from hvd_dqn.config_files import load_file, load_preset, presets
+from hvd_dqn.errors import InputError, nearest
 from hvd_dqn.run import Run
 
 T = TypeVar("T")

@@ -18,9 +18,7 @@ from hvd_dqn.normalizer import Normalizer, NullNormalizer
 MOST_COPIES = 32  # that evaluate, on each rank: in processes of their own a thousand would be too many
 
 
-def make_environments(
-    config: Config, world: World, copies: int, vectorization: str, restarts: int | None = None
-) -> Environments:
+def make_environments(config: Config, world: World, copies: int, vectorization: str, restarts: int = 0) -> Environments:
     env = config.env
     return Environments(
         env.id,

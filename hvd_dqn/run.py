@@ -12,7 +12,8 @@ from typing import Any
 import yaml
 
 from hvd_dqn.arrays import write
-from hvd_dqn.config import Config, load_file
+from hvd_dqn.config import Config
+from hvd_dqn.config_files import load_file
 from hvd_dqn.errors import InputError
 
 PACKAGES = ("hvd_dqn", "tensorflow-cpu", "tensorflow", "keras", "horovod", "mpi4py", "gymnasium", "numpy")

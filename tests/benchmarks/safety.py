@@ -24,7 +24,8 @@ import psutil
 
 from hvd_dqn import bench
 from hvd_dqn.checkpoint import Checkpoints
-from hvd_dqn.config import Config, load_preset
+from hvd_dqn.config import Config
+from hvd_dqn.config_files import load_preset
 from hvd_dqn.connect import connect
 from hvd_dqn.distributed import Solo, World
 from hvd_dqn.placement import set_thread_defaults

@@ -23,7 +23,7 @@ from typing import Any
 from rich.table import Table
 
 from hvd_dqn.bench import provenance
-from hvd_dqn.config import load_preset
+from hvd_dqn.config_files import load_preset
 from hvd_dqn.metrics import read_csv
 from hvd_dqn.run import Run
 from tests.benchmarks import compare

@@ -17,7 +17,8 @@ from typing import Any
 
 from rich.table import Table
 
-from hvd_dqn.config import Config, load_preset, presets
+from hvd_dqn.config import Config
+from hvd_dqn.config_files import load_preset, presets
 from hvd_dqn.errors import InputError
 from hvd_dqn.placement import cores
 from hvd_dqn.plan import Plan

@@ -90,7 +90,8 @@ def test_plot_draws_several_runs(identity, tmp_path):
 
 
 def test_help_lists_every_setting_and_presets_say_what_to_expect():
-    from hvd_dqn.config import presets, setting_names
+    from hvd_dqn.config import setting_names
+    from hvd_dqn.config_files import presets
 
     done = hvd_dqn("train", "--help")
     for name in setting_names():

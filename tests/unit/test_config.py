@@ -5,7 +5,8 @@ import yaml
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from hvd_dqn.config import Config, load_file, load_preset, parse, presets, setting_names
+from hvd_dqn.config import Config, setting_names
+from hvd_dqn.config_files import load_file, load_preset, parse, presets
 from hvd_dqn.errors import InputError
 
 

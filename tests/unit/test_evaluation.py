@@ -77,7 +77,7 @@ def test_an_environment_that_fails_in_an_evaluation_is_to_be_mended():
     one = make_evaluator(config, Solo(), lambda o: np.zeros((len(o), 2)))
     one._envs._vector.step = lambda action: 1 / 0
     with pytest.raises(
-        RunError, match=r"in step 1: ZeroDivisionError.*Where episodes are evaluated none is made anew: mend it"
+        RunError, match=r"in step 1: ZeroDivisionError.*Mend it, or have the copies that are trained with"
     ):
         one.evaluate(3, round=0)
 

@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from hvd_dqn.config import Config, load_preset, presets
+from hvd_dqn.config import Config
+from hvd_dqn.config_files import load_preset, presets
 from hvd_dqn.errors import InputError
 from hvd_dqn.plan import Plan
 

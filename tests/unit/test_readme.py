@@ -7,7 +7,8 @@ import re
 from pathlib import Path
 from typing import Literal, get_args, get_origin
 
-from hvd_dqn.config import presets, setting_names
+from hvd_dqn.config import setting_names
+from hvd_dqn.config_files import presets
 
 ROOT = Path(__file__).resolve().parents[2]
 README = ROOT / "README.md"
