@@ -24,8 +24,12 @@ case ${1:-} in
     worker)
         wait_for "$keys/authorized_keys" "Start the head, and mount one volume as $keys in all containers." \
             test -s "$keys/authorized_keys"
+        # Where all containers are stopped at once, the ranks here must first have saved; orted is what mpirun runs here.
+        trap 'while pgrep -x orted >/dev/null; do sleep 0.2; done; exit 0' USR1
         set -x
-        exec /usr/sbin/sshd -D -e -f /opt/hvd_dqn/docker/sshd_config
+        (trap '' USR1 && exec /usr/sbin/sshd -D -e -f /opt/hvd_dqn/docker/sshd_config) & # tini -g signals to it, too
+        wait $!
+        exit # with sshd's code
         ;;
     head) ;;
     *) code=2 stop "expected \`worker\` or \`head HOSTS COMMAND...\`, received \`$*\`. $example" ;;

@@ -55,9 +55,8 @@ def learner(world: World, networks: Sequence[str] = tuple(CASES), repeats: int =
     turn the slowest rank counts. An update includes averaging over ranks; every phase ends with a target copy.
     """
     jobs = [job for name in networks for job in _jobs(CASES[name], world)]
-    seconds = world.max(
-        np.array([[seconds_of(job, world.barrier) for job in jobs] for _ in range(repeats)])
-    )  # [repeats, jobs]
+    rounds = [[seconds_of(job, world.barrier) for job in jobs] for _ in range(repeats)]
+    seconds = world.max(np.array(rounds))  # [repeats, jobs]
     results = []
     for i, name in enumerate(networks):
         case = CASES[name]

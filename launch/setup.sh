@@ -104,10 +104,14 @@ done_already() { say "set-up: nothing to do, .venv is ready"; exit 0; }
 # One set-up at a time. The lock is not in .venv, which may be deleted and made anew, and not on this script, which could not
 # be started while it is open for writing. A pip that outlives a killed set-up keeps it.
 exec 9>>"$root/launch/constraints.txt"
-if ! flock -n 9; then
+locked=0
+flock -n -E 99 9 || locked=$?
+if [ "$locked" = 99 ]; then
     say "Another set-up is running here: waiting for it."
     flock 9
     ! ready || done_already
+elif [ "$locked" != 0 ]; then
+    say "The file system of $root has no locks: start one set-up at a time."
 fi
 
 # ---- 1. Python, MPI and compilers ----
@@ -152,6 +156,13 @@ fi
 mpirun --version >/dev/null 2>&1 || stop "\`mpirun --version\` fails ($(command -v mpirun)): repair this MPI, or take it off PATH."
 say "      $(command -v "$python") $python_version, $(command -v mpirun): $(mpirun --version 2>/dev/null | sed -n 1p)"
 
+if [ "$gpu" != 0 ]; then
+    [ -z "${CUDA_HOME:-}" ] || export HOROVOD_CUDA_HOME=${HOROVOD_CUDA_HOME:-$CUDA_HOME} # Horovod looks at no other
+    have "${HOROVOD_CUDA_HOME:-/usr/local/cuda}/bin/nvcc" || have nvcc || stop \
+        "a GPU build needs the CUDA 12 toolkit (nvcc) and NCCL's headers. Install them, or set HOROVOD_CUDA_HOME and HOROVOD_NCCL_HOME."
+    export HOROVOD_GPU_OPERATIONS=NCCL
+fi
+
 made_from=$(stamp)
 
 # ---- 2. The virtual environment ----
@@ -186,9 +197,6 @@ else
     # pip would reuse a Horovod that was once built for another MPI or TensorFlow: keep one wheel cache per combination.
     cache=()
     if where=$(python -m pip cache dir 2>/dev/null); then cache=(--cache-dir "$where/hvd_dqn-${built:0:16}"); fi
-    [ "$gpu" = 0 ] || { have "${HOROVOD_CUDA_HOME:-${CUDA_HOME:-/usr/local/cuda}}/bin/nvcc" || have nvcc \
-        || stop "a GPU build needs the CUDA 12 toolkit (nvcc) and NCCL's headers. Install them, or set HOROVOD_CUDA_HOME and HOROVOD_NCCL_HOME."; }
-    [ "$gpu" = 0 ] || export HOROVOD_GPU_OPERATIONS=NCCL
     # Made for the compilers of 2023: it asks for CMake 2.8, which CMake 4 refuses unless told otherwise, and leaves out headers
     # that GCC 13 no longer includes by itself.
     run horovod env "MAKEFLAGS=${MAKEFLAGS:--j$(nproc)}" CMAKE_POLICY_VERSION_MINIMUM=3.5 \
@@ -207,7 +215,8 @@ for part in TensorFlow MPI Gloo $([ "$gpu" = 0 ] || echo NCCL); do
         stop "Horovod was built without $part: see $logs/check-build.log and $logs/horovod.log"; }
 done
 mpi_version=$(mpirun --version 2>/dev/null | grep -oE '[0-9]+\.[0-9]+(\.[0-9]+)*' | sed -n 1p)
-run two-ranks timeout 300 horovodrun -np 2 python -c "
+# Without GPUs: what is proved needs none, and NCCL refuses two ranks on one, which these would be.
+run two-ranks env CUDA_VISIBLE_DEVICES= timeout 300 horovodrun -np 2 python -c "
 from mpi4py import MPI
 import horovod.tensorflow as hvd
 import tensorflow as tf

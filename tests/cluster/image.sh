@@ -92,17 +92,20 @@ build() {
         --build-arg PIP_CONFIG_FILE=/mnt/pip.conf .
 }
 
-# stops CODE COMMAND...: a run without end, stopped as `docker stop` does, ends with this code.
+# stops ARGUMENTS...: a run without end by `podman run ARGUMENTS`, stopped as `docker stop` does, ends with 75. The
+# containers in $first are told two seconds before.
 stops() {
-    local expected=$1
-    shift
-    run podman run -d --name stopped "$image" "$@" train identity --run-dir runs/long --total_steps 1000000000 \
+    run podman run -d --name stopped "$@" train identity --run-dir /home/hvd/runs/long --total_steps 1000000000 \
         --evaluation.target_return None --checkpoint.period 2000
     if [ -z "$dry_run" ]; then
         for _ in {1..300}; do ! podman logs stopped 2>&1 | grep -q 'checkpoint at' || break; sleep 1; done
     fi
+    if [ -n "${first:-}" ]; then
+        run podman kill -s USR1 "${first[@]}"
+        run sleep 2
+    fi
     run podman stop -t 60 stopped
-    expect 0 "^$expected\$" podman wait stopped
+    expect 0 '^75$' podman wait stopped
     expect 0 "stopped on request after" podman logs stopped
     run podman rm stopped
 }
@@ -121,7 +124,7 @@ prove() {
     expect 2 'There is no preset' podman run --rm "$image" train nonsense
     for launcher in hvd-dqn "mpirun -np 2 --bind-to none hvd-dqn" "horovodrun -np 2 hvd-dqn"; do
         # shellcheck disable=SC2086 # words
-        stops 75 $launcher
+        stops "$image" $launcher
     done
 
     # Three containers, joined by ssh.
@@ -145,11 +148,15 @@ prove() {
         run podman run -d --name "$host" --hostname "$host" "${job[@]}" \
             --entrypoint '["tini", "--", "/opt/hvd_dqn/docker/cluster.sh", "worker"]' "$image"
     done
-    expect 0 'identity: return 10.0 .* on 2 ranks' podman run --rm --name launcher "${job[@]}" \
-        -v "$work/hostfile:/etc/mpi/hostfile:ro" -e OMPI_MCA_orte_default_hostfile=/etc/mpi/hostfile \
-        -e OMPI_MCA_orte_keep_fqdn_hostnames=true -e "OMPI_MCA_plm_rsh_args=-o ConnectionAttempts=10" \
-        --entrypoint '["tini", "-g", "--", "/opt/hvd_dqn/docker/cluster.sh", "head", "/etc/mpi/hostfile"]' \
-        "$image" train identity --run-dir /home/hvd/runs/job
+    job+=(-v "$work/hostfile:/etc/mpi/hostfile:ro" -e OMPI_MCA_orte_default_hostfile=/etc/mpi/hostfile
+        -e OMPI_MCA_orte_keep_fqdn_hostnames=true -e "OMPI_MCA_plm_rsh_args=-o ConnectionAttempts=10"
+        --entrypoint '["tini", "-g", "--", "/opt/hvd_dqn/docker/cluster.sh", "head", "/etc/mpi/hostfile"]' "$image")
+    expect 0 'identity: return 10.0 .* on 2 ranks' podman run --rm "${job[@]}" train identity \
+        --run-dir /home/hvd/runs/job
+    # Deleted, all get the signal at once: here those on whose ranks the launcher waits get it first.
+    local first=("${hosts[@]}")
+    stops "${job[@]}"
+    expect 0 '^0$' podman wait "${hosts[0]}"
     run podman rm -f -t 1 "${hosts[@]}"
 }
 

@@ -99,6 +99,14 @@ def test_a_second_setup_waits_for_the_first(project):
     assert "/nowhere/python3.11 does not run" in said
 
 
+def test_a_file_system_without_locks_is_no_reason_to_wait(project, tmp_path):
+    write_script(tmp_path / "bin" / "flock", "exit 69")
+    path = f"{tmp_path / 'bin'}:{os.environ['PATH']}"
+    done = run(project / "launch" / "setup.sh", env={"PATH": path, "PYTHON": "/nowhere/python3.11"})
+    assert "has no locks: start one set-up at a time" in done.stderr
+    assert "/nowhere/python3.11 does not run" in done.stderr
+
+
 @pytest.mark.skipif(not (ROOT / ".venv" / ".ready").exists(), reason="no .venv made by launch/setup.sh")
 def test_setup_of_a_ready_venv_does_nothing():
     before = (ROOT / ".venv" / ".ready").stat().st_mtime_ns
