@@ -89,6 +89,15 @@ def weights_stay_bit_equal(network, **settings):
     check_drift(world, learner.variables, "in this test")
 
 
+def fp16_is_on_the_wire_where_it_is_asked_for():
+    """A gradient beyond 65,504, its largest number, does not arrive."""
+    data = batch(1, 8, seed=3)
+    data = data._replace(reward=np.full_like(data.reward, 1e7))
+    for compression, skipped in (("none", 0), ("fp16", 1)):
+        learner = make(loss="squared", compression=compression)
+        assert learner.update(data, 0.01, np.array([False])).skipped == skipped, compression
+
+
 def parameters_become_the_mean_of_ranks_that_learn_alone():
     shared = make(sync="parameters")
     data, copies = batch(4, 8, seed=world.rank), np.array([False, False, True, False])
@@ -157,6 +166,7 @@ def checks():
     yield "broadcast", the_broadcast_hook_gives_all_ranks_the_chiefs_weights
     yield "drift", the_drift_check_names_the_rank_and_the_variable
     yield "average before clip", the_average_of_opposite_gradients_is_zero
+    yield "fp16", fp16_is_on_the_wire_where_it_is_asked_for
     yield "parameters are averaged", parameters_become_the_mean_of_ranks_that_learn_alone
     for settings in ({"sync": "gradients"}, {"sync": "parameters"}, {"passes": 2}):
         yield f"exchange, {settings}", lambda s=settings: an_exchange_lasts_until_the_last_rank_is_there(**s)

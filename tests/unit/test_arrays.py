@@ -23,6 +23,9 @@ ARRAYS = {
 @pytest.mark.parametrize("compress", [False, True])
 def test_arrays_come_back_bit_by_bit_as_numpy_reads_them_too(compress, tmp_path):
     entry = write_arrays(tmp_path / "a.npz", ARRAYS, compress)
+    with zipfile.ZipFile(tmp_path / "a.npz") as archive:
+        kinds = {member.compress_type for member in archive.infolist()}
+    assert kinds == {zipfile.ZIP_DEFLATED if compress else zipfile.ZIP_STORED}
     assert entry == measure(tmp_path / "a.npz")
     read = read_arrays(tmp_path / "a.npz")
     assert list(read) == list(ARRAYS)

@@ -170,6 +170,15 @@ def test_damage_is_named_and_the_checkpoint_before_is_taken(file, harm, complain
     assert complaint is None or re.search(complaint, said[0])
 
 
+@pytest.mark.parametrize("file", FILES[1:])
+def test_of_two_ranks_one_checks_each_file(file, tmp_path):
+    snapshot = load(save(tmp_path))
+    flip(snapshot.path / file)
+    found = [Checkpoints(tmp_path, TwoRanks(rank, None))._complaint_about(snapshot) for rank in (0, 1)]
+    (complaint,) = filter(None, found)
+    assert complaint.startswith(f"{file} does not have the checksum")
+
+
 def test_pickled_arrays_are_not_loaded(tmp_path):
     path = save(tmp_path)
     np.savez(path / "model.npz", **{"online/0": np.array([{"a": 1}], dtype=object)})

@@ -64,6 +64,10 @@ def test_evaluate_plays_the_newest_or_the_best_weights(identity):
     best = hvd_dqn("evaluate", folder, "--best", "--episodes", "3", "--epsilon", "1.0", "--seed", "5")
     assert re.match(r"return [\d.]+ ± .* over 3 episodes, epsilon 1, with the weights after", best.stdout)
     assert not best.stdout.startswith("return 10.00 ± 0.00")  # at random about 2.5
+    again, other = (
+        hvd_dqn("evaluate", folder, "--episodes", "3", "--epsilon", "1.0", "--seed", seed).stdout for seed in "56"
+    )
+    assert again == best.stdout != other
 
 
 def test_a_run_is_resumed_in_its_own_files(tmp_path):
@@ -73,13 +77,32 @@ def test_a_run_is_resumed_in_its_own_files(tmp_path):
     done = hvd_dqn("train", "--run_dir", folder, "--resume", "--total_steps", "2000")  # its preset need not be named
     assert done.returncode == 0, done.stderr
     assert re.search(r"Going on from .*1000.*Changed settings: total_steps", done.stderr)
-    steps = [int(line.split(",")[0]) for line in (folder / "metrics.csv").read_text().splitlines()[1:]]
-    assert steps == sorted(set(steps))
-    assert (steps[0], steps[-1]) == (252, 2000)
+    metrics, evaluations = (
+        [int(line.split(",")[0]) for line in (folder / file).read_text().splitlines()[1:]]
+        for file in ("metrics.csv", "evaluations.csv")
+    )
+    assert metrics == sorted(set(metrics))
+    assert (metrics[0], metrics[-1]) == (252, 2000)
+    assert evaluations == [500, 1000, 1000, 1500, 2000, 2000]  # of 20 episodes, and of 100 at either end
     assert json.loads((folder / "run.json").read_text())["resumes"][0]["total_steps"] == 1000
     assert yaml.safe_load((folder / "config.yaml").read_text())["total_steps"] == 2000
     assert json.loads((folder / "run.json").read_text())["preset"] == "identity"  # by which a later resume may name it
     assert "identity: return" in done.stdout
+
+
+def test_a_run_without_a_directory_makes_one_under_runs(tmp_path):
+    done = hvd_dqn("train", "identity", "--total_steps", "500", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    (folder,) = (tmp_path / "runs").iterdir()
+    assert re.fullmatch(r"identity-\d{8}-\d{6}", folder.name)
+
+
+def test_doctor_examines_a_process_alone():
+    done = hvd_dqn("doctor", "--json")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert [rank["size"] for rank in found["ranks"]] == [1]
+    assert found["problems"] == []
 
 
 def test_plot_draws_several_runs(identity, tmp_path):

@@ -8,6 +8,8 @@ from hypothesis import strategies as st
 from hvd_dqn.config import Config, setting_names
 from hvd_dqn.config_files import load_file, load_preset, parse, presets
 from hvd_dqn.errors import InputError
+from hvd_dqn.options import read_settings
+from hvd_dqn.run import Run
 
 
 def test_a_file_lies_over_a_preset_which_lies_over_the_defaults(tmp_path):
@@ -18,6 +20,27 @@ def test_a_file_lies_over_a_preset_which_lies_over_the_defaults(tmp_path):
     assert config.env.kwargs == {"sutton_barto_reward": True}
     assert config.agent.epsilon_steps == 8_000  # the preset's
     assert config.agent.dueling == Config().agent.dueling  # the default
+
+
+def test_the_command_line_lies_over_a_file_which_lies_over_a_preset(tmp_path):
+    file = tmp_path / "mine.yaml"
+    file.write_text("agent: {gamma: 0.5, n_step: 7}\n")
+    _, name, config = read_settings(["cartpole", "--config", str(file), "--agent.n_step", "8"])
+    assert name == "cartpole"
+    assert (config.agent.n_step, config.agent.gamma, config.agent.epsilon_steps) == (8, 0.5, 8_000)
+    _, name, config = read_settings(["--config", str(file), "--agent.n_step", "8"])
+    assert name == "mine"
+    assert (config.agent.n_step, config.agent.gamma, config.agent.epsilon_steps) == (8, 0.5, 10_000)
+
+
+def test_a_run_goes_on_by_its_own_settings_and_under_no_other_name(tmp_path):
+    Run(tmp_path / "run").create(Config(seed=7), {"preset": "cartpole"})
+    words = ["--run-dir", str(tmp_path / "run"), "--resume"]
+    for preset in ([], ["cartpole"]):
+        _, name, config = read_settings([*preset, *words])
+        assert (name, config.seed) == ("cartpole", 7)
+    with pytest.raises(InputError, match="is a run of cartpole, not of lunarlander"):
+        read_settings(["lunarlander", *words])
 
 
 def test_what_is_written_is_read_back():

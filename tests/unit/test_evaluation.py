@@ -36,10 +36,14 @@ def evaluator(copies, world=None, max_length=1_000, id="CartPole-v1", act=lean, 
 def test_the_result_does_not_depend_on_the_number_of_copies(epsilon):
     results = []
     for copies in (1, 3, 10):
-        one = evaluator(copies, epsilon=epsilon)
+        one, played = evaluator(copies, epsilon=epsilon), []
+        play = one._play
+        one._play = lambda *episodes, play=play, played=played: played.append(play(*episodes)) or played[-1]
         results.append(one.evaluate(10, round=4))
         one.close()
-    assert results[0]["return_std"] > 0  # or equal results would show nothing
+    returns = np.concatenate([returns for returns, _ in played])
+    assert results[0]["return_std"] == pytest.approx(np.std(returns)) != 0
+    assert (results[0]["return_min"], results[0]["return_max"]) == (returns.min(), returns.max())
     for result in results[1:]:
         assert result == pytest.approx(results[0])
     assert results[0]["episodes"] == 10

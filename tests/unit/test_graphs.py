@@ -23,6 +23,15 @@ def test_arrays_go_in_and_come_out_whatever_their_leading_dimension(compiled):
         assert (scaled.dtype, sums.dtype) == (np.float32, np.int64)
 
 
+def test_xla_compiles_what_is_to_be_compiled():
+    def asks_python(x):
+        return [tf.numpy_function(lambda x: x, [x], tf.float32)]
+
+    assert Graph(asks_python)(np.ones(2, np.float32))[0].tolist() == [1, 1]
+    with pytest.raises(tf.errors.InvalidArgumentError, match="XLA"):  # which cannot
+        Graph(asks_python, compiled=True)(np.ones(2, np.float32))
+
+
 def test_a_result_is_not_overwritten_by_the_next_call():
     variable = tf.Variable([1.0, 2.0])
     graph = Graph(lambda: [variable])

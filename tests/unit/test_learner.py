@@ -32,8 +32,8 @@ def sums(phase: Phase) -> tuple[float, ...]:
     return phase._replace(seconds=0.0, exchange=0.0)
 
 
-def reference_gradient(learner: Learner, b: Batch, k: int, double: bool, huber: bool) -> np.ndarray:
-    """The gradient by finite arithmetic of our own: NumPy targets, TensorFlow only for the derivative of q."""
+def reference(learner: Learner, b: Batch, k: int, double: bool, huber: bool) -> tuple[np.ndarray, float, float]:
+    """The gradient, loss and mean q by arithmetic of our own: NumPy targets, TensorFlow only for the derivative of q."""
     online_next, target_next = (
         learner.online.q_values(b.next_observation[k]),
         learner.target.q_values(b.next_observation[k]),
@@ -44,10 +44,13 @@ def reference_gradient(learner: Learner, b: Batch, k: int, double: bool, huber: 
         q = tf.gather(learner.online(tf.constant(b.observation[k])), b.action[k], axis=1, batch_dims=1)
     error = q.numpy() - y
     slope = np.clip(error, -1, 1) if huber else error
-    return tape.gradient(q, learner.online.variables[0], output_gradients=tf.constant(slope / len(slope))).numpy()
+    gradient = tape.gradient(q, learner.online.variables[0], output_gradients=tf.constant(slope / len(slope)))
+    small = 0.5 * error**2
+    loss = np.where(np.abs(error) <= 1, small, np.abs(error) - 0.5) if huber else small
+    return gradient.numpy(), loss.mean(), q.numpy().mean()
 
 
-def adam(theta, gradients, rate, clip, epsilon=1e-7):
+def adam(theta, gradients, rate, clip, epsilon):
     """Kingma & Ba 2015, Algorithm 1, with epsilon as Keras places it."""
     m = v = np.zeros_like(theta)
     for t, g in enumerate(gradients, 1):
@@ -58,15 +61,16 @@ def adam(theta, gradients, rate, clip, epsilon=1e-7):
 
 
 @pytest.mark.parametrize("double", [False, True])
-@pytest.mark.parametrize("loss", ["huber", "squared"])
-def test_one_update_is_the_papers(double, loss):
-    learner = make(double=double, loss=loss, max_gradient_norm=0.05)
+@pytest.mark.parametrize(("loss", "epsilon"), [("huber", 1e-7), ("squared", 1e-7), ("huber", 1e-2)])
+def test_one_update_is_the_papers(double, loss, epsilon):
+    learner = make(double=double, loss=loss, max_gradient_norm=0.05, adam_epsilon=epsilon)
     b = batch(1, 32)
     before = learner.online.variables[0].numpy()
-    gradient = reference_gradient(learner, b, 0, double, loss == "huber")
+    gradient, expected_loss, expected_q = reference(learner, b, 0, double, loss == "huber")
     phase = learner.update(b, 0.01, np.array([False]))
     assert phase.gradient_norm == pytest.approx(np.linalg.norm(gradient), rel=1e-4)  # before clipping
-    expected = adam(before, [gradient], 0.01, 0.05)
+    assert (phase.loss, phase.mean_q) == pytest.approx((expected_loss, expected_q), rel=1e-4)
+    expected = adam(before, [gradient], 0.01, 0.05, epsilon)
     np.testing.assert_allclose(learner.online.variables[0].numpy(), expected, rtol=1e-4, atol=1e-5)
 
 

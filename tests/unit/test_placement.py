@@ -74,6 +74,22 @@ def test_ranks_of_a_host_share_its_cores(variables, usable, on_host, is_bound, t
 
 
 @pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="needs two cores")
+def test_what_the_environment_says_wins_over_defaults(monkeypatch):
+    expected = {
+        "OMPI_MCA_mpi_yield_when_idle": "1",
+        "HOROVOD_CYCLE_TIME": "0.05",
+        "TF_NUM_INTEROP_THREADS": "1",
+        "TF_ENABLE_ONEDNN_OPTS": "1",
+        "TF_FORCE_GPU_ALLOW_GROWTH": "true",
+        "TF_CPP_MIN_LOG_LEVEL": "2",
+    }
+    for said in ({}, dict.fromkeys(expected, "said")):
+        monkeypatch.setattr(os, "environ", dict(said))
+        placement.set_communication_defaults()
+        share = str(placement.set_thread_defaults())
+        assert os.environ == {"OMP_NUM_THREADS": share, "TF_NUM_INTRAOP_THREADS": share, **expected, **said}
+
+
 def test_a_process_is_bound_where_its_launcher_may_use_more_cores_or_says_so():
     code = "from hvd_dqn import placement; print(placement._is_bound())"
     core = str(min(os.sched_getaffinity(0)))

@@ -9,6 +9,7 @@ import os
 import shutil
 import threading
 import time
+import zipfile
 from concurrent.futures import Future
 from pathlib import Path
 
@@ -17,18 +18,20 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hvd_dqn import job
+from hvd_dqn import cli, job
 from hvd_dqn.arrays import measure
 from hvd_dqn.checkpoint import Checkpoints, divide
 from hvd_dqn.config import Config
 from hvd_dqn.distributed import Solo
 from hvd_dqn.errors import InputError, JobError, RunError
 from hvd_dqn.learner import Learner, Phase
-from hvd_dqn.metrics import CsvWriter
-from hvd_dqn.replay import TRUNCATED
+from hvd_dqn.metrics import CsvWriter, read_csv
+from hvd_dqn.replay import NOTHING, TRUNCATED
 from hvd_dqn.run import Run
+from hvd_dqn.session import open_session
 from hvd_dqn.signals import StopRequest
 from hvd_dqn.trainer import Trainer
+from hvd_dqn.watchdog import NullWatchdog
 
 
 class TapeWorld(Solo):
@@ -111,7 +114,7 @@ def play(config: Config, world, path: Path, snapshot=None):
         count(returns, lengths),
         trainer.played.extend(lengths.tolist()),
     )
-    records = list(trainer.train(Checkpoints(path, world)))
+    records = list(trainer.train(Checkpoints(path, world, config.checkpoint.keep, config.checkpoint.compress)))
     trainer.arrays = arrays_of(trainer)
     trainer.close()
     return records, trainer
@@ -424,7 +427,10 @@ def test_a_job_that_lost_ranks_saves_again_where_it_had_saved_with_them(tmp_path
     assert list(trainer.train(checkpoints))[-1].kind == "stopped"
     saved = checkpoints.newest(print)
     shutil.rmtree(saved.path)
+    assert trainer.agent.updates > 0
     trainer.agent.regroup(saved._replace(total_steps=0, state=state, arrays=weights), joined=False)
+    assert trainer.agent.updates == 0
+    assert_same(trainer.agent.learner.state(), weights)
     assert list(trainer.train(checkpoints))[-1].row["total_steps"] == saved.total_steps
     trainer.close()
     assert checkpoints.newest(print).total_steps == saved.total_steps
@@ -457,6 +463,25 @@ def test_rings_of_another_size_are_dealt_the_same_transitions(changes, tmp_path)
     assert "960 transitions of 1 rank dealt out to 1: 960" in records[0].text
     learned = [r.row["updates"] for r in records if r.kind == "report"]
     assert learned[0] > trainer.agent.updates  # at once
+
+
+def test_each_of_two_ranks_takes_its_own_share_of_what_one_has_stored(tmp_path):
+    settings = config(evaluation={"target_return": None})
+    _, trainer = play(settings, Solo(), tmp_path)
+    shares = []
+    for rank in (0, 1):
+        snapshot = Checkpoints(tmp_path, Solo()).newest(print)
+        taken = Trainer(settings.model_copy(update={"total_steps": 1_920}), TapeWorld(rank, 2), snapshot)
+        shares.append(stored(taken.agent.replay))
+        taken.close()
+    assert min(len(share) for share in shares) > 400
+    assert sorted(shares[0] + shares[1]) == sorted(stored(trainer.agent.replay))
+
+
+def stored(replay) -> list[bytes]:
+    """The observations of all transitions."""
+    arrays = replay.arrays()
+    return [frame.tobytes() for frame in arrays["frames"][arrays["kinds"] != NOTHING]]
 
 
 @pytest.fixture(scope="module")
@@ -650,8 +675,62 @@ def test_observations_that_are_states_cannot_be_normalised(id):
     ids=["states", "stack", "native", "async", "keras"],
 )
 def test_every_kind_of_setting_trains(changes, tmp_path):
-    records, _ = play(config(**changes), Solo(), tmp_path)
+    records, trainer = play(config(**changes), Solo(), tmp_path)
     assert records[-1].kind == "result"
+    assert trainer.agent.learner.compiled == changes.get("learner", {}).get("xla", False)
+
+
+def test_a_run_keeps_what_its_settings_say_and_its_best_can_be_evaluated(tmp_path, capsys):
+    run = Run(tmp_path / "run")
+    settings = config(evaluation={"target_return": None}, checkpoint={"period": 200, "keep": 1, "compress": True})
+    job.train(settings, "cartpole", run, Solo(), StopRequest(), resume=False)
+    best = run.about()["best"][1]
+    assert {path.name for path in (run.path / "checkpoints").iterdir()} == {"960", str(best)}
+    with zipfile.ZipFile(run.path / "checkpoints" / "960" / "replay-00000-of-00001.npz") as archive:
+        assert {member.compress_type for member in archive.infolist()} == {zipfile.ZIP_DEFLATED}
+    assert best != 960
+    for words, steps in (([], 960), (["--best"], best)):
+        capsys.readouterr()
+        cli.evaluate([str(run.path), "--episodes", "1", "--json", *words], Solo())
+        assert json.loads(capsys.readouterr().out)["total_steps"] == steps
+
+
+@pytest.mark.parametrize("due", [False, True])
+def test_an_evaluation_that_was_broken_off_is_told_once(due, tmp_path):
+    run, settings = Run(tmp_path / "run"), config(evaluation={"target_return": None})
+    job.train(settings, "cartpole", run, Solo(), StopRequest(), resume=False)
+    snapshot = Checkpoints(run.path, Solo()).newest(print)
+    snapshot = snapshot._replace(total_steps=600, state=snapshot.state | {"evaluation_due": due})
+    trainer = Trainer(settings, Solo())
+    with open_session(run, "cartpole", trainer, snapshot):
+        pass
+    trainer.close()
+    assert read_csv(run.path / "evaluations.csv")["total_steps"].tolist() == ([300] if due else [300, 600])
+
+
+@pytest.mark.parametrize(("elastic", "silence"), [(False, 7.0), (True, None)])
+def test_the_watchdog_has_the_patience_that_is_set(elastic, silence, tmp_path, monkeypatch):
+    given, world = [], Solo()
+    world.elastic = elastic  # there Horovod finds out who is gone
+    monkeypatch.setattr("hvd_dqn.trainer.open_watchdog", lambda *asked: given.append(asked) or NullWatchdog())
+    trainer = Trainer(config(ranks={"silence_seconds": 7.0, "stall_seconds": 70.0}), world)
+    records = trainer.train(Checkpoints(tmp_path, world))
+    next(records)
+    records.close()
+    trainer.close()
+    assert given == [(world, silence, 70.0)]
+
+
+def test_what_was_learned_is_evaluated_as_it_was_in_training(tmp_path):
+    settings = config(env={"normalize_observation": True}, evaluation={"target_return": None, "epsilon": 0.2})
+    play(settings, Solo(), tmp_path)
+    again = Trainer(
+        settings.model_copy(update={"total_steps": 1_920}), Solo(), Checkpoints(tmp_path, Solo()).newest(print)
+    )
+    expected = again.agent.evaluator.evaluate(3, round=0)
+    again.close()
+    row = job.evaluate(settings, Solo(), Checkpoints(tmp_path, Solo()).weights(None, print))
+    assert row == {"total_steps": 960, **expected}
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,173 @@
+"""What a person sets reaches the part that it is meant for, and what a part says reaches the metrics."""
+
+import inspect
+
+import numpy as np
+import pytest
+
+import hvd_dqn.agent
+import hvd_dqn.parts
+from hvd_dqn.agent import Agent
+from hvd_dqn.config import Config
+from hvd_dqn.distributed import Solo
+from hvd_dqn.learner import Phase
+
+# Every value is another than the default.
+SETTINGS = {
+    "total_steps": 1_200,
+    "env": {
+        "id": "CartPole-v1",
+        "kwargs": {"sutton_barto_reward": True},
+        "envs_per_rank": 3,
+        "vectorization": "async",
+        "frame_stack": 2,
+        "reward_scale": 0.5,
+        "reward_clip": 2.0,
+        "restart_failed_envs": 4,
+    },
+    "agent": {
+        "hidden": [5],
+        "dueling": True,
+        "double": False,
+        "n_step": 2,
+        "gamma": 0.9,
+        "loss": "squared",
+        "epsilon_steps": 600,
+        "epsilon_zeta": 2.5,
+        "epsilon_ladder": 7.0,
+    },
+    "learner": {
+        "batch_size": 4,
+        "replay_ratio": 2,
+        "learn_start": 60,
+        "train_period": 12,
+        "target_period": 24,
+        "learning_rate": 0.02,
+        "learning_rate_end": 0.1,
+        "adam_epsilon": 1e-3,
+        "max_gradient_norm": 3.0,
+        "xla": False,
+        "overlap": True,
+    },
+    "ranks": {
+        "sync": "parameters",
+        "backward_passes_per_step": 2,
+        "learning_rate_scaling": "linear",
+        "warmup_steps": 300,
+        "vote_period": 12,
+    },
+    "evaluation": {"episodes": 6, "max_episode_steps": 9, "epsilon": 0.25},
+}
+
+
+class SecondOfTwo(Solo):
+    """A rank of two without the other one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rank, self.size, self.local_size = 1, 2, 2
+
+
+@pytest.fixture
+def made(monkeypatch):
+    """An agent of rank 1 of 2, and the arguments with which each part was made, by their names."""
+    calls = {}
+
+    def spy(module, name):
+        part = getattr(module, name)
+
+        def make(*values, **named):
+            calls.setdefault(name, []).append(inspect.signature(part).bind(*values, **named).arguments)
+            return part(*values, **named)
+
+        monkeypatch.setattr(module, name, make)
+
+    for name in ("Environments", "Learner", "build_network", "Evaluator"):
+        spy(hvd_dqn.parts, name)
+    for name in ("Replay", "Actor"):
+        spy(hvd_dqn.agent, name)
+    agent = Agent(Config.model_validate(SETTINGS), SecondOfTwo())
+    yield agent, calls
+    agent.close()
+
+
+def test_every_setting_reaches_its_part(made):
+    agent, calls = made
+    env, learner = SETTINGS["env"], SETTINGS["learner"]
+    trained, evaluated = calls["Environments"]
+    shared = {
+        name: env[name] for name in ("id", "kwargs", "vectorization", "frame_stack", "reward_scale", "reward_clip")
+    }
+    assert trained == {**shared, "copies": 3, "first_index": 3, "rank": 1, "restarts": 4}
+    assert evaluated == {**shared, "copies": 3, "first_index": 3, "rank": 1, "restarts": 0}
+
+    (replay,) = calls["Replay"]
+    expected = {"n_step": 2, "gamma": 0.9, "frame_stack": 2, "sharers": 2}
+    assert {name: replay[name] for name in expected} == expected
+
+    (actor,) = calls["Actor"]
+    assert 2.5 in actor.values()
+
+    (made_learner,) = calls["Learner"]
+    expected = {name: learner[name] for name in ("adam_epsilon", "max_gradient_norm", "xla", "overlap")}
+    expected |= {"double": False, "loss": "squared", "sync": "parameters", "compression": "none", "passes": 2}
+    expected["planned"] = agent.plan.updates_after(agent.plan.cycles - 1)
+    assert expected["planned"] > 100
+    assert {name: made_learner[name] for name in expected} == expected
+
+    assert len(calls["build_network"]) == 3  # online, target, and the one that acts while the others learn
+    for network in calls["build_network"]:
+        assert (network["hidden"], network["dueling"]) == ((5,), True)
+
+    (evaluator,) = calls["Evaluator"]
+    assert (evaluator["epsilon"], evaluator["max_length"]) == (0.25, 9)
+
+
+def test_fp16_reaches_the_learner(monkeypatch):
+    asked = []
+    world = SecondOfTwo()
+    world.wrap = lambda optimizer, compression: asked.append(compression) or optimizer
+    config = Config.model_validate({"env": {"envs_per_rank": 1}, "ranks": {"compression": "fp16"}})
+    Agent(config, world).close()
+    assert asked == ["fp16"]
+
+
+def test_a_rank_acts_with_its_own_part_of_the_ladder(made):
+    agent, _ = made
+    agent.begin_episodes()
+    given, act = [], agent.actor.act
+    agent.actor.act = lambda observation, epsilons: given.append(epsilons) or act(observation, epsilons)
+    for cycle in (0, 30):
+        agent.step(cycle)
+        assert np.array_equal(given[-1], agent.plan.epsilons_at(cycle, 1))
+    assert not np.array_equal(given[1], given[0])
+    assert not np.array_equal(given[1], agent.plan.epsilons_at(30, 0))
+
+
+def test_a_phase_gets_what_is_planned_and_what_it_says_is_reported(made):
+    agent, _ = made
+    agent.begin_episodes()
+    given = []
+
+    def update(batch, learning_rate, copies):
+        given.append((batch.reward.shape, learning_rate, copies.tolist()))
+        n = len(copies)
+        return Phase(n, 2.0 * n, 3.0 * n, 4.0 * n, 1, 0, 1.0, 0.0)
+
+    agent.learner.update = update
+    expected = []
+    for cycle in range(agent.plan.cycles):
+        agent.step(cycle)
+        if agent.plan.learns_at(cycle):
+            agent.learn(cycle)
+            agent.settle()
+            updates = agent.plan.updates_at(cycle)
+            shape = (updates, agent.plan.batch_per_rank * 2)
+            expected.append((shape, agent.plan.learning_rate_at(cycle), agent.plan.target_copies_at(cycle).tolist()))
+    assert given == expected
+    rates = [rate for _, rate, _ in given]
+    assert rates[0] < 0.025 < max(rates) <= 0.08  # warm-up to that of four batches
+    assert rates[-1] < 0.3 * max(rates)
+    row = agent.report(agent.plan.cycles - 1)
+    assert (row["loss"], row["mean_q"], row["gradient_norm"]) == (2.0, 3.0, 4.0)
+    assert row["skipped_updates"] == round(len(given) / 2)  # of two ranks, of which one is there
