@@ -26,6 +26,7 @@ from hvd_dqn.distributed import Solo
 from hvd_dqn.errors import InputError, JobError, RunError
 from hvd_dqn.learner import Learner, Phase
 from hvd_dqn.metrics import CsvWriter, read_csv
+from hvd_dqn.normalizer import Normalizer
 from hvd_dqn.replay import NOTHING, TRUNCATED
 from hvd_dqn.run import Run
 from hvd_dqn.session import open_session
@@ -721,16 +722,18 @@ def test_the_watchdog_has_the_patience_that_is_set(elastic, silence, tmp_path, m
     assert given == [(world, silence, 70.0)]
 
 
-def test_what_was_learned_is_evaluated_as_it_was_in_training(tmp_path):
+def test_what_was_learned_is_evaluated_as_it_was_in_training(tmp_path, monkeypatch):
     settings = config(env={"normalize_observation": True}, evaluation={"target_return": None, "epsilon": 0.2})
     play(settings, Solo(), tmp_path)
-    again = Trainer(
-        settings.model_copy(update={"total_steps": 1_920}), Solo(), Checkpoints(tmp_path, Solo()).newest(print)
-    )
+    checkpoints, seen = Checkpoints(tmp_path, Solo()), []
+    again = Trainer(settings.model_copy(update={"total_steps": 1_920}), Solo(), checkpoints.newest(print))
     expected = again.agent.evaluator.evaluate(3, round=0)
     again.close()
-    row = job.evaluate(settings, Solo(), Checkpoints(tmp_path, Solo()).weights(None, print))
+    normalize = Normalizer.__call__
+    monkeypatch.setattr(Normalizer, "__call__", lambda self, raw: seen.append(normalize(self, raw)) or seen[-1])
+    row = job.evaluate(settings, Solo(), checkpoints.weights(None, print))
     assert row == {"total_steps": 960, **expected}
+    assert len(seen) >= row["length_mean"]  # by what it saw, as well as by what came of it
 
 
 @pytest.mark.parametrize(
