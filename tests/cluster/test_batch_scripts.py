@@ -57,6 +57,22 @@ SYSTEMS = {
 }
 
 
+# What the batch system is asked for, without which no job saves before its time is over or starts again.
+DIRECTIVES = {
+    "train.sbatch": ["--signal=USR1@120", "--requeue", "--open-mode=append"],
+    "train-mpirun.sbatch": ["--signal=B:USR1@120", "--requeue", "--open-mode=append"],
+    "train-apptainer.sbatch": ["--signal=USR1@120", "--requeue", "--open-mode=append"],
+    "train.pbs": ["-r y", "-j oe"],
+    "train.lsf": ["-wa USR1", "-wt 2", "-r", '-Q "75"'],
+}
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+def test_the_batch_system_is_asked_to_warn_and_to_start_again(script):
+    asked = re.findall(r"(?m)^#(?:SBATCH|PBS|BSUB) (.*)$", script.read_text())
+    assert set(DIRECTIVES[script.name]) <= set(asked)
+
+
 class Project:
     """The launch scripts in a folder of their own, and a PATH of imitated programs."""
 

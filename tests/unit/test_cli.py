@@ -6,6 +6,7 @@ import re
 import pytest
 import yaml
 
+from hvd_dqn.plots import read_run
 from tests.ranks import run
 
 
@@ -30,10 +31,14 @@ def test_training_ends_with_its_times_and_its_result_and_leaves_a_run_directory(
     assert str(folder) in line
     for name in ("config.yaml", "run.json", "metrics.csv", "evaluations.csv", "curve.png"):
         assert (folder / name).stat().st_size > 0, name
-    assert list((folder / "tensorboard").glob("*/events*"))
+    assert {path.parent.name for path in (folder / "tensorboard").glob("*/events*")} == {"training", "evaluation"}
+    assert min(path.stat().st_size for path in (folder / "tensorboard").glob("*/events*")) > 100  # more than a header
     about = json.loads((folder / "run.json").read_text())
     assert about["ended"] == "finished"
     assert about["result"]["return_mean"] == 10.0
+    run = read_run(folder)  # as `hvd-dqn plot` does
+    settings = run.env, run.preset, run.size, run.scaling, run.seed, run.target_return
+    assert settings == ("hvd_dqn.identity:Identity-v0", "identity", 1, "weak", 0, 10.0)
     for column in ("total_steps", "updates", "loss", "return_mean", "time_update"):
         assert column in (folder / "metrics.csv").read_text().splitlines()[0].split(",")
     assert "global batch" in done.stderr  # the plan

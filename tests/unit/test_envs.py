@@ -521,5 +521,10 @@ def test_the_identity_environment_rewards_repeating_its_state():
 
 def test_ctrl_c_still_reaches_a_rank_whose_copies_are_processes():
     before = signal.getsignal(signal.SIGINT)
-    with made("Counter-v0", 2, vectorization="async"):
+    with made("Counter-v0", 2, vectorization="async") as envs:
         assert signal.getsignal(signal.SIGINT) is before
+        envs.reset([0, 1])
+        for process in envs._vector.processes:  # which a terminal's Ctrl-C reaches, too
+            os.kill(process.pid, signal.SIGINT)
+        for _ in range(3):
+            envs.step(np.zeros(2, np.int64))

@@ -1,8 +1,10 @@
 """The scripts that start ranks: what they refuse, what they say, what they pass on. Nothing is started here."""
 
 import os
+import pty
 import shlex
 import shutil
+import subprocess
 
 import pytest
 
@@ -115,10 +117,22 @@ def test_a_dry_run_prints_the_command_and_starts_nothing(project, path, words, l
 
 
 def test_what_is_set_before_the_call_is_kept_and_travels(project, path):
-    env = {"PATH": path, "HOROVOD_CYCLE_TIME": "1", "OMPI_MCA_mpi_yield_when_idle": "0", "PYTHONPATH": "/my"}
+    names = ("HOROVOD_A", "HVD_DQN_A", "LD_LIBRARY_PATH", "MALLOC_A", "NCCL_A", "OMP_A", "PATH", "PYTHONPATH", "TF_A",
+             "TF_CPP_MIN_LOG_LEVEL", "XLA_A")  # fmt: skip
+    env = {**dict.fromkeys(names, "1"), "PATH": path, "OMPI_MCA_mpi_yield_when_idle": "0", "MINE": "1", "XPATH": "1"}
     done = run(project / "launch" / "mpirun.sh", "--dry-run", "train", "cartpole", env=env)
     assert "OMPI_MCA_mpi_yield_when_idle=0 " in done.stdout
-    assert "-x HOROVOD_CYCLE_TIME -x PATH -x PYTHONPATH -x TF_CPP_MIN_LOG_LEVEL " in done.stdout
+    assert f" {' '.join(f'-x {name}' for name in names)} hvd-dqn" in done.stdout
+
+
+@pytest.mark.parametrize(("hosts", "shown"), [([], True), (["-H", "a.x:1"], False)])
+def test_the_rank_that_draws_the_display_is_told_the_terminal_where_it_is_on_this_host(hosts, shown, project, path):
+    master, terminal = pty.openpty()
+    command = [project / "launch" / "mpirun.sh", *hosts, "--dry-run", "train", "cartpole"]
+    done = subprocess.run(command, env={"PATH": path}, stdout=subprocess.PIPE, stderr=terminal, text=True, timeout=60)
+    assert (f"HVD_DQN_TTY={os.ttyname(terminal)} " in done.stdout) == shown
+    assert ("-x HVD_DQN_TTY " in done.stdout) == shown
+    os.close(master), os.close(terminal)
 
 
 @pytest.mark.parametrize(("devices", "travels"), [("", True), ("-1", True), ("0,1", False), ("GPU-8f", False)])

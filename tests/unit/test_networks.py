@@ -95,6 +95,20 @@ def test_the_advantages_of_a_dueling_network_have_mean_zero():
     network.theta.assign(theta)
     network.refresh()
     np.testing.assert_allclose(network.q_values(observation), before + 2.0, rtol=1e-4, atol=1e-5)
+    theta[-28:-21] = [0] * 6 + [2]  # the value's kernel and bias: the value is 2, and the mean of all actions'
+    network.theta.assign(theta)
+    network.refresh()
+    np.testing.assert_allclose(network.q_values(observation).mean(axis=1), 2.0, rtol=1e-4)
+
+
+def test_weights_and_biases_start_within_one_over_the_root_of_a_layers_inputs():
+    theta = make(hidden=(64, 32)).theta.numpy()
+    for inputs, outputs in [(4, 64), (64, 32), (32, 3)]:
+        for size in (inputs * outputs, outputs):
+            part, theta = theta[:size], theta[size:]
+            assert 0 < np.abs(part).max() <= 1 / np.sqrt(inputs)
+            assert size < 30 or np.abs(part).max() > 0.9 / np.sqrt(inputs)
+    assert not theta.size
 
 
 def test_the_nature_cnn_has_the_papers_size():

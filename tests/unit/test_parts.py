@@ -24,6 +24,7 @@ SETTINGS = {
         "reward_scale": 0.5,
         "reward_clip": 2.0,
         "restart_failed_envs": 4,
+        "normalize_observation": True,
     },
     "agent": {
         "hidden": [5],
@@ -144,6 +145,32 @@ def test_a_rank_acts_with_its_own_part_of_the_ladder(made):
     assert not np.array_equal(given[1], agent.plan.epsilons_at(30, 0))
 
 
+def test_who_acts_and_who_learns_sees_normalised_observations(made):
+    agent, _ = made
+    agent.begin_episodes()
+    q_values, sample = agent.learner.acting.q_values, agent.replay.sample
+    seen, drawn, given = [], [], []
+    agent.learner.acting.q_values = lambda observation: seen.append(observation) or q_values(observation)
+    agent.replay.sample = lambda *size: drawn.append(sample(*size)) or drawn[-1]
+    agent.learner.update = lambda batch, *_: given.append(batch) or Phase(1, 0.0, 0.0, 0.0, 0, 0, 1.0, 0.0)
+    acted = 0
+    for cycle in range(60):
+        raw = agent.envs.observation
+        expected = agent.normalizer(raw)
+        agent.step(cycle)
+        if seen:  # not where all actions are random
+            acted += not np.array_equal(expected, raw)
+            assert np.array_equal(seen.pop(), expected)
+        if agent.plan.learns_at(cycle):
+            agent.learn(cycle)
+            agent.settle()
+            for part in ("observation", "next_observation"):
+                before, after = getattr(drawn[-1], part), getattr(given[-1], part)
+                assert not np.array_equal(after, before)
+                assert np.array_equal(after, agent.normalizer(before))
+    assert acted > 10 < len(given)
+
+
 def test_a_phase_gets_what_is_planned_and_what_it_says_is_reported(made):
     agent, _ = made
     agent.begin_episodes()
@@ -152,7 +179,7 @@ def test_a_phase_gets_what_is_planned_and_what_it_says_is_reported(made):
     def update(batch, learning_rate, copies):
         given.append((batch.reward.shape, learning_rate, copies.tolist()))
         n = len(copies)
-        return Phase(n, 2.0 * n, 3.0 * n, 4.0 * n, 1, 0, 1.0, 0.0)
+        return Phase(n, 2.0 * n, 3.0 * n, 4.0 * n, 6, 0, 1.0, 0.0)
 
     agent.learner.update = update
     expected = []
@@ -164,10 +191,12 @@ def test_a_phase_gets_what_is_planned_and_what_it_says_is_reported(made):
             updates = agent.plan.updates_at(cycle)
             shape = (updates, agent.plan.batch_per_rank * 2)
             expected.append((shape, agent.plan.learning_rate_at(cycle), agent.plan.target_copies_at(cycle).tolist()))
+            row = agent.report(cycle)
+            assert (row["epsilon"], row["learning_rate"]) == (agent.plan.epsilon_at(cycle), expected[-1][1])
+            assert (row["updates"], row["replay_size"]) == (agent.plan.updates_after(cycle), len(agent.replay))
     assert given == expected
     rates = [rate for _, rate, _ in given]
     assert rates[0] < 0.025 < max(rates) <= 0.08  # warm-up to that of four batches
     assert rates[-1] < 0.3 * max(rates)
-    row = agent.report(agent.plan.cycles - 1)
     assert (row["loss"], row["mean_q"], row["gradient_norm"]) == (2.0, 3.0, 4.0)
-    assert row["skipped_updates"] == round(len(given) / 2)  # of two ranks, of which one is there
+    assert row["skipped_updates"] == 3  # the mean of two ranks, of which one is there

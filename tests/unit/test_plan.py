@@ -189,6 +189,12 @@ def test_settings_that_cannot_work_together_are_refused(sections, message):
         Plan(config(**sections), 1)
 
 
+def test_the_environments_of_all_ranks_must_have_made_their_n_steps():
+    Plan(config(agent={"n_step": 100}), 1)
+    with pytest.raises(InputError, match=r"n_step = 100.*at least 1600"):
+        Plan(config(agent={"n_step": 100}), 2)
+
+
 def test_what_was_due_where_a_run_stopped_within_a_cycle_of_more_ranks_is_made_up_for():
     #  640 steps per cycle: from 4,504 the first that is counted anew ends at 5,760
     sections = {"env": {"envs_per_rank": 64}, "evaluation": {"period": 5_000}, "learner": {"learn_start": 2_000}}

@@ -7,6 +7,7 @@ import sys
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 
 from hvd_dqn.errors import InputError
 from hvd_dqn.metrics import COLUMNS, CsvWriter
@@ -77,10 +78,15 @@ def test_the_picture_names_axes_with_units_the_target_and_the_environment(make_r
     assert expected <= set(texts(tmp_path / "curve.svg"))
 
 
-def test_wall_time_is_given_in_the_unit_that_suits_it(make_run, tmp_path):
-    for last, unit in [(10_000, "s"), (100_000, "min"), (10_000_000, "h")]:  # total steps, at 100 per second
-        plot([make_run(f"run-{last}", steps=(last,))], tmp_path / "curve.svg")
+def test_wall_time_is_given_in_the_unit_that_suits_it(make_run, tmp_path, monkeypatch):
+    drawn, save = [], Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *to, **how: drawn.append(figure) or save(figure, *to, **how))
+    #  total steps, at 100 per second
+    for last, unit, at in [(10_000, "s", 100), (100_000, "min", 1_000 / 60), (10_000_000, "h", 100_000 / 3_600)]:
+        plot([make_run(f"run-{last}", steps=(1_000, last), target_return=None)], tmp_path / "curve.svg")
         assert f"wall time ({unit})" in texts(tmp_path / "curve.svg")
+        steps, times = (max(line.get_xdata()[-1] for line in axes.lines) for axes in drawn[-1].axes)
+        assert (steps, times) == (last, pytest.approx(at))
 
 
 def test_ranks_are_colours_and_seeds_are_bands(make_run, tmp_path):

@@ -7,6 +7,7 @@ import json
 import operator
 import os
 import shutil
+import sys
 import threading
 import time
 import zipfile
@@ -259,6 +260,16 @@ def test_a_run_stops_at_the_target_when_the_final_evaluation_confirms_it(tmp_pat
     assert records[-1].row["total_steps"] == 300
 
 
+def test_a_target_that_the_final_evaluation_does_not_confirm_ends_no_run(tmp_path):
+    trainer = Trainer(config(), Solo())
+    evaluate, returns = trainer.agent.evaluate, {3: 9.0, 5: 1.0}  # by the number of episodes
+    trainer.agent.evaluate = lambda cycle, episodes: evaluate(cycle, episodes) | {"return_mean": returns[episodes]}
+    records = list(trainer.train(Checkpoints(tmp_path, Solo())))
+    trainer.close()
+    evaluations = [(r.row["total_steps"], r.row["episodes"]) for r in records if r.kind == "evaluation"]
+    assert evaluations == [(300, 3), (300, 5), (600, 3), (600, 5), (900, 3), (900, 5), (960, 5)]
+
+
 def assert_same(one, other) -> None:
     assert one.keys() == other.keys()
     for name, value in one.items():
@@ -483,6 +494,17 @@ def stored(replay) -> list[bytes]:
     """The observations of all transitions."""
     arrays = replay.arrays()
     return [frame.tobytes() for frame in arrays["frames"][arrays["kinds"] != NOTHING]]
+
+
+def test_a_smaller_replay_is_dealt_the_newest_of_what_was_stored(tmp_path):
+    settings = config(evaluation={"target_return": None}, replay={"capacity": 5_000})
+    play(settings, Solo(), tmp_path)
+    smaller = config(evaluation={"target_return": None}, replay={"capacity": 600}, total_steps=1_440)
+    snapshot = Checkpoints(tmp_path, Solo()).newest(print)
+    trainer = Trainer(smaller, Solo(), snapshot)
+    trainer.close()
+    assert trainer.agent.replay.slots == trainer.agent.plan.slots_per_env < 80
+    assert "dropped" in trainer.agent.news[0]
 
 
 @pytest.fixture(scope="module")
@@ -711,15 +733,38 @@ def test_an_evaluation_that_was_broken_off_is_told_once(due, tmp_path):
 
 @pytest.mark.parametrize(("elastic", "silence"), [(False, 7.0), (True, None)])
 def test_the_watchdog_has_the_patience_that_is_set(elastic, silence, tmp_path, monkeypatch):
-    given, world = [], Solo()
+    given, world, watchdog, beats = [], Solo(), NullWatchdog(), []
+    watchdog.beat = beats.append
     world.elastic = elastic  # there Horovod finds out who is gone
-    monkeypatch.setattr("hvd_dqn.trainer.open_watchdog", lambda *asked: given.append(asked) or NullWatchdog())
+    monkeypatch.setattr("hvd_dqn.trainer.open_watchdog", lambda *asked: given.append(asked) or watchdog)
     trainer = Trainer(config(ranks={"silence_seconds": 7.0, "stall_seconds": 70.0}), world)
-    records = trainer.train(Checkpoints(tmp_path, world))
-    next(records)
-    records.close()
+    records = list(trainer.train(Checkpoints(tmp_path, world)))
     trainer.close()
     assert given == [(world, silence, 70.0)]
+    # It hears of each step, of training and of an evaluation.
+    assert [beat for beat in beats if beat.startswith("cycle")] == [f"cycle {cycle}" for cycle in range(25)]
+    assert beats.count("evaluation") >= 2 * records[-1].row["length_mean"]
+    assert trainer.agent.ledger.spent["evaluate"] > 0 < trainer.agent.ledger.spent["save"]
+
+
+def test_a_rank_with_other_settings_does_not_join(tmp_path, monkeypatch):
+    settings = config()
+    play(settings, Solo(), tmp_path)
+    theirs = Checkpoints(tmp_path, Solo()).newest(print)
+
+    class Joined(Solo):
+        elastic = True
+
+        def furthest(self, held, total_steps):
+            return (theirs, config(seed=1).digest()), True
+
+        def abort(self, reason):
+            raise RunError(reason)
+
+    monkeypatch.setattr(job, "ElasticWorld", Joined)
+    monkeypatch.setattr(sys, "stdout", sys.stdout)
+    with pytest.raises(RunError, match="started with other settings than those that are training"):
+        job.train_elastically(settings, "cartpole", Run(tmp_path / "run"), StopRequest(), resume=False)
 
 
 def test_what_was_learned_is_evaluated_as_it_was_in_training(tmp_path, monkeypatch):
