@@ -107,6 +107,21 @@ def test_a_file_system_without_locks_is_no_reason_to_wait(project, tmp_path):
     assert "/nowhere/python3.11 does not run" in done.stderr
 
 
+@pytest.mark.skipif(shutil.which("nvcc", path="/usr/bin:/bin") is not None, reason="the CUDA toolkit is installed")
+def test_a_gpu_build_needs_cuda_and_hands_its_place_to_horovod(project, tmp_path):
+    fake = write_script(
+        tmp_path / "python",
+        'case "$*" in *print*) echo 3.11 ;; *ensurepip*) ;; *) echo "CUDA: $HOROVOD_CUDA_HOME"; exit 1 ;; esac',
+    )
+    env = {"PATH": "/usr/bin:/bin", "PYTHON": str(fake)}
+    without = run(project / "launch" / "setup.sh", "--gpu", env={**env, "CUDA_HOME": "/nowhere"})
+    assert "a GPU build needs the CUDA 12 toolkit" in without.stderr
+    assert not (project / ".venv").exists()
+    write_script(tmp_path / "cuda" / "bin" / "nvcc", "")
+    run(project / "launch" / "setup.sh", "--gpu", env={**env, "CUDA_HOME": str(tmp_path / "cuda")})
+    assert f"CUDA: {tmp_path / 'cuda'}" in (project / ".venv" / "setup-logs" / "venv.log").read_text()
+
+
 @pytest.mark.skipif(not (ROOT / ".venv" / ".ready").exists(), reason="no .venv made by launch/setup.sh")
 def test_setup_of_a_ready_venv_does_nothing():
     before = (ROOT / ".venv" / ".ready").stat().st_mtime_ns
