@@ -1,16 +1,15 @@
 """One rank's copies of a Gymnasium environment: stepped together, saved where they stand, made anew after failures."""
 
 import functools
-import traceback
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import gymnasium
 import numpy as np
 from gymnasium import spaces
-from gymnasium.vector import AsyncVectorEnv, AutoresetMode, VectorEnv
+from gymnasium.vector import AutoresetMode, VectorEnv
 
-from hvd_dqn import vectors, workers
+from hvd_dqn import places, vectors
 from hvd_dqn.copies import Failure, line
 from hvd_dqn.errors import InputError, RunError, tell
 from hvd_dqn.transition import Transition
@@ -79,7 +78,7 @@ class Environments:
         self._build: Callable[[], VectorEnv] = functools.partial(
             vectors.build, id, copies, kwargs, vectorization, first_index
         )
-        self._vector = self._build()
+        self._make()
 
         space, action_space = self._vector.single_observation_space, self._vector.single_action_space
         assert isinstance(action_space, spaces.Discrete)
@@ -101,6 +100,11 @@ class Environments:
         self._seeds: list[int] = []
         self._steps = 0
         self._start(np.zeros((copies, *self.frame_shape), self.frame_dtype))
+
+    def _make(self) -> None:
+        self._vector = self._build()
+        self._ask = functools.partial(vectors.ask, self._vector, self._first_index)
+        self._places = places.of(self._vector, self._first_index)
 
     def reset(self, seeds: Sequence[int]) -> None:
         """Starts an episode in every copy, from its own seed; an environment's vector class takes only the first."""
@@ -195,44 +199,28 @@ class Environments:
         """
         self._probed = True
         try:
-            if self._native:
-                self.restorable = vectors.probe(self._vector)
-            else:
-                self.restorable = any(self._ask("call", "probe", self._first_index))
-                self._remember()
+            self.restorable = self._places.probe()
+            if self.restorable:
+                self._places.remember()
         except Failure:
             self.restorable = False
             vectors.end(self._vector, CLOSING_SECONDS)
-            self._vector = self._build()
+            self._make()
         return self.restorable
-
-    def _remember(self) -> None:
-        if not self._native:
-            self._ask("set_attr", "remembers", self.restorable)
 
     def state(self) -> dict[str, Any]:
         """Where the copies stand: arrays, and what `json` can write.
 
         Where they are not `restorable`, only the seeds of new episodes follow from it.
         """
-        state = {
+        return {
             "settings": self._settings,
             "seeds": self._seeds,
             "steps": self._steps,
             "restarted": self.restarted,
             **{name: mine.copy() for name, mine in self._episodes().items()},
+            **(self._places.state() if self.restorable else {}),
         }
-        if not self.restorable:
-            return state
-        if self._native:
-            return state | vectors.attributes(self._vector)
-        try:
-            traces = self._ask("call", "trace")
-        except Failure:  # the next step will find it, too
-            return state
-        actions = [np.empty(0, np.int64) if trace is None else trace.pop("actions") for trace in traces]
-        counts = [len(each) for each in actions]
-        return state | {"traces": list(traces), "counts": counts, "actions": np.concatenate(actions)}
 
     def _episodes(self) -> dict[str, np.ndarray]:
         return {
@@ -265,7 +253,7 @@ class Environments:
         return restored
 
     def _put_back(self, state: Mapping[str, Any], seeds: list[int]) -> np.ndarray:
-        restored = self._set_attributes(state) if self._native else self._retrace(state)
+        restored = self._places.put_back(state, self._frames)
         if not restored.all():
             partly = {} if self._native else {"options": {"reset_mask": ~restored}}
             self._start(self._first_frames(seeds, **partly))
@@ -273,29 +261,6 @@ class Environments:
             mine[restored] = state[name][restored]
         self._any_ended = bool(self._ended.any())
         return restored
-
-    def _set_attributes(self, state: Mapping[str, Any]) -> np.ndarray:
-        try:
-            vectors.set_attributes(self._vector, state)
-        except Exception:
-            return np.zeros(self.copies, np.bool_)
-        return np.ones(self.copies, np.bool_)
-
-    def _retrace(self, state: Mapping[str, Any]) -> np.ndarray:
-        if "traces" not in state:
-            return np.zeros(self.copies, np.bool_)
-        actions = np.split(state["actions"], np.cumsum(state["counts"])[:-1])
-        traces = [t and {**t, "actions": a} for t, a in zip(state["traces"], actions, strict=True)]
-        self._ask("set_attr", "goal", traces)
-        arrived = self._ask("call", "retrace")
-        return np.array(
-            [
-                place is not None
-                and self._frames([place[0]]).tobytes() == state["frame"][i].tobytes()
-                and place[1] == state["returns"][i]
-                for i, place in enumerate(arrived)
-            ]
-        )
 
     def close(self) -> None:
         """Ends the environments and their processes; a second call does nothing."""
@@ -342,20 +307,6 @@ class Environments:
             f"{values[tuple(place)]}{where}, which would spread to all weights",
         )
 
-    def _ask(self, method: str, *args: Any, **kwargs: Any) -> Any:
-        """Calls a method of the vector environment. Raises Failure."""
-        try:
-            return getattr(self._vector, method)(*args, **kwargs)
-        except Failure:
-            raise
-        except Exception as error:
-            if self._vector.closed:
-                raise
-            if isinstance(self._vector, AsyncVectorEnv):
-                raise workers.failure(self._vector, error, self._first_index) from error
-            text = "".join(traceback.format_exception(error)).rstrip()
-            raise Failure(self._numbers(), "failed", f"{type(error).__name__}: {line(error)}", text) from error
-
     def _numbers(self) -> range:
         return range(self._first_index, self._first_index + self.copies)
 
@@ -381,8 +332,9 @@ class Environments:
             left = self._restarts - self.restarted
             tell(f"{told}. All copies of this rank are made anew; restarts left: {left}.{trace}")
             try:
-                self._vector = self._build()
-                self._remember()
+                self._make()
+                if self.restorable:
+                    self._places.remember()
                 self._start(self._first_frames(self._fresh_seeds(RESTARTED, self.restarted)))
                 return
             except Failure as again:

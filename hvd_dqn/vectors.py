@@ -1,4 +1,4 @@
-"""Makes, ends and saves Gymnasium's vector environments: one rank's copies, or the environment's own vector class."""
+"""Makes, calls and ends Gymnasium's vector environments: one rank's copies, or the environment's own vector class."""
 
 import contextlib
 import difflib
@@ -6,19 +6,17 @@ import functools
 import importlib
 import re
 import threading
-import time
+import traceback
 import warnings
-from collections.abc import Mapping
 from typing import Any
 
 import gymnasium
-import numpy as np
 from gymnasium import spaces
 from gymnasium.envs.registration import EnvSpec
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, VectorEnv
 
 from hvd_dqn import workers
-from hvd_dqn.copies import PROBE_SECONDS, PROBE_STEPS, global_generators_kept, line, make, plain
+from hvd_dqn.copies import Failure, line, make
 from hvd_dqn.errors import InputError
 
 
@@ -88,6 +86,22 @@ def is_native(vector: VectorEnv) -> bool:
     return not isinstance(vector, SyncVectorEnv | AsyncVectorEnv)
 
 
+def ask(vector: VectorEnv, first_index: int, method: str, *args: Any, **kwargs: Any) -> Any:
+    """Calls a method of `vector`, whose first copy has the global number `first_index`. Raises Failure."""
+    try:
+        return getattr(vector, method)(*args, **kwargs)
+    except Failure:
+        raise
+    except Exception as error:
+        if vector.closed:
+            raise
+        if isinstance(vector, AsyncVectorEnv):
+            raise workers.failure(vector, error, first_index) from error
+        text = "".join(traceback.format_exception(error)).rstrip()
+        numbers = range(first_index, first_index + vector.num_envs)
+        raise Failure(numbers, "failed", f"{type(error).__name__}: {line(error)}", text) from error
+
+
 def end(vector: VectorEnv, seconds: float) -> None:
     """Closes all copies, whatever that raises, and leaves them after `seconds`."""
     if isinstance(vector, AsyncVectorEnv):
@@ -104,68 +118,6 @@ def end(vector: VectorEnv, seconds: float) -> None:
         closing.start()
         closing.join(seconds)
         vector.closed = True
-
-
-def attributes(vector: VectorEnv) -> dict[str, Any]:
-    """What tells where an environment's own vector class stands: arrays, and what `json` can write."""
-    found = vars(vector.unwrapped)
-    numbers = {name: value for name, value in found.items() if value is None or type(value) in (bool, int, float)}
-    generators = {
-        name: plain(value.bit_generator.state)
-        for name, value in found.items()
-        if isinstance(value, np.random.Generator)
-    }
-    arrays = {
-        f"vector.{name}": np.array(value, order="C")
-        for name, value in found.items()
-        if isinstance(value, np.ndarray | np.generic) and not value.dtype.hasobject
-    }
-    return {"vector": {"numbers": numbers, "generators": generators}, **arrays}
-
-
-def set_attributes(vector: VectorEnv, state: Mapping[str, Any]) -> None:
-    """Takes over what `attributes` returned; the vector has been reset before. Raises Exception where it cannot."""
-    mine = vars(vector.unwrapped)
-    arrays = {k.removeprefix("vector."): v for k, v in state.items() if k.startswith("vector.")}
-    for name, value in {**arrays, **state["vector"]["numbers"]}.items():
-        if name not in mine:
-            raise KeyError(name)
-        setattr(vector.unwrapped, name, np.array(value)[()] if isinstance(value, np.ndarray) else value)
-    for name, value in state["vector"]["generators"].items():
-        mine[name].bit_generator.state = value
-
-
-def probe(vector: VectorEnv) -> bool:
-    """Whether an environment's own vector class comes to stand where it stood when its attributes are set.
-
-    Afterwards it must be reset with a seed.
-    """
-    before = attributes(vector)
-    space: Any = vector.single_action_space
-    actions = space.start + np.random.default_rng(0).integers(space.n, size=(2, PROBE_STEPS, vector.num_envs))
-
-    def play(part: np.ndarray) -> list[bytes]:
-        steps = [vector.step(action)[:4] for action in part]
-        return [np.array(value).tobytes() for step in steps for value in step]
-
-    try:
-        with global_generators_kept():
-            began = time.monotonic()
-            vector.reset(seed=1)
-            play(actions[0])
-            if time.monotonic() - began > PROBE_SECONDS:
-                return False
-            there = attributes(vector)
-            future = play(actions[1])
-            vector.reset(seed=2)
-            play(actions[0])
-            set_attributes(vector, there)
-            return future == play(actions[1])
-    except Exception:
-        return False
-    finally:
-        with contextlib.suppress(Exception):
-            set_attributes(vector, before)
 
 
 def find(id: str) -> EnvSpec:

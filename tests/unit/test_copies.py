@@ -381,7 +381,7 @@ def test_a_probe_that_kills_the_worker_process_does_not_kill_the_run():
 
 def test_a_slow_environment_is_not_probed_for_long(monkeypatch):
     monkeypatch.setattr(copies, "PROBE_SECONDS", -1)
-    monkeypatch.setattr("hvd_dqn.vectors.PROBE_SECONDS", -1)
+    monkeypatch.setattr("hvd_dqn.places.PROBE_SECONDS", -1)
     for vectorization in ("auto", "sync"):
         with made("CartPole-v1", 2, vectorization=vectorization) as envs:
             assert envs.probe() is False
