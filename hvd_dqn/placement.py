@@ -27,8 +27,11 @@ def set_communication_defaults() -> None:
     """Waiting that suits ranks which fill their cores; whatever the environment already says wins. Call before MPI starts."""
     # Open MPI spins while it waits, which takes the core from the rank that is still computing: let it yield.
     os.environ.setdefault("OMPI_MCA_mpi_yield_when_idle", "1")
-    # Horovod: every wait lasts a cycle of its background thread, in ms; its default of 1 is long against a small update.
-    os.environ.setdefault("HOROVOD_CYCLE_TIME", "0.05")
+    # Horovod: its background thread looks for work once in so many ms, 1 by default, which is long against a small update.
+    # Without a pause the threads of all ranks wait for each other inside MPI, which yields the core to whoever computes. Gloo
+    # does not, so there the thread has to sleep.
+    under_gloo = "HOROVOD_GLOO_RENDEZVOUS_ADDR" in os.environ
+    os.environ.setdefault("HOROVOD_CYCLE_TIME", "0.05" if under_gloo else "0")
 
 
 def set_thread_defaults() -> int:

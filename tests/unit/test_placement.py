@@ -77,7 +77,7 @@ def test_ranks_of_a_host_share_its_cores(variables, usable, on_host, is_bound, t
 def test_what_the_environment_says_wins_over_defaults(monkeypatch):
     expected = {
         "OMPI_MCA_mpi_yield_when_idle": "1",
-        "HOROVOD_CYCLE_TIME": "0.05",
+        "HOROVOD_CYCLE_TIME": "0",
         "TF_NUM_INTEROP_THREADS": "1",
         "TF_ENABLE_ONEDNN_OPTS": "1",
         "TF_FORCE_GPU_ALLOW_GROWTH": "true",
@@ -88,6 +88,12 @@ def test_what_the_environment_says_wins_over_defaults(monkeypatch):
         placement.set_communication_defaults()
         share = str(placement.set_thread_defaults())
         assert os.environ == {"OMP_NUM_THREADS": share, "TF_NUM_INTRAOP_THREADS": share, **expected, **said}
+
+
+def test_horovods_thread_pauses_only_under_gloo_whose_waits_do_not_yield(monkeypatch):
+    monkeypatch.setattr(os, "environ", {"HOROVOD_GLOO_RENDEZVOUS_ADDR": "127.0.0.1"})
+    placement.set_communication_defaults()
+    assert os.environ["HOROVOD_CYCLE_TIME"] == "0.05"
 
 
 def test_a_process_is_bound_where_its_launcher_may_use_more_cores_or_says_so():
