@@ -115,11 +115,10 @@ class Learner:
         loss, mean_q, gradient_norm, skipped, culprits, exchange = sums.tolist()
         if self._averages_parameters:
             learned = perf_counter()
-            self._average()
+            kept = self._average()
             exchange = perf_counter() - learned
             if target_copies.any():
                 self._copy_target()
-            kept = []
         self.online.refresh(kept)
         self.target.refresh()
         updates, seconds = len(target_copies) - round(skipped), perf_counter() - began
@@ -262,7 +261,7 @@ class Learner:
         variables = [*self.online.variables, *slots]
         for variable, mean in zip(variables, self._world.average(variables), strict=True):
             variable.assign(mean)
-        return []
+        return self.online.kept()
 
     def state(self) -> dict[str, np.ndarray]:
         return {name: variable.numpy() for name, variable in self.variables.items()}

@@ -77,6 +77,7 @@ def test_ranks_of_a_host_share_its_cores(variables, usable, on_host, is_bound, t
 def test_what_the_environment_says_wins_over_defaults(monkeypatch):
     expected = {
         "OMPI_MCA_mpi_yield_when_idle": "1",
+        "OMPI_MCA_btl_vader_eager_limit": "32768",
         "HOROVOD_CYCLE_TIME": "0",
         "TF_NUM_INTEROP_THREADS": "1",
         "TF_ENABLE_ONEDNN_OPTS": "1",
