@@ -79,6 +79,7 @@ def test_what_the_environment_says_wins_over_defaults(monkeypatch):
         "OMPI_MCA_mpi_yield_when_idle": "1",
         "OMPI_MCA_btl_vader_eager_limit": "32768",
         "HOROVOD_CYCLE_TIME": "0",
+        "HOROVOD_FUSION_THRESHOLD": "1048576",
         "TF_NUM_INTEROP_THREADS": "1",
         "TF_ENABLE_ONEDNN_OPTS": "1",
         "TF_FORCE_GPU_ALLOW_GROWTH": "true",
