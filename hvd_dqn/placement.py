@@ -34,7 +34,7 @@ def set_communication_defaults() -> None:
     # does not, so there the thread has to sleep.
     under_gloo = "HOROVOD_GLOO_RENDEZVOUS_ADDR" in os.environ
     os.environ.setdefault("HOROVOD_CYCLE_TIME", "0.05" if under_gloo else "0")
-    # To send tensors as one message it copies them there and back, of up to 64 MB: of more than 1 MB that costs more than it saves.
+    # To send tensors as one message it copies them there and back, up to 64 MB: above 1 MB that costs more than it saves.
     os.environ.setdefault("HOROVOD_FUSION_THRESHOLD", str(1 << 20))
 
 
