@@ -30,11 +30,14 @@ def set_communication_defaults() -> None:
     # It also asks before it sends more than 4 KB to a rank of the same host: the gradient of 64-64, 18 KB, takes half the time.
     os.environ.setdefault("OMPI_MCA_btl_vader_eager_limit", "32768")
     # Horovod: its background thread looks for work once in so many ms, 1 by default, which is long against a small update.
+    if "HOROVOD_GLOO_RENDEZVOUS_ADDR" in os.environ:
+        os.environ.setdefault("HOROVOD_CYCLE_TIME", "0.05")
+        return
     # Without a pause the threads of all ranks wait for each other inside MPI, which yields the core to whoever computes. Gloo
     # does not, so there the thread has to sleep.
-    under_gloo = "HOROVOD_GLOO_RENDEZVOUS_ADDR" in os.environ
-    os.environ.setdefault("HOROVOD_CYCLE_TIME", "0.05" if under_gloo else "0")
+    os.environ.setdefault("HOROVOD_CYCLE_TIME", "0")
     # To send tensors as one message it copies them there and back, up to 64 MB: above 1 MB that costs more than it saves.
+    # Not under Gloo: there the rank that outlives another one of an elastic job then ended by a segmentation fault.
     os.environ.setdefault("HOROVOD_FUSION_THRESHOLD", str(1 << 20))
 
 

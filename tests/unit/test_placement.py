@@ -96,6 +96,7 @@ def test_horovods_thread_pauses_only_under_gloo_whose_waits_do_not_yield(monkeyp
     monkeypatch.setattr(os, "environ", {"HOROVOD_GLOO_RENDEZVOUS_ADDR": "127.0.0.1"})
     placement.set_communication_defaults()
     assert os.environ["HOROVOD_CYCLE_TIME"] == "0.05"
+    assert "HOROVOD_FUSION_THRESHOLD" not in os.environ
 
 
 def test_a_process_is_bound_where_its_launcher_may_use_more_cores_or_says_so():
