@@ -7,7 +7,14 @@ from typing import NoReturn
 
 from hvd_dqn.distributed import HorovodWorld, Solo, World, mpi_size
 from hvd_dqn.errors import InputError
-from hvd_dqn.placement import gpu_conflict, is_elastic, is_launched, set_communication_defaults, srun_tasks
+from hvd_dqn.placement import (
+    check_restart,
+    gpu_conflict,
+    is_elastic,
+    is_launched,
+    set_communication_defaults,
+    srun_tasks,
+)
 
 
 def connect() -> World:
@@ -17,6 +24,7 @@ def connect() -> World:
         return Solo()
     set_communication_defaults()
     if is_elastic():
+        check_restart()
         # A collective would meet the ones in which the others are training: until it joins them, each works alone.
         return Solo(int(os.environ["HOROVOD_RANK"]))
     under_gloo = "HOROVOD_GLOO_RENDEZVOUS_ADDR" in os.environ

@@ -6,6 +6,8 @@ import re
 from collections import defaultdict
 from collections.abc import Sequence
 
+from hvd_dqn.errors import InputError
+
 # Set by mpirun, by horovodrun's Gloo launcher and by srun in every rank they start.
 LAUNCHER_VARIABLES = ("OMPI_COMM_WORLD_RANK", "HOROVOD_RANK", "PMIX_RANK", "PMI_RANK")
 LOCAL_RANK_VARIABLES = ("OMPI_COMM_WORLD_LOCAL_RANK", "HOROVOD_LOCAL_RANK", "SLURM_LOCALID", "MPI_LOCALRANKID")
@@ -30,15 +32,23 @@ def set_communication_defaults() -> None:
     # It also asks before it sends more than 4 KB to a rank of the same host: the gradient of 64-64, 18 KB, takes half the time.
     os.environ.setdefault("OMPI_MCA_btl_vader_eager_limit", "32768")
     # Horovod: its background thread looks for work once in so many ms, 1 by default, which is long against a small update.
-    if "HOROVOD_GLOO_RENDEZVOUS_ADDR" in os.environ:
-        os.environ.setdefault("HOROVOD_CYCLE_TIME", "0.05")
-        return
     # Without a pause the threads of all ranks wait for each other inside MPI, which yields the core to whoever computes. Gloo
     # does not, so there the thread has to sleep.
-    os.environ.setdefault("HOROVOD_CYCLE_TIME", "0")
-    # To send tensors as one message it copies them there and back, up to 64 MB: above 1 MB that costs more than it saves.
-    # Not under Gloo: there the rank that outlives another one of an elastic job then ended by a segmentation fault.
-    os.environ.setdefault("HOROVOD_FUSION_THRESHOLD", str(1 << 20))
+    pause = "0.05" if "HOROVOD_GLOO_RENDEZVOUS_ADDR" in os.environ else "0"
+    if not (is_elastic() and "HOROVOD_FUSION_THRESHOLD" in os.environ):  # see check_restart
+        os.environ.setdefault("HOROVOD_CYCLE_TIME", pause)
+
+
+def check_restart() -> None:
+    """Raises InputError where Horovod could not be started a second time in this process.
+
+    Its tuner of the two, once both are fixed, has no place left for the defaults that every start writes first.
+    """
+    if {"HOROVOD_CYCLE_TIME", "HOROVOD_FUSION_THRESHOLD"} <= os.environ.keys():
+        raise InputError(
+            "Horovod 0.28 ends by a segmentation fault when it is started again, as elastic jobs and `hvd-dqn bench "
+            "allreduce` do, with both HOROVOD_CYCLE_TIME and HOROVOD_FUSION_THRESHOLD in the environment: unset the second."
+        )
 
 
 def set_thread_defaults() -> int:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from hvd_dqn.connect import connect
-from hvd_dqn.distributed import Solo
+from hvd_dqn.distributed import FUSED_FLOATS, Solo
 from hvd_dqn.errors import InputError, RunError
 from hvd_dqn.lockstep import BroadcastHook, check_drift, in_step
 from hvd_dqn.placement import set_thread_defaults
@@ -20,6 +20,7 @@ assert world.size == 2, f"expected 2 ranks, received {world.size}"
 
 import tensorflow as tf  # noqa: E402
 
+from hvd_dqn.graphs import Graph  # noqa: E402
 from hvd_dqn.learner import Learner  # noqa: E402
 from hvd_dqn.networks import build_network  # noqa: E402
 from hvd_dqn.transition import Batch  # noqa: E402
@@ -98,6 +99,14 @@ def fp16_is_on_the_wire_where_it_is_asked_for():
         assert learner.update(data, 0.01, np.array([False])).skipped == skipped, compression
 
 
+def tensors_that_are_sent_alone_come_back_in_their_places():
+    sizes = (3, FUSED_FLOATS + 1, 0, FUSED_FLOATS, FUSED_FLOATS + 2)
+    mine = [np.full(size, index + world.rank, np.float32) for index, size in enumerate(sizes)]
+    averaged = Graph(lambda: world.average([tf.constant(values) for values in mine]))()
+    for index, (size, values) in enumerate(zip(sizes, averaged, strict=True)):
+        np.testing.assert_array_equal(values, np.full(size, index + 0.5))
+
+
 def parameters_become_the_mean_of_ranks_that_learn_alone():
     shared = make(sync="parameters")
     data, copies = batch(4, 8, seed=world.rank), np.array([False, False, True, False])
@@ -167,6 +176,7 @@ def checks():
     yield "drift", the_drift_check_names_the_rank_and_the_variable
     yield "average before clip", the_average_of_opposite_gradients_is_zero
     yield "fp16", fp16_is_on_the_wire_where_it_is_asked_for
+    yield "large tensors are averaged alone", tensors_that_are_sent_alone_come_back_in_their_places
     yield "parameters are averaged", parameters_become_the_mean_of_ranks_that_learn_alone
     for settings in ({"sync": "gradients"}, {"sync": "parameters"}, {"passes": 2}):
         yield f"exchange, {settings}", lambda s=settings: an_exchange_lasts_until_the_last_rank_is_there(**s)

@@ -79,7 +79,6 @@ def test_what_the_environment_says_wins_over_defaults(monkeypatch):
         "OMPI_MCA_mpi_yield_when_idle": "1",
         "OMPI_MCA_btl_vader_eager_limit": "32768",
         "HOROVOD_CYCLE_TIME": "0",
-        "HOROVOD_FUSION_THRESHOLD": "1048576",
         "TF_NUM_INTEROP_THREADS": "1",
         "TF_ENABLE_ONEDNN_OPTS": "1",
         "TF_FORCE_GPU_ALLOW_GROWTH": "true",
@@ -96,7 +95,29 @@ def test_horovods_thread_pauses_only_under_gloo_whose_waits_do_not_yield(monkeyp
     monkeypatch.setattr(os, "environ", {"HOROVOD_GLOO_RENDEZVOUS_ADDR": "127.0.0.1"})
     placement.set_communication_defaults()
     assert os.environ["HOROVOD_CYCLE_TIME"] == "0.05"
-    assert "HOROVOD_FUSION_THRESHOLD" not in os.environ
+
+
+@pytest.mark.parametrize(
+    ("elastic", "said", "cycle"),
+    [
+        ("1", {}, "0.05"),
+        ("1", {"HOROVOD_FUSION_THRESHOLD": "0"}, None),
+        ("0", {"HOROVOD_FUSION_THRESHOLD": "0"}, "0.05"),
+    ],
+)
+def test_an_elastic_job_does_not_fix_both_of_what_horovod_tunes(monkeypatch, elastic, said, cycle):
+    gloo = {"HOROVOD_GLOO_RENDEZVOUS_ADDR": "127.0.0.1", "HOROVOD_ELASTIC": elastic}
+    monkeypatch.setattr(os, "environ", gloo | said)
+    placement.set_communication_defaults()
+    assert os.environ.get("HOROVOD_CYCLE_TIME") == cycle
+
+
+def test_horovod_is_not_started_again_with_both_of_what_it_tunes_fixed(monkeypatch):
+    monkeypatch.setattr(os, "environ", {"HOROVOD_CYCLE_TIME": "0"})
+    placement.check_restart()
+    os.environ["HOROVOD_FUSION_THRESHOLD"] = "0"
+    with pytest.raises(InputError, match="unset the second"):
+        placement.check_restart()
 
 
 def test_a_process_is_bound_where_its_launcher_may_use_more_cores_or_says_so():
