@@ -37,10 +37,14 @@ def check_launcher() -> None:
 
 def together(ranks: int, words: Sequence[str]) -> dict[str, Any]:
     """What `hvd-dqn bench WORDS --json` finds as one job of so many ranks."""
-    root = ["--allow-run-as-root"] if os.getuid() == 0 else []  # which Open MPI otherwise refuses
-    launcher = [*MPIRUN, "--oversubscribe", *root, "-np", str(ranks)]
-    with _started([[*launcher, *HVD_DQN, *words, "--json"]]) as (job,):
+    with _started([[*mpirun(ranks), *HVD_DQN, *words, "--json"]]) as (job,):
         return job.answer()
+
+
+def mpirun(ranks: int) -> list[str]:
+    """What starts so many ranks on this machine, be they more than its cores."""
+    root = ["--allow-run-as-root"] if os.getuid() == 0 else []  # which Open MPI otherwise refuses
+    return [*MPIRUN, "--oversubscribe", *root, "-np", str(ranks)]
 
 
 def apart(processes: int, words: Sequence[str]) -> list[dict[str, Any]]:

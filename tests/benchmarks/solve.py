@@ -3,7 +3,7 @@ LunarLander.
 
     tests/benchmarks/setup.sh && .venv/bin/python -m tests.benchmarks.solve [--seeds 1 2 3 4 5] [--presets ...] [--json]
 
-Ours is `hvd-dqn train PRESET` on one rank and, under horovodrun, on two. Stable-Baselines3 and Tianshou take the settings of
+Ours is `hvd-dqn train PRESET` on one rank and, under mpirun, on two. Stable-Baselines3 and Tianshou take the settings of
 Stable-Baselines3's zoo, its best known ones; our presets have others: the question is how long a user waits. The rule is the
 same for all: an evaluation of 20 episodes every `evaluation.period` total steps and, where it reaches the target, one of 100,
 which must too. Nobody's limit of steps is below ours; a run that does not get there counts as infinitely long. One thread per
@@ -23,6 +23,7 @@ from typing import Any
 from rich.table import Table
 
 from hvd_dqn.bench import provenance
+from hvd_dqn.bench_jobs import mpirun
 from hvd_dqn.config_files import load_preset
 from hvd_dqn.metrics import read_csv
 from hvd_dqn.run import Run
@@ -89,7 +90,7 @@ def kept(out: Path, preset: str, name: str, seed: int) -> dict[str, Any]:
 
 
 def train(folder: Path, preset: str, ranks: int, seed: int) -> dict[str, Any]:
-    launcher = ["horovodrun", "-np", str(ranks)] if ranks > 1 else []
+    launcher = mpirun(ranks) if ranks > 1 else []
     command = [*launcher, "hvd-dqn", "train", preset, "--seed", str(seed), "--run-dir", folder]
     done = run(command, timeout=compare.TIMEOUT, **compare.ONE_THREAD)
     if done.returncode:
