@@ -1,5 +1,7 @@
 """The parts of an agent, made from the settings."""
 
+import itertools
+import math
 from collections.abc import Callable
 
 import numpy as np
@@ -14,7 +16,11 @@ from hvd_dqn.evaluation import Evaluator
 from hvd_dqn.learner import Learner
 from hvd_dqn.networks import build_network
 from hvd_dqn.normalizer import Normalizer, NullNormalizer
+from hvd_dqn.placement import compute_alone
 
+# Multiplications of a minibatch by the MLP's kernels from which on a second thread pays. Batch 64: at 256-256 (4 million) an
+# update takes 327 us by one thread and 633 by two, at 512-512 (17) 1,039 and 1,167, at 1024-1024 (68) 4,656 and 3,870.
+SHARED_PRODUCTS = 32_000_000
 MOST_COPIES = 32  # that evaluate, on each rank: in processes of their own a thousand would be too many
 
 
@@ -50,6 +56,10 @@ def make_learner(
 ) -> Learner:
     """`planned` updates are to be taken with it."""
     agent, learner = config.agent, config.learner
+    if agent.network == "mlp":
+        widths = [(envs.categories or 1) * math.prod(envs.observation_shape), *agent.hidden, envs.actions]
+        if learner.batch_size * sum(a * b for a, b in itertools.pairwise(widths)) < SHARED_PRODUCTS:
+            compute_alone()
     return Learner(
         lambda: build_network(
             agent.network,

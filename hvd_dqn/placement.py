@@ -1,5 +1,6 @@
 """What this rank has of its host: cores, threads and a GPU, as the launcher and the environment say."""
 
+import contextlib
 import ctypes
 import os
 import re
@@ -12,6 +13,7 @@ from hvd_dqn.errors import InputError
 LAUNCHER_VARIABLES = ("OMPI_COMM_WORLD_RANK", "HOROVOD_RANK", "PMIX_RANK", "PMI_RANK")
 LOCAL_RANK_VARIABLES = ("OMPI_COMM_WORLD_LOCAL_RANK", "HOROVOD_LOCAL_RANK", "SLURM_LOCALID", "MPI_LOCALRANKID")
 LOCAL_SIZE_VARIABLES = ("OMPI_COMM_WORLD_LOCAL_SIZE", "HOROVOD_LOCAL_SIZE", "MPI_LOCALNRANKS")
+THREADS_SAID = "TF_NUM_INTRAOP_THREADS" in os.environ  # before this process set its own default
 UNKNOWN_GPU = "unknown"  # there is one, whose id cannot be asked for
 
 
@@ -63,6 +65,20 @@ def set_thread_defaults() -> int:
     os.environ.setdefault("TF_FORCE_GPU_ALLOW_GROWTH", "true")  # a process alone would else take the memory of all GPUs
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # only errors: the CPU's features and the like are no news
     return share
+
+
+def compute_alone() -> None:
+    """One thread for TensorFlow's operations, unless the environment said otherwise when this process began.
+
+    In vain where TensorFlow has computed before, as it has under Gloo, where Horovod gathers by it.
+    """
+    if THREADS_SAID:
+        return
+    import tensorflow as tf
+
+    with contextlib.suppress(RuntimeError):
+        tf.config.threading.set_intra_op_parallelism_threads(1)
+        os.environ["TF_NUM_INTRAOP_THREADS"] = "1"  # for who asks
 
 
 def threads(usable: int, on_host: int, is_bound: bool) -> int:

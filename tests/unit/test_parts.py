@@ -1,6 +1,9 @@
 """What a person sets reaches the part that it is meant for, and what a part says reaches the metrics."""
 
 import inspect
+import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -200,3 +203,24 @@ def test_a_phase_gets_what_is_planned_and_what_it_says_is_reported(made):
     assert rates[-1] < 0.3 * max(rates)
     assert (row["loss"], row["mean_q"], row["gradient_norm"]) == (2.0, 3.0, 4.0)
     assert row["skipped_updates"] == 3  # the mean of two ranks, of which one is there
+
+
+@pytest.mark.parametrize(
+    ("said", "hidden", "threads"),
+    [({}, "64, 64", "1 1"), ({}, "1024, 1024", "0 3"), ({"TF_NUM_INTRAOP_THREADS": "2"}, "64, 64", "0 2")],
+)
+def test_small_products_are_one_threads_unless_the_environment_says_otherwise(said, hidden, threads):
+    code = f"""
+import os
+from hvd_dqn import placement
+os.environ.setdefault("TF_NUM_INTRAOP_THREADS", "3")  # as set_thread_defaults does on three cores
+import tensorflow as tf
+from hvd_dqn.agent import Agent
+from hvd_dqn.config import Config
+from hvd_dqn.distributed import Solo
+Agent(Config.model_validate({{"env": {{"id": "CartPole-v1"}}, "agent": {{"hidden": [{hidden}]}}}}), Solo()).close()
+print(tf.config.threading.get_intra_op_parallelism_threads(), os.environ["TF_NUM_INTRAOP_THREADS"])
+"""
+    clean = {name: value for name, value in os.environ.items() if name != "TF_NUM_INTRAOP_THREADS"}
+    done = subprocess.run([sys.executable, "-c", code], env=clean | said, capture_output=True, text=True, timeout=300)
+    assert done.stdout.strip() == threads, done.stderr
