@@ -54,10 +54,11 @@ def check_restart() -> None:
 
 
 def set_thread_defaults() -> int:
-    """Gives this rank its share of the cores; whatever the environment already says wins. Call before TensorFlow starts."""
+    """Gives this rank its share of the cores; whatever the environment already says wins. Call before NumPy is loaded."""
     share = threads(len(os.sched_getaffinity(0)), os.cpu_count() or 1, _is_bound())
-    for name in ("OMP_NUM_THREADS", "TF_NUM_INTRAOP_THREADS"):
-        os.environ.setdefault(name, str(share))
+    os.environ.setdefault("TF_NUM_INTRAOP_THREADS", str(share))
+    # NumPy's: it only values a few observations, and its threads wait for each other where the learner has the other cores.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
     # A phase is one chain of operations: a second thread between them only costs (up to 1.6x on two ranks here).
     os.environ.setdefault("TF_NUM_INTEROP_THREADS", "1")
     # TensorFlow leaves oneDNN off on AMD: Nature CNN 69 -> 43 ms per update, MLP 256-256 979 -> 893 us.

@@ -15,7 +15,7 @@ FLOORS = {
     4: ["evaluation", "checkpoint", "plots", "run", "progress"],
     5: ["parts", "agent", "trainer", "session", "bench", "bench_allreduce", "doctor"],
     6: ["job", "bench_jobs", "bench_loop", "bench_scaling", "bench_project"],
-    7: ["options", "cli", "bench_commands", "__main__"],
+    7: ["options", "cli", "commands", "bench_commands", "__main__"],
 }
 FLOOR_OF = {room: floor for floor, rooms in FLOORS.items() for room in rooms}
 ONLY_IN = {
@@ -67,7 +67,7 @@ def test_only_rooms_that_know_the_config_take_it(path):
             "job",
             "bench_loop",
             "options",
-            "cli",
+            "commands",
         }
 
 

@@ -79,6 +79,7 @@ def test_what_the_environment_says_wins_over_defaults(monkeypatch):
         "OMPI_MCA_mpi_yield_when_idle": "1",
         "OMPI_MCA_btl_vader_eager_limit": "32768",
         "HOROVOD_CYCLE_TIME": "0",
+        "OMP_NUM_THREADS": "1",
         "TF_NUM_INTEROP_THREADS": "1",
         "TF_ENABLE_ONEDNN_OPTS": "1",
         "TF_FORCE_GPU_ALLOW_GROWTH": "true",
@@ -88,7 +89,7 @@ def test_what_the_environment_says_wins_over_defaults(monkeypatch):
         monkeypatch.setattr(os, "environ", dict(said))
         placement.set_communication_defaults()
         share = str(placement.set_thread_defaults())
-        assert os.environ == {"OMP_NUM_THREADS": share, "TF_NUM_INTRAOP_THREADS": share, **expected, **said}
+        assert os.environ == {"TF_NUM_INTRAOP_THREADS": share, **expected, **said}
 
 
 def test_horovods_thread_pauses_only_under_gloo_whose_waits_do_not_yield(monkeypatch):
@@ -216,3 +217,9 @@ def test_tasks_that_srun_started_without_mpi_are_refused_by_the_first_alone(envi
     assert stop.value.code == 2
     environ(HOROVOD_RANK="0", HOROVOD_ELASTIC="1")  # in a job of Slurm, started by another launcher
     assert connect().size == 1
+
+
+def test_threads_are_settled_before_numpy_is_loaded():
+    code = "import hvd_dqn.cli, sys; print([name for name in ('numpy', 'tensorflow') if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.stdout.strip() == "[]", done.stderr

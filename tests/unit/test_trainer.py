@@ -19,7 +19,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hvd_dqn import cli, job
+from hvd_dqn import commands, job
 from hvd_dqn.arrays import measure
 from hvd_dqn.checkpoint import Checkpoints, divide
 from hvd_dqn.config import Config
@@ -714,7 +714,7 @@ def test_a_run_keeps_what_its_settings_say_and_its_best_can_be_evaluated(tmp_pat
     assert best != 960
     for words, steps in (([], 960), (["--best"], best)):
         capsys.readouterr()
-        cli.evaluate([str(run.path), "--episodes", "1", "--json", *words], Solo())
+        commands.evaluate([str(run.path), "--episodes", "1", "--json", *words], Solo())
         assert json.loads(capsys.readouterr().out)["total_steps"] == steps
 
 
