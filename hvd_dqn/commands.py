@@ -55,11 +55,11 @@ def run_command() -> None:
             os.environ["HOROVOD_TIMELINE"] = "DYNAMIC"  # which Horovod has to know before it starts
         with loading():
             world = connect()
-        if world.rank != 0:
-            sys.stdout = open(os.devnull, "w")  # noqa: SIM115  # results are the chief's to print
         argv = sys.argv[1:]
-        command = in_step(world, lambda: find_command(argv))
-        command(argv[1:], world)
+        # Results are the chief's to print.
+        with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere if world.rank else sys.stdout):
+            command = in_step(world, lambda: find_command(argv))
+            command(argv[1:], world)
     except InputError as error:
         if world is None or world.rank == 0 or is_elastic():
             tell(str(error))

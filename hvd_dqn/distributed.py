@@ -260,7 +260,7 @@ class HorovodWorld:
             return
         from mpi4py import MPI
 
-        check_restart()
+        check_restart(self.any)
         # Horovod: its thread looks for work all the time, and a rank that waits for MPI yields its core to it.
         self._hvd.shutdown()
         yield lambda values: self._comm.Allreduce(MPI.IN_PLACE, values)

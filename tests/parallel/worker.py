@@ -20,7 +20,6 @@ assert world.size == 2, f"expected 2 ranks, received {world.size}"
 
 import tensorflow as tf  # noqa: E402
 
-from hvd_dqn.graphs import Graph  # noqa: E402
 from hvd_dqn.learner import Learner  # noqa: E402
 from hvd_dqn.networks import build_network  # noqa: E402
 from hvd_dqn.transition import Batch  # noqa: E402
@@ -99,12 +98,22 @@ def fp16_is_on_the_wire_where_it_is_asked_for():
         assert learner.update(data, 0.01, np.array([False])).skipped == skipped, compression
 
 
-def tensors_that_are_sent_alone_come_back_in_their_places():
+def large_tensors_are_sent_alone_and_all_come_back_in_their_places():
     sizes = (3, FUSED_FLOATS + 1, 0, FUSED_FLOATS, FUSED_FLOATS + 2)
-    mine = [np.full(size, index + world.rank, np.float32) for index, size in enumerate(sizes)]
-    averaged = Graph(lambda: world.average([tf.constant(values) for values in mine]))()
-    for index, (size, values) in enumerate(zip(sizes, averaged, strict=True)):
+    mine = [tf.fill([size], float(index + world.rank)) for index, size in enumerate(sizes)]
+    average = tf.function(lambda: world.average(mine)).get_concrete_function()
+    for index, (size, values) in enumerate(zip(sizes, average(), strict=True)):
         np.testing.assert_array_equal(values, np.full(size, index + 0.5))
+    # Each waits for the one before: what Horovod finds ready at the same time it would send together.
+    messages = [op for op in average.graph.get_operations() if "Allreduce" in op.type]
+    assert [len(message.inputs) for message in messages] == [1, 1, 3]
+    for message, before in zip(messages[1:], messages, strict=False):
+        assert waits_for(message, before), f"{message.name} does not wait for {before.name}"
+
+
+def waits_for(op: tf.Operation, other: tf.Operation) -> bool:
+    needed = [*op.control_inputs, *(tensor.op for tensor in op.inputs)]
+    return other in needed or any(waits_for(each, other) for each in needed)
 
 
 def parameters_become_the_mean_of_ranks_that_learn_alone():
@@ -176,7 +185,7 @@ def checks():
     yield "drift", the_drift_check_names_the_rank_and_the_variable
     yield "average before clip", the_average_of_opposite_gradients_is_zero
     yield "fp16", fp16_is_on_the_wire_where_it_is_asked_for
-    yield "large tensors are averaged alone", tensors_that_are_sent_alone_come_back_in_their_places
+    yield "large tensors are sent alone", large_tensors_are_sent_alone_and_all_come_back_in_their_places
     yield "parameters are averaged", parameters_become_the_mean_of_ranks_that_learn_alone
     for settings in ({"sync": "gradients"}, {"sync": "parameters"}, {"passes": 2}):
         yield f"exchange, {settings}", lambda s=settings: an_exchange_lasts_until_the_last_rank_is_there(**s)

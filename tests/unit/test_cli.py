@@ -1,11 +1,14 @@
 """The command line as a person meets it: real processes, one clear line for bad input, results on stdout."""
 
+import contextlib
+import gc
 import json
 import re
 
 import pytest
 import yaml
 
+from hvd_dqn import commands
 from hvd_dqn.plots import read_run
 from tests.ranks import run
 
@@ -214,3 +217,12 @@ def test_an_environment_that_yields_nan_stops_the_run_with_one_line(tmp_path):
     assert re.search(r"broken:Broken-v0.*rank 0.*step 50", last), last
     assert "Traceback" not in done.stderr
     assert json.loads((tmp_path / "run" / "run.json").read_text())["ended"].startswith("failed")
+
+
+def test_garbage_is_looked_for_again_once_all_is_loaded():
+    with contextlib.suppress(ImportError), commands.loading():
+        assert not gc.isenabled()
+        raise ImportError
+    assert gc.isenabled()
+    assert gc.get_freeze_count() > 1_000
+    gc.unfreeze()
