@@ -82,8 +82,8 @@ class Agent:
         return Replay(
             slots,
             self.plan.envs_per_rank,
-            self.envs.frame_shape,
-            self.envs.frame_dtype,
+            self.envs.frames.shape,
+            self.envs.frames.dtype,
             self._rng(SAMPLING),
             frame_stack=config.env.frame_stack,
             n_step=config.agent.n_step,

@@ -4,7 +4,6 @@ import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-import gymnasium
 import numpy as np
 from gymnasium import spaces
 from gymnasium.vector import AutoresetMode, VectorEnv
@@ -12,6 +11,7 @@ from gymnasium.vector import AutoresetMode, VectorEnv
 from hvd_dqn import places, vectors
 from hvd_dqn.copies import Failure, line
 from hvd_dqn.errors import InputError, RunError, tell
+from hvd_dqn.frames import Frames
 from hvd_dqn.transition import Transition
 
 # How long environments and their processes may take to close before they are left or killed.
@@ -30,23 +30,19 @@ class Episodes(NamedTuple):
 class Environments:
     """E copies of one environment: steps them, resets those that end, and stacks what the agent sees.
 
-    A step yields single frames (for the replay); `observation` holds the last `frame_stack` of them, oldest first. An
-    episode's first frame fills its whole stack. Box observations keep uint8 and otherwise become float32; a Discrete
-    observation becomes the int32 number of its state, counted from 0. Arrays handed out are never written again and
-    must not be written by others. `first_index` is the global index of the first copy and, with `rank`, names a copy
-    in errors. Raises InputError where the environment cannot be made or cannot be learned by DQN.
+    A step yields single frames (for the replay); `observation` holds the last `frame_stack` of them. Arrays handed out
+    are never written again and must not be written by others. `first_index` is the global index of the first copy and,
+    with `rank`, names a copy in errors. Raises InputError where the environment cannot be made or cannot be learned by
+    DQN.
 
     A copy fails by raising, by the end of its process, and by a value that is not finite. After the first `restarts`
     failures all copies are closed, made anew and reset with seeds that follow from those of the last `reset`. After the
     next, `step` and `reset` raise RunError, which names the copy and contains the environment's traceback.
     """
 
-    frame_shape: tuple[int, ...]  # [D] or [H, W, C]
-    frame_dtype: np.dtype
-    observation_shape: tuple[int, ...]  # [k * D] or [H, W, k * C]
+    frames: Frames
     actions: int
-    categories: int | None  # number of states of a Discrete observation
-    observation: np.ndarray  # [E, *observation_shape]: what the agent sees now
+    observation: np.ndarray  # [E, *frames.observation_shape]: what the agent sees now
     returns: np.ndarray  # [E] float64: of the episodes under way, as in Episodes
     restorable: bool  # whether `load_state` can put copies back where they stood; False until `probe`
     restarted: int  # how often the copies were made anew, also in the runs before this one was resumed
@@ -67,7 +63,6 @@ class Environments:
     ) -> None:
         self.id = id
         self.copies = copies
-        self._stack = frame_stack
         self._reward_scale = reward_scale
         self._reward_clip = reward_clip
         self._first_index = first_index
@@ -80,15 +75,11 @@ class Environments:
         )
         self._make()
 
-        space, action_space = self._vector.single_observation_space, self._vector.single_action_space
+        self.frames = Frames(self._vector.single_observation_space, frame_stack)
+        action_space = self._vector.single_action_space
         assert isinstance(action_space, spaces.Discrete)
         self.actions = int(action_space.n)
         self._first_action = int(action_space.start)
-        self.frame_shape, self.frame_dtype = frame_of(space)
-        self.categories = int(space.n) if isinstance(space, spaces.Discrete) else None
-        self._first_state = int(space.start) if isinstance(space, spaces.Discrete) else 0
-        self._channels = self.frame_shape[-1]
-        self.observation_shape = (*self.frame_shape[:-1], frame_stack * self._channels)
 
         # Such a class resets an environment in the step after the one that ended its episode.
         self._resets_late = AutoresetMode(self._vector.metadata["autoreset_mode"]) == AutoresetMode.NEXT_STEP
@@ -99,7 +90,7 @@ class Environments:
         self.restarted = 0
         self._seeds: list[int] = []
         self._steps = 0
-        self._start(np.zeros((copies, *self.frame_shape), self.frame_dtype))
+        self._start(np.zeros((copies, *self.frames.shape), self.frames.dtype))
 
     def _make(self) -> None:
         self._vector = self._build()
@@ -117,13 +108,13 @@ class Environments:
 
     def _first_frames(self, seeds: list[int], **options: Any) -> np.ndarray:
         raw, _ = self._ask("reset", seed=seeds[0] if self._native else seeds, **options)
-        frame = self._frames(raw)
+        frame = self.frames.read(raw)
         self._check_finite("observation", frame)
         return frame
 
     def _start(self, frame: np.ndarray) -> None:
         self._frame = frame  # [E, *frame]: the newest frame
-        self.observation = self._filled(frame)
+        self.observation = self.frames.begin(frame)
         self.returns = np.zeros(self.copies, dtype=np.float64)
         self._lengths = np.zeros(self.copies, dtype=np.int64)
         self._ended = np.zeros(self.copies, dtype=np.bool_)  # [E]: in the last step
@@ -146,7 +137,7 @@ class Environments:
 
     def _step(self, action: np.ndarray) -> tuple[Transition, Episodes]:
         raw, raw_reward, raw_terminated, raw_truncated, info = self._ask("step", action + self._first_action)
-        frame = self._frames(raw)
+        frame = self.frames.read(raw)
         reward = np.array(raw_reward, dtype=np.float64)
         terminated = np.array(raw_terminated, dtype=np.bool_)
         truncated = np.array(raw_truncated, dtype=np.bool_)
@@ -186,7 +177,7 @@ class Environments:
             valid=valid,
         )
         self._frame = frame
-        self._push(frame, ~valid if self._resets_late else ended)
+        self.observation = self.frames.push(self.observation, frame, ~valid if self._resets_late else ended)
         self._ended, self._any_ended = ended, any_ended
         return transition, episodes
 
@@ -253,7 +244,7 @@ class Environments:
         return restored
 
     def _put_back(self, state: Mapping[str, Any], seeds: list[int]) -> np.ndarray:
-        restored = self._places.put_back(state, self._frames)
+        restored = self._places.put_back(state, self.frames.read)
         if not restored.all():
             partly = {} if self._native else {"options": {"reset_mask": ~restored}}
             self._start(self._first_frames(seeds, **partly))
@@ -266,12 +257,6 @@ class Environments:
         """Ends the environments and their processes; a second call does nothing."""
         vectors.end(self._vector, CLOSING_SECONDS)
 
-    def _frames(self, raw: Any) -> np.ndarray:
-        """Copies: vector classes use their arrays again."""
-        if self.categories is not None:
-            raw = np.asarray(raw) - self._first_state
-        return np.array(raw, dtype=self.frame_dtype, order="C").reshape(-1, *self.frame_shape)
-
     def _with_final(self, frame: np.ndarray, ended: np.ndarray, info: dict[str, Any]) -> np.ndarray:
         """`frame`, with the last one of the episode that has ended instead of the first of the next."""
         if "final_obs" not in info:
@@ -281,20 +266,8 @@ class Environments:
             )
         final = info["final_obs"]  # [E] objects, None where no episode ended
         next_frame = frame.copy()
-        next_frame[ended] = self._frames([final[i] for i in np.flatnonzero(ended)])
+        next_frame[ended] = self.frames.read([final[i] for i in np.flatnonzero(ended)])
         return next_frame
-
-    def _push(self, frame: np.ndarray, fresh: np.ndarray) -> None:
-        """Makes `frame` the newest of each stack and, where it is `fresh`, the first of an episode, the only one."""
-        if self._stack == 1:
-            self.observation = frame
-            return
-        self.observation = np.concatenate((self.observation[..., self._channels :], frame), axis=-1)
-        if fresh.any():
-            self.observation[fresh] = self._filled(frame[fresh])
-
-    def _filled(self, frame: np.ndarray) -> np.ndarray:
-        return frame if self._stack == 1 else np.concatenate((frame,) * self._stack, axis=-1)
 
     def _check_finite(self, what: str, values: np.ndarray) -> None:
         if values.dtype.kind != "f" or np.count_nonzero(np.isfinite(values)) == values.size:
@@ -344,12 +317,3 @@ class Environments:
 
 
 NO_EPISODES = Episodes(np.empty(0, np.float64), np.empty(0, np.int64))
-
-
-def frame_of(space: gymnasium.Space) -> tuple[tuple[int, ...], np.dtype]:
-    """Shape and dtype of one frame of a supported observation space."""
-    if isinstance(space, spaces.Discrete):
-        return (1,), np.dtype(np.int32)
-    assert isinstance(space, spaces.Box)
-    shape = {0: (1,), 1: space.shape, 2: (*space.shape, 1), 3: space.shape}[len(space.shape)]
-    return shape, np.dtype(np.uint8 if space.dtype == np.uint8 else np.float32)

@@ -43,28 +43,30 @@ def make_environments(config: Config, world: World, copies: int, vectorization: 
 def make_normalizer(config: Config, envs: Environments) -> Normalizer | NullNormalizer:
     if not config.env.normalize_observation:
         return NullNormalizer()
-    if envs.categories is not None or envs.frame_dtype != np.float32:
+    frames = envs.frames
+    if frames.categories is not None or frames.dtype != np.float32:
+        received = f"{frames.categories} states" if frames.categories else frames.dtype
         raise InputError(
-            "--env.normalize_observation is for observations of real numbers. Received: "
-            f"{envs.categories or ''} {'states' if envs.categories else envs.frame_dtype} from {config.env.id}. Turn it off."
+            f"--env.normalize_observation is for observations of real numbers. Received: {received} from {config.env.id}. "
+            "Turn it off."
         )
-    return Normalizer(envs.frame_shape)
+    return Normalizer(frames.shape)
 
 
 def make_learner(
     config: Config, envs: Environments, world: World, rng: np.random.Generator, planned: int = 0
 ) -> Learner:
     """`planned` updates are to be taken with it."""
-    agent, learner = config.agent, config.learner
+    agent, learner, frames = config.agent, config.learner, envs.frames
     if agent.network == "mlp":
-        widths = [(envs.categories or 1) * math.prod(envs.observation_shape), *agent.hidden, envs.actions]
+        widths = [(frames.categories or 1) * math.prod(frames.observation_shape), *agent.hidden, envs.actions]
         if learner.batch_size * sum(a * b for a, b in itertools.pairwise(widths)) < SHARED_PRODUCTS:
             compute_alone()
     return Learner(
         lambda: build_network(
             agent.network,
-            envs.observation_shape,
-            envs.categories,
+            frames.observation_shape,
+            frames.categories,
             envs.actions,
             hidden=agent.hidden,
             dueling=agent.dueling,

@@ -138,16 +138,16 @@ def test_each_copy_sees_what_the_same_environment_stepped_by_hand_shows_up_to_th
             assert transition.valid.all()
             ended_here = 0
             for i, hand in enumerate(hands):
-                np.testing.assert_array_equal(transition.observation[i], shown[i].astype(envs.frame_dtype))
+                np.testing.assert_array_equal(transition.observation[i], shown[i].astype(envs.frames.dtype))
                 last, reward, terminated, truncated, _ = hand.step(action[i])
                 np.testing.assert_array_equal(
-                    transition.next_observation[i], np.atleast_1d(last).astype(envs.frame_dtype)
+                    transition.next_observation[i], np.atleast_1d(last).astype(envs.frames.dtype)
                 )
                 assert transition.reward[i] == np.float32(reward)
                 assert (transition.terminated[i], transition.truncated[i]) == (terminated, truncated)
                 ended_here += terminated or truncated
                 shown[i] = np.atleast_1d(hand.reset()[0] if terminated or truncated else last)
-                np.testing.assert_array_equal(envs.observation[i], shown[i].astype(envs.frame_dtype))
+                np.testing.assert_array_equal(envs.observation[i], shown[i].astype(envs.frames.dtype))
             assert len(episodes.returns) == len(episodes.lengths) == ended_here
             ends += ended_here
     assert ends >= 3
@@ -228,12 +228,12 @@ def test_shapes_and_types_are_those_announced(id, frame_shape, dtype, stacked, c
         for action in actions(envs, 5):
             transition, _ = envs.step(action)
             for frame in (transition.observation, transition.next_observation):
-                assert (frame.shape[1:], frame.dtype) == (envs.frame_shape, envs.frame_dtype) == (frame_shape, dtype)
-            assert envs.observation.shape == (2, *envs.observation_shape) == (2, *stacked)
+                assert (frame.shape[1:], frame.dtype) == (envs.frames.shape, envs.frames.dtype) == (frame_shape, dtype)
+            assert envs.observation.shape == (2, *envs.frames.observation_shape) == (2, *stacked)
             assert envs.observation.dtype == dtype
             types = [transition.action.dtype, transition.reward.dtype, transition.valid.dtype]
             assert types == [np.int64, np.float32, np.bool_]
-        assert envs.categories == categories
+        assert envs.frames.categories == categories
 
 
 def test_states_and_actions_are_counted_from_zero_wherever_the_environment_starts_counting():
@@ -255,7 +255,7 @@ def test_an_episodes_first_frame_fills_its_stack_and_no_frame_crosses_an_episode
         for _ in range(5):
             envs.step(np.array([1, 1]))
             stacks.append(envs.observation)
-    channels = envs.frame_shape[-1]
+    channels = envs.frames.shape[-1]
     expected = [[0, 0, 0], [0, 0, 1], [0, 1, 2], [0, 0, 0], [0, 0, 1], [0, 1, 2]]  # oldest first; episodes of 3 steps
     for copy in range(2):
         assert [stack[copy].reshape(-1, 3 * channels)[0, ::channels].tolist() for stack in stacks] == expected
@@ -508,7 +508,7 @@ def test_a_missing_extra_is_named(monkeypatch):
 def test_the_identity_environment_rewards_repeating_its_state():
     with made("hvd_dqn.identity:Identity-v0", 4) as envs:
         envs.reset(range(4))
-        assert (envs.categories, envs.actions) == (4, 4)
+        assert (envs.frames.categories, envs.actions) == (4, 4)
         for step in range(1, 21):
             transition, episodes = envs.step(envs.observation[:, 0])
             assert transition.reward.tolist() == [1, 1, 1, 1]

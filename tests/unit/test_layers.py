@@ -9,7 +9,7 @@ import hvd_dqn
 
 FLOORS = {
     0: ["errors", "config", "config_files", "schedules", "transition", "arrays", "signals", "placement"],
-    1: ["plan", "graphs", "copies", "workers", "vectors", "places", "pixels", "identity", "projection"],
+    1: ["plan", "graphs", "copies", "workers", "vectors", "places", "frames", "pixels", "identity", "projection"],
     2: ["adam", "envs", "networks", "losses", "replay", "distributed", "normalizer"],
     3: ["lockstep", "connect", "elastic", "actor", "learner", "metrics", "resharding", "watchdog"],
     4: ["evaluation", "checkpoint", "plots", "run", "progress"],
@@ -21,7 +21,7 @@ FLOOR_OF = {room: floor for floor, rooms in FLOORS.items() for room in rooms}
 ONLY_IN = {
     "horovod": {"distributed", "elastic"},
     "mpi4py": {"distributed"},
-    "gymnasium": {"envs", "vectors", "places", "workers", "copies", "pixels", "identity"},
+    "gymnasium": {"envs", "frames", "vectors", "places", "workers", "copies", "pixels", "identity"},
     "matplotlib": {"plots"},
     "tyro": {"options", "bench_commands"},
     "pydantic": {"config", "config_files"},
