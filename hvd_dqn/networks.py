@@ -4,7 +4,7 @@ import importlib
 import itertools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import tensorflow as tf
@@ -15,8 +15,8 @@ from hvd_dqn.graphs import Graph
 Array = Any  # np.ndarray or tf.Tensor: the MLP computes with either
 
 
-class Network(Protocol):
-    """Anything with `variables`, a call from observations [B, ...] to values [B, A], and the same call in NumPy.
+class Network:
+    """A network from observations [B, ...] to action values [B, A]: called with tensors, and in `q_values` with arrays.
 
     `refresh` must be called when the variables have changed: `q_values` may keep what it made of them. Whoever has a graph
     that changes them can fetch the tensors `kept` with its results and hand them over, which saves a call to fetch them.
@@ -24,13 +24,20 @@ class Network(Protocol):
 
     variables: list[tf.Variable]
 
-    def __call__(self, observation: tf.Tensor) -> tf.Tensor: ...
+    def __init__(self) -> None:
+        self._q_values = Graph(lambda observation: [self(observation)])
 
-    def q_values(self, observation: np.ndarray) -> np.ndarray: ...
+    def __call__(self, observation: tf.Tensor) -> tf.Tensor:
+        raise NotImplementedError
 
-    def kept(self) -> list[tf.Tensor]: ...
+    def q_values(self, observation: np.ndarray) -> np.ndarray:
+        return self._q_values(observation)[0]
 
-    def refresh(self, kept: Sequence[np.ndarray] = ()) -> None: ...
+    def kept(self) -> list[tf.Tensor]:
+        return []
+
+    def refresh(self, kept: Sequence[np.ndarray] = ()) -> None:
+        pass
 
 
 def encode(observation: tf.Tensor, categories: int | None) -> tf.Tensor:
@@ -42,7 +49,7 @@ def encode(observation: tf.Tensor, categories: int | None) -> tf.Tensor:
     return tf.cast(observation, tf.float32)
 
 
-class FlatNetwork:
+class FlatNetwork(Network):
     """A network whose parameters all live in one vector `theta`.
 
     Horovod then averages one tensor per update, and broadcast, target copy, checksum and saving are one operation each.
@@ -57,26 +64,17 @@ class FlatNetwork:
         categories: int | None,
         rng: np.random.Generator,
     ) -> None:
+        super().__init__()
         self._shapes, self._forward, self._categories = shapes, forward, categories
         self._sizes = [math.prod(shape) for shape in shapes]
         self.theta = tf.Variable(_initial(shapes, rng), name="theta")
         self.variables = [self.theta]
-        self._q_values = Graph(lambda observation: [self(observation)])
 
     def __call__(self, observation: tf.Tensor) -> tf.Tensor:
         weights = [
             tf.reshape(part, shape) for part, shape in zip(tf.split(self.theta, self._sizes), self._shapes, strict=True)
         ]
         return self._forward(weights, encode(observation, self._categories))
-
-    def q_values(self, observation: np.ndarray) -> np.ndarray:
-        return self._q_values(observation)[0]
-
-    def kept(self) -> list[tf.Tensor]:
-        return []
-
-    def refresh(self, kept: Sequence[np.ndarray] = ()) -> None:
-        pass
 
 
 class Mlp(FlatNetwork):
@@ -155,25 +153,16 @@ class NatureCnn(FlatNetwork):
         super().__init__(shapes, forward, None, rng)
 
 
-class KerasNetwork:
+class KerasNetwork(Network):
     """The user's own model, with its variables as they are."""
 
     def __init__(self, model: Any, categories: int | None) -> None:
+        super().__init__()
         self._model, self._categories = model, categories
         self.variables = model.trainable_variables
-        self._q_values = Graph(lambda observation: [self(observation)])
 
     def __call__(self, observation: tf.Tensor) -> tf.Tensor:
         return self._model(encode(observation, self._categories))
-
-    def q_values(self, observation: np.ndarray) -> np.ndarray:
-        return self._q_values(observation)[0]
-
-    def kept(self) -> list[tf.Tensor]:
-        return []
-
-    def refresh(self, kept: Sequence[np.ndarray] = ()) -> None:
-        pass
 
 
 def build_network(

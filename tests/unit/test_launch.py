@@ -11,7 +11,10 @@ import pytest
 
 from tests.unit.scripts import ROOT, copy_project, run, write_script
 
-SCRIPTS = [*sorted((ROOT / "launch").rglob("*.sh")), ROOT / ".ci" / "run"]
+SCRIPTS = [
+    ROOT / ".ci/run",
+    *sorted(path for place in ("launch", "docker", "tests/*") for path in ROOT.glob(f"{place}/*.sh")),
+]
 
 
 @pytest.fixture
