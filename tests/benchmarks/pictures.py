@@ -95,7 +95,7 @@ def loop_notes(row: Result) -> dict[str, str]:
     for ratio, found in row["ratios"].items():
         mine, _, theirs = ratio.partition(" over ")
         if mine == "ours":
-            notes[theirs] = f"ours: {found['median']:.1f}x"
+            notes[theirs] = f"ours {found['median']:.1f}x"
     return notes
 
 
@@ -104,7 +104,7 @@ def solve_notes(row: Result) -> dict[str, str]:
     for ratio, found in row["ratios"].items():
         mine, _, theirs = ratio.partition(": times as fast as ")
         if mine == "ours":
-            notes[theirs] = f"ours: {'≥ ' * found['at_least']}{found['ratio']:.1f}x"
+            notes[theirs] = f"{'≥ ' * found['at_least']}{found['median']:.1f}x ours"
     return notes
 
 

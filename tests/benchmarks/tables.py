@@ -4,11 +4,14 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from hvd_dqn.bench_project import TARGET
+from tests.benchmarks.solve import OURS, ZOO_SETTINGS
 
-NAMES = {"sb3": "Stable-Baselines3", "tianshou": "Tianshou", "rllib": "RLlib", "ours, two ranks": "ours, 2 ranks"}
+NAMES = {
+    "sb3": "Stable-Baselines3", "tianshou": "Tianshou", "rllib": "RLlib",
+    "ours, two ranks": "ours, 2 ranks", ZOO_SETTINGS: "ours as the zoo",
+}  # fmt: skip
 # What two ranks that average gradients shall reach, of weak scaling; with averaged parameters 0.95 everywhere.
 EFFICIENCY = {"pixels": 0.95, "cartpole-zoo": 0.85, "cartpole-16": 0.75}
-OURS = ("ours", "ours, two ranks")
 Result = dict[str, Any]
 
 
@@ -54,11 +57,11 @@ def loop_table(result: Result) -> list[list[str]]:
 
 
 def solve_table(result: Result) -> list[list[str]]:
-    made = [["preset", "who", "seconds", "total steps", "solved", "ours, times as fast", "2 ranks, times as fast"]]
+    made = [["preset", "who", "seconds", "total steps", "solved", *(f"{NAMES.get(n, n)}, times as fast" for n in OURS)]]
     for row in result["results"]:
         for name, found in row["summary"].items():
             ratios = [row["ratios"].get(f"{mine}: times as fast as {name}") for mine in OURS]
-            times = [f"{'≥ ' * r['at_least']}{r['ratio']:.1f}{met(r)}" if r else "" for r in ratios]
+            times = [f"{'≥ ' * r['at_least']}{spread(r, '.1f')}{met(r)}" if r else "" for r in ratios]
             solved = f"{found['solved']} of {len(row['runs'][name])}"
             who = NAMES.get(name, name)
             made.append([row["preset"], who, spread(found["seconds"]), spread(found["total_steps"]), solved, *times])

@@ -1,7 +1,6 @@
 """The comparisons with other projects: their sums and tables, without the projects."""
 
 import json
-import math
 from io import StringIO
 from types import SimpleNamespace
 
@@ -88,22 +87,45 @@ def test_a_run_that_never_gets_there_is_infinitely_long():
 
     runs = {
         "ours": [run(10, True), run(12, True), run(30, True)],
-        "ours, two ranks": [run(9, True), run(9, True), run(400, False)],
+        "ours, two ranks": [run(9, True), run(400, False), run(400, False)],
+        solve.ZOO_SETTINGS: [run(10, True), run(20, True), run(400, False)],
         "sb3": [run(300, False), run(80, True), run(240, False)],
     }
     found = solve.summary("cartpole", runs)
     assert found["summary"]["ours"]["seconds"] == {"median": 12, "low": 10, "high": 30}
-    assert found["summary"]["ours, two ranks"]["seconds"] == {"median": 9, "low": 9, "high": None}
+    assert found["summary"]["ours, two ranks"]["seconds"] == {"median": None, "low": 9, "high": None}
     assert found["summary"]["sb3"]["seconds"] == {"median": None, "low": 80, "high": None}
-    # What it spent on trying is the least that it would have needed.
-    assert found["ratios"]["ours: times as fast as sb3"]["ratio"] == pytest.approx(240 / 12)
-    assert found["ratios"]["ours: times as fast as sb3"]["at_least"]
-    result = compare.told("solve", results=[found])
+    # What it spent on trying is the least that it would have needed; formed within a seed: 300 / 10, 80 / 12 and 240 / 30.
+    of_one = found["ratios"]["ours: times as fast as sb3"]
+    assert of_one == {"median": 8.0, "low": pytest.approx(80 / 12), "high": 30.0, "at_least": True}
+    of_two = found["ratios"]["ours, two ranks: times as fast as sb3"]
+    assert (of_two["median"], of_two["at_least"], of_two["target"]["met"]) == (0.0, False, False)
+    as_the_zoo = found["ratios"][f"{solve.ZOO_SETTINGS}: times as fast as sb3"]
+    assert (as_the_zoo["median"], as_the_zoo["target"]) == (4.0, {"sign": "≥", "limit": 6.0, "met": False})
+    lander = solve.summary("lunarlander", {name: runs[name] for name in ("ours", "sb3")})
+    result = compare.told("solve", results=[found, lander])
     text = shown(solve.table(json.loads(json.dumps(result | {"rounds": 3}, allow_nan=False))))
     assert "never (80 - never) s" in text
-    assert "≥ 20.0" in text
-    assert "met" in text
-    assert not math.isinf(found["ratios"]["ours: times as fast as sb3"]["ratio"])
+    assert "≥ 8.0 (6.7 - 30.0)" in text
+    assert "≥ 6: NOT MET" in text
+
+
+def test_the_runs_of_a_seed_follow_each_other_and_each_seed_begins_with_another(tmp_path, monkeypatch):
+    made = []
+    monkeypatch.setattr(solve, "kept", lambda out, preset, name, seed: made.append((seed, name)) or {"seed": seed})
+    found = solve.everyone("lunarlander", ["sb3"], [4, 5, 6], tmp_path)
+    assert [seed for seed, _ in made] == [4, 4, 4, 5, 5, 5, 6, 6, 6]
+    assert [name for _, name in made][::3] == ["ours", "ours, two ranks", "sb3"]
+    assert all(runs == [{"seed": 4}, {"seed": 5}, {"seed": 6}] for runs in found.values())
+
+
+def test_we_too_take_the_zoos_settings():
+    zoo, ours = solve.ZOO["cartpole"], solve.zoo_settings("cartpole")
+    assert ours.total_steps == zoo["total_steps"]
+    assert ours.evaluation.target_return == 475
+    same = {"batch": ours.learner.batch_size, "train_period": ours.learner.train_period}
+    same |= {"hidden": list(ours.agent.hidden), "learning_rate": ours.learner.learning_rate}
+    assert same == {name: zoo[name] for name in same}
 
 
 def test_finished_runs_are_not_repeated(tmp_path, monkeypatch):
