@@ -8,11 +8,9 @@ from rich.table import Table
 
 from hvd_dqn.bench import count, made_table, provenance, spread, with_spread
 from hvd_dqn.bench_jobs import apart, check_launcher, together
-from hvd_dqn.bench_loop import CASES, settings
+from hvd_dqn.bench_loop import CASES, PARTS, settings
 from hvd_dqn.errors import InputError
 from hvd_dqn.placement import cores
-
-Launcher = Callable[[int, Sequence[str]], Any]
 
 
 def scaling(
@@ -87,7 +85,8 @@ def _row(
 ) -> dict[str, Any]:
     silent = [each[ranks, kind, "silent"] for each in rounds]
     rates = np.array([sum(row["steps_per_second"] for row in rows) for rows in silent])
-    of_job = np.array([each[ranks, kind, sync][0]["steps_per_second"] for each in rounds]) if ranks > 1 else rates
+    jobs = [each[ranks, kind, sync][0] for each in rounds] if ranks > 1 else []
+    of_job = np.array([row["steps_per_second"] for row in jobs]) if jobs else rates
     phases = [row["phase"] for rows in silent for row in rows]
     first = silent[0][0]
     return {
@@ -102,6 +101,10 @@ def _row(
         "silent_steps_per_second": spread(rates),
         "efficiency": spread(of_job / rates),
         "phase": mean_phase(phases),
+        # Parts of the job's time, the mean of its rounds: what talking and waiting take, and what they leave.
+        "shares": {
+            part: float(np.mean([job["time"][part] / job["seconds"] for job in jobs])) for part in PARTS if jobs
+        },
     }
 
 
@@ -117,20 +120,25 @@ def mean_phase(phases: Sequence[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
+def talks_and_waits(row: dict[str, Any]) -> str:
+    """What part of a job's time goes into averaging, and into waiting for slower ranks."""
+    shares = row["shares"]
+    return f"{100 * shares['communicate']:.0f}, {100 * shares['idle']:.0f} %" if shares else ""
+
+
 def table(result: dict[str, Any]) -> Table:
     """The result of `scaling` for people."""
     left_out = f"; left out, for they do not divide: {', '.join(result['left_out'])}" if result["left_out"] else ""
     rounds = count(result["rounds"], "round")
-    measured = f"median of {rounds} and half the interquartile range; * more ranks than cores{left_out}"
+    case = result["results"][0]["case"]
+    measured = f"{case}: median of {rounds} and half the interquartile range; * more ranks than cores{left_out}"
     made = made_table(result, measured)
-    made.add_column("case")
     for heading in ("ranks", "scaling", "sync", "batch"):
         made.add_column(heading, justify="right" if heading in ("ranks", "batch") else "left")
-    for heading in ("steps/s", "silent, steps/s", "efficiency"):
+    for heading in ("steps/s", "silent, steps/s", "efficiency", "talks, waits"):
         made.add_column(heading, justify="right")
     for row in result["results"]:
         made.add_row(
-            row["case"],
             f"{row['ranks']}{'*' if row['oversubscribed'] else ''}",
             row["scaling"],
             row["sync"],
@@ -138,5 +146,6 @@ def table(result: dict[str, Any]) -> Table:
             with_spread(row["steps_per_second"]),
             with_spread(row["silent_steps_per_second"]),
             "" if row["ranks"] == 1 else with_spread({k: 100 * v for k, v in row["efficiency"].items()}, " %"),
+            talks_and_waits(row),
         )
     return made

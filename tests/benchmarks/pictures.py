@@ -17,10 +17,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullLocator, PercentFormatter
 
-from hvd_dqn.bench_project import TARGET
+from hvd_dqn.config_files import load_preset
 from hvd_dqn.plots import GREY, PALETTE
 from tests.benchmarks.compare import HERE
-from tests.benchmarks.tables import NAMES, TABLES, Result, markdown, told
+from tests.benchmarks.tables import NAMES, TABLES, Result, goal_of, markdown, told
 
 INK, PALE = "#222222", "#B8B8B8"
 COLORS = {"ours": PALETTE[0], "ours, two ranks": PALETTE[5]}
@@ -79,13 +79,16 @@ def speed(results: Sequence[Result]) -> Figure | None:
     rows = [row for result in results for row in result["results"]]
     if not rows:
         return None
-    figure, all_axes = axes_of(len(rows), 2.3)
+    figure, all_axes = axes_of(len(rows), 2.3, columns=2)
     for axes, row in zip(all_axes, rows, strict=True):
         if "rates" in row:
-            title(axes, f"{row['case']}: steps/s")
+            title(axes, f"{row['case']}: steps/s, more is better")
             bars(axes, {name: rates["steps_per_second"] for name, rates in row["rates"].items()}, loop_notes(row))
         else:
-            title(axes, f"{row['preset']}: seconds")
+            title(
+                axes,
+                f"{row['preset']} to {load_preset(row['preset']).evaluation.target_return:g}: seconds, less is better",
+            )
             bars(axes, {name: found["seconds"] for name, found in row["summary"].items()}, solve_notes(row))
     return figure
 
@@ -95,7 +98,7 @@ def loop_notes(row: Result) -> dict[str, str]:
     for ratio, found in row["ratios"].items():
         mine, _, theirs = ratio.partition(" over ")
         if mine == "ours":
-            notes[theirs] = f"ours {found['median']:.1f}x"
+            notes[theirs] = f"{found['median']:.1f}x slower than ours"
     return notes
 
 
@@ -104,7 +107,7 @@ def solve_notes(row: Result) -> dict[str, str]:
     for ratio, found in row["ratios"].items():
         mine, _, theirs = ratio.partition(": times as fast as ")
         if mine == "ours":
-            notes[theirs] = f"{'≥ ' * found['at_least']}{found['median']:.1f}x ours"
+            notes[theirs] = f"{'≥ ' * found['at_least']}{found['median']:.1f}x slower than ours"
     return notes
 
 
@@ -144,9 +147,8 @@ def ranks_axis(axes: Axes, ranks: Sequence[int]) -> None:
 
 def percent_axis(axes: Axes, highest: float = 1.0) -> None:
     axes.set_ylim(0, max(1.1, 1.05 * highest))
-    axes.set_yticks([0, 0.2, 0.4, 0.6, 0.8, TARGET, 1])
+    axes.set_yticks([0, 0.2, 0.4, 0.6, 0.8, 1])
     axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0, symbol=" %"))
-    axes.axhline(TARGET, color=GREY, linewidth=1, linestyle=(0, (4, 3)), zorder=1)
 
 
 def labels(axes: Axes, ends: Sequence[tuple[float, float, str, str]], gap: float) -> None:
@@ -161,7 +163,7 @@ def labels(axes: Axes, ends: Sequence[tuple[float, float, str, str]], gap: float
 
 
 def scaling(results: Sequence[Result]) -> Figure | None:
-    """Efficiency against ranks; hollow markers where ranks shared cores."""
+    """Efficiency against ranks, with quartiles; hollow markers where ranks shared cores."""
     cases = list(dict.fromkeys(row["case"] for result in results for row in result["results"]))
     if not cases:
         return None
@@ -185,6 +187,8 @@ def scaling(results: Sequence[Result]) -> Figure | None:
                     found = r["efficiency"]
                     face = "white" if r["oversubscribed"] else color
                     axes.plot([r["ranks"]] * 2, [found["low"], found["high"]], color=color, linewidth=1)
+                    if goal := goal_of(r):
+                        axes.plot([r["ranks"] * 0.9, r["ranks"] * 1.1], [goal] * 2, ":", color=color, linewidth=1.6)
                     axes.plot(
                         r["ranks"], found["median"], "o", color=color, markerfacecolor=face, markersize=6, zorder=3
                     )
@@ -195,7 +199,7 @@ def scaling(results: Sequence[Result]) -> Figure | None:
             labels(axes, ends, 0.065 * max(1.1, highest))
     all_axes[0].set_ylabel("efficiency", color=INK)
     all_axes[0].annotate(
-        "dashed: strong scaling\nhollow: more ranks than cores",
+        "dashed: strong scaling; dotted: goals\nhollow: more ranks than cores",
         (0.03, 0.03),
         xycoords="axes fraction",
         fontsize=8,
@@ -219,19 +223,19 @@ def steps(results: Sequence[Result]) -> Figure | None:
         one = next(row for row in of_preset if row["ranks"] == 1)
         for kind, color in KINDS.items():
             points = [one, *(row for row in of_preset if row["ranks"] > 1 and row["scaling"] == kind)]
-            side = 0.96 if kind == "weak" else 1.04
+            side = 0.97 if kind == "weak" else 1.03
             for row in points:
                 values = [run["total_steps"] for run in row["runs"]]
-                shift, shade = (1.0, GREY) if row is one else (side, color)
+                shade = GREY if row is one else color
                 for value in values:
                     there = value is not None
-                    axes.plot(row["ranks"] * shift, value if there else top, "o" if there else "^", color=shade,
+                    axes.plot(row["ranks"] * side, value if there else top, "o" if there else "^", color=shade,
                               alpha=0.45, markersize=4.5, markeredgewidth=0)  # fmt: skip
                 if one["total_steps"]["median"] is not None and (wanted := row["over_one_rank"].get("target")):
                     limit = wanted["limit"] * one["total_steps"]["median"]
                     axes.plot([row["ranks"] * 0.88, row["ranks"] * 1.12], [limit] * 2, ":", color=color, linewidth=1.6)
             y = [top if row["total_steps"]["median"] is None else row["total_steps"]["median"] for row in points]
-            axes.plot([row["ranks"] for row in points], y, marker="o", color=color, linewidth=1.8)
+            axes.plot([row["ranks"] * side for row in points], y, marker="o", color=color, linewidth=1.8)
             ends.append((points[-1]["ranks"] * 1.1, y[-1], f"{kind}{grown(points[-1])}", color))
         ranks_axis(axes, sorted({row["ranks"] for row in of_preset}))
         axes.set_ylim(0, 1.08 * top)
@@ -241,6 +245,13 @@ def steps(results: Sequence[Result]) -> Figure | None:
                 "▲ never", (0.01, top), xycoords=("axes fraction", "data"), fontsize=8, color=GREY, va="center"
             )
         labels(axes, ends, 0.13 * top)
+    all_axes[0].annotate(
+        "line: medians; small dots: seeds; dotted: goals",
+        (0.03, 0.03),
+        xycoords="axes fraction",
+        fontsize=8,
+        color=GREY,
+    )
     return figure
 
 
@@ -277,8 +288,10 @@ def projection(results: Sequence[Result]) -> Figure | None:
             batch = f", batch {result['fit']['phase']['batch']:g}"  # of the line; others are checked on the right
             if (found := re.match(r"efficiency of (\d+) ranks", check["what"])) and check["what"].endswith(batch):
                 left.plot(int(found[1]), check["measured"] / 100, "o", color=color, markersize=7, zorder=3)
-            if check not in (each for each, _ in names):  # all-reduces are the same for both
-                names.append((check, color))
+            of = f", {result['sync']}" if check["unit"] == "%" else ""  # all-reduces are the same for both
+            text = f"{check['what']}{of}: {check['error']:+.1f} {'points' if check['unit'] == '%' else '%'}"
+            if text not in (each for _, each, _ in names):
+                names.append((check, text, color if of else GREY))
     title(left, f"{', '.join(sorted({result['case'] for result in results}))}: efficiency of many ranks")
     ranks_axis(left, [row["ranks"] for row in results[0]["results"]])
     percent_axis(left)
@@ -286,12 +299,12 @@ def projection(results: Sequence[Result]) -> Figure | None:
     left.set_ylabel("efficiency", color=INK)
     labels(left, ends, 0.13)
     title(right, "computed against measured")
-    widest = max((abs(check["error"]) for check, _ in names), default=1.0) or 1.0
-    for i, (check, color) in enumerate(names):
-        unit = "points" if check["unit"] == "%" else "%"
+    widest = max((abs(check["error"]) for check, _, _ in names), default=1.0) or 1.0
+    right.axvline(0, color="#888888", linewidth=1, zorder=0)
+    for i, (check, text, color) in enumerate(names):
         right.barh(i, check["error"], color=color, height=0.3)
-        right.text(-1.05 * widest, i - 0.36, f"{check['what']}: {check['error']:+.1f} {unit}", fontsize=8, va="center")
-    right.axvline(0, color="#888888", linewidth=1)
+        box = {"facecolor": "white", "edgecolor": "none", "pad": 1}
+        right.text(-1.05 * widest, i - 0.36, text, fontsize=8, va="center", bbox=box)
     right.set(xlim=(-1.1 * widest, 1.1 * widest), ylim=(len(names) - 0.4, -0.8), yticks=[])
     right.spines["left"].set_visible(False)
     right.set_xlabel("error, % (efficiency: points)", color=INK)

@@ -30,7 +30,9 @@ def started(monkeypatch):
     def row(words, rate):
         phase = {"count": 10, "updates": 4.0, "seconds": 0.1, "least": 0.1, "deviation": 0.01, "message_bytes": 8}
         batch = int(words[words.index("--batch") + 1]) if "--batch" in words else 64
-        return {"results": [{"steps_per_second": rate, "batch": batch, "envs": 1, "phase": phase}]}
+        time = {"act": 0.1, "env": 0.1, "sample": 0.1, "update": 1.0, "communicate": 0.5, "idle": 0.2}
+        measured = {"steps_per_second": rate, "seconds": 2.0, "time": time, "phase": phase}
+        return {"results": [{"batch": batch, "envs": 1, **measured}]}
 
     def together(ranks, words):
         log.append((ranks, "together", words))
@@ -58,6 +60,8 @@ def test_efficiency_is_the_jobs_rate_over_the_sum_of_the_silent_ones(started):
         (4, "parameters", 0.9375, True),
     ]
     assert rows[3]["silent_steps_per_second"]["median"] == 320
+    shares = {"act": 0.05, "env": 0.05, "sample": 0.05, "update": 0.5, "communicate": 0.25, "idle": 0.1}
+    assert [row["shares"] for row in rows] == [{}, *[pytest.approx(shares)] * 4]
     assert rows[3]["phase"]["count"] == 3 * 4 * 10
 
 
@@ -104,11 +108,16 @@ def test_people_see_a_row_per_job_within_100_columns(started):
         console.print(bench.table(result))
     lines = capture.get().splitlines()
     assert "ranks of 1 thread on a CPU (2 cores)" in lines[0]
-    rows = [[cell.strip() for cell in line.strip("│").split("│")] for line in lines if "│ cartpole-16" in line]
+    assert any("cartpole-16: median of 1 round" in line for line in lines)
+    rows = [
+        [cell.strip() for cell in line.strip("│").split("│")]
+        for line in lines
+        if " weak " in line or " strong " in line
+    ]
     assert rows == [
-        ["cartpole-16", "1", "weak", "none", "64", "100 ± 0 %", "100 ± 0 %", ""],
-        ["cartpole-16", "4*", "weak", "parameters", "64", "300 ± 0 %", "320 ± 0 %", "94 % ± 0 %"],
-        ["cartpole-16", "4*", "strong", "parameters", "16", "300 ± 0 %", "320 ± 0 %", "94 % ± 0 %"],
+        ["1", "weak", "none", "64", "100 ± 0 %", "100 ± 0 %", "", ""],
+        ["4*", "weak", "parameters", "64", "300 ± 0 %", "320 ± 0 %", "94 % ± 0 %", "25, 10 %"],
+        ["4*", "strong", "parameters", "16", "300 ± 0 %", "320 ± 0 %", "94 % ± 0 %", "25, 10 %"],
     ]
 
 

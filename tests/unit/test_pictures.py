@@ -97,7 +97,8 @@ def test_two_ranks_are_held_against_what_is_wanted_of_them():
     def row(case: str, ranks: int, sync: str) -> dict:
         kind = {"case": case, "ranks": ranks, "scaling": "weak", "sync": sync, "oversubscribed": False, "batch": 64}
         same = dict.fromkeys(("median", "low", "high"), 0.8)
-        return {**kind, "steps_per_second": same, "silent_steps_per_second": same, "efficiency": same}
+        shares = {"update": 0.5, "communicate": 0.25, "idle": 0.1}
+        return {**kind, "steps_per_second": same, "silent_steps_per_second": same, "efficiency": same, "shares": shares}
 
     #            case           ranks  averaging     efficiency
     expected = [
@@ -107,7 +108,8 @@ def test_two_ranks_are_held_against_what_is_wanted_of_them():
         ("cartpole-16", 4, "gradients", "80 (80 to 80)"),
     ]
     _, *lines = tables.scaling_table({"results": [row(*case[:3]) for case in expected]})
-    assert [line[-1] for line in lines] == [case[3] for case in expected]
+    assert [line[-2] for line in lines] == [case[3] for case in expected]
+    assert [line[-1] for line in lines] == ["25, 10 %"] * 4
 
 
 def test_more_ranks_than_cores_have_hollow_markers():
