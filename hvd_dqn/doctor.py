@@ -1,8 +1,6 @@
 """Whether this machine, these libraries and these ranks fit together, and the cure where they do not."""
 
-import importlib.metadata
 import os
-import platform
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import groupby
@@ -15,11 +13,11 @@ from rich.table import Table
 from rich.text import Text
 
 from hvd_dqn import __version__
+from hvd_dqn.bench import count
 from hvd_dqn.bench_allreduce import measure
 from hvd_dqn.distributed import World
+from hvd_dqn.run import versions
 
-PACKAGES = ("tensorflow", "keras", "horovod", "mpi4py", "gymnasium", "numpy")
-TENSORFLOW_WHEELS = ("tensorflow-cpu", "tensorflow")
 # How many ranks the launcher says it started: Open MPI's, horovodrun's with Gloo, srun's, MPICH's.
 LAUNCHED_VARIABLES = ("OMPI_COMM_WORLD_SIZE", "HOROVOD_SIZE", "SLURM_STEP_NUM_TASKS", "PMI_SIZE")
 SETTINGS = ("HOROVOD_", "OMPI_MCA_", "OMP_", "TF_", "MALLOC_", "CUDA_VISIBLE_DEVICES", "SLURM_CPUS_PER_TASK")
@@ -69,19 +67,6 @@ def gpus(names: Sequence[str], environ: Mapping[str, str]) -> list[str]:
     numbers = [int(name.rsplit(":", 1)[1]) for name in names]
     visible = [word.strip() for word in environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if word.strip()]
     return [visible[number] if number < len(visible) else str(number) for number in numbers]
-
-
-def versions() -> dict[str, str]:
-    """Of Python and of what is installed, without importing it."""
-    found = {"python": platform.python_version()}
-    for package in PACKAGES:
-        for name in TENSORFLOW_WHEELS if package == "tensorflow" else (package,):
-            try:
-                found[package] = importlib.metadata.version(name)
-                break
-            except importlib.metadata.PackageNotFoundError:
-                continue
-    return found
 
 
 def settings(environ: Mapping[str, str]) -> dict[str, str]:
@@ -138,7 +123,7 @@ def _shared_cores(ranks: Ranks) -> Iterator[str]:
         if threads > cores and len(neighbours) > 1:
             share = max(1, cores // len(neighbours))
             yield (
-                f"{len(neighbours)} ranks on {host} run {threads} threads on {cores} {_plural(cores, 'core')} and so wait "
+                f"{len(neighbours)} ranks on {host} run {threads} threads on {count(cores, 'core')} and so wait "
                 f"for each other: set OMP_NUM_THREADS and TF_NUM_INTRAOP_THREADS to {share}"
                 + (", start fewer ranks" if cores < len(neighbours) else "")
                 + ", or let the launcher give more cores (mpirun --bind-to none, srun --cpus-per-task)."
@@ -246,7 +231,3 @@ def _ranges(numbers: Sequence[int]) -> str:
         else:
             parts.append([number])
     return ", ".join(str(part[0]) if len(part) == 1 else f"{part[0]}-{part[-1]}" for part in parts)
-
-
-def _plural(number: int, noun: str) -> str:
-    return noun if number == 1 else f"{noun}s"

@@ -5,8 +5,7 @@ all-reduce, which every update makes, for the end of the training.
 """
 
 import os
-import sys
-from typing import Any, NoReturn, TypeVar
+from typing import Any, TypeVar
 
 from hvd_dqn.distributed import HorovodWorld
 from hvd_dqn.errors import RanksChanged
@@ -59,9 +58,3 @@ class ElasticWorld(HorovodWorld):
             return None, False
         holder = steps.index(max(steps))
         return self.gather(held if self.rank == holder else None)[holder], min(steps) < 0
-
-    def abort(self, reason: str) -> NoReturn:
-        """Ends this rank alone; the others go on without it."""
-        name = f"[rank {self.rank}/{self.size} {self.hostname}]"
-        print("\n".join(f"{name} {line}" for line in reason.splitlines()), file=sys.stderr, flush=True)
-        os._exit(1)

@@ -1,5 +1,6 @@
 """The run directory: what a run leaves behind, and how a later command finds its way in it."""
 
+import contextlib
 import datetime
 import importlib.metadata
 import json
@@ -16,7 +17,7 @@ from hvd_dqn.config import Config
 from hvd_dqn.config_files import load_file
 from hvd_dqn.errors import InputError
 
-PACKAGES = ("hvd_dqn", "tensorflow-cpu", "tensorflow", "keras", "horovod", "mpi4py", "gymnasium", "numpy")
+PACKAGES = ("hvd_dqn", "tensorflow", "tensorflow-cpu", "keras", "horovod", "mpi4py", "gymnasium", "numpy")
 
 
 class Run:
@@ -100,10 +101,9 @@ def now() -> str:
 
 
 def versions() -> dict[str, str]:
+    """Of Python and of what is installed, without importing it."""
     found = {"python": platform.python_version()}
     for package in PACKAGES:
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found.setdefault(package.removesuffix("-cpu"), importlib.metadata.version(package))
     return found
