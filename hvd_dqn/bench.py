@@ -20,7 +20,7 @@ from hvd_dqn.distributed import World
 from hvd_dqn.learner import Learner
 from hvd_dqn.lockstep import BroadcastHook
 from hvd_dqn.networks import build_network
-from hvd_dqn.placement import cores
+from hvd_dqn.placement import compute_alone, cores
 from hvd_dqn.replay import Replay
 from hvd_dqn.transition import Batch, Transition
 
@@ -54,6 +54,8 @@ def learner(world: World, networks: Sequence[str] = tuple(CASES), repeats: int =
     All ranks call it. The networks take turns, so that a slow moment of the machine falls on all of them, and of every
     turn the slowest rank counts. An update includes averaging over ranks; every phase ends with a target copy.
     """
+    if all(CASES[name].network == "mlp" for name in networks):
+        compute_alone()  # as in training; the threads are one number for all that a process measures
     jobs = [job for name in networks for job in _jobs(CASES[name], world)]
     rounds = [[seconds_of(job, world.barrier) for job in jobs] for _ in range(repeats)]
     seconds = world.max(np.array(rounds))  # [repeats, jobs]

@@ -15,9 +15,7 @@ from typing import Any, NoReturn, Protocol
 import numpy as np
 
 from hvd_dqn.errors import InputError, RunError
-from hvd_dqn.placement import check_restart, pin_gpu
-
-FUSED_FLOATS = 1 << 18  # 1 MB: what takes longer to copy than to send by itself
+from hvd_dqn.placement import FUSED_FLOATS, check_restart, pin_gpu
 
 
 class World(Protocol):
@@ -296,7 +294,7 @@ class HorovodWorld:
         print("\n".join(f"{name} {line}" for line in reason.splitlines()), file=sys.stderr, flush=True)
         if self._comm is not None:
             self._comm.Abort(1)
-        os._exit(1)  # Gloo: its launcher ends the others
+        os._exit(1)  # Gloo: its launcher ends the others, unless the job is elastic, which goes on without this rank
 
 
 def _horovod_build() -> dict[str, Any]:

@@ -13,7 +13,8 @@ from hvd_dqn.errors import InputError
 LAUNCHER_VARIABLES = ("OMPI_COMM_WORLD_RANK", "HOROVOD_RANK", "PMIX_RANK", "PMI_RANK")
 LOCAL_RANK_VARIABLES = ("OMPI_COMM_WORLD_LOCAL_RANK", "HOROVOD_LOCAL_RANK", "SLURM_LOCALID", "MPI_LOCALRANKID")
 LOCAL_SIZE_VARIABLES = ("OMPI_COMM_WORLD_LOCAL_SIZE", "HOROVOD_LOCAL_SIZE", "MPI_LOCALNRANKS")
-THREADS_SAID = "TF_NUM_INTRAOP_THREADS" in os.environ  # before this process set its own default
+SAID = dict(os.environ)  # before this process set its own defaults
+FUSED_FLOATS = 1 << 18  # 1 MB: what takes longer to copy into one message with others than to send by itself
 UNKNOWN_GPU = "unknown"  # there is one, whose id cannot be asked for
 
 
@@ -69,17 +70,28 @@ def set_thread_defaults() -> int:
 
 
 def compute_alone() -> None:
-    """One thread for TensorFlow's operations, unless the environment said otherwise when this process began.
+    """One thread for each of TensorFlow's operations."""
+    _set_threads("intra", 1)
+
+
+def compute_two_things() -> None:
+    """Two threads for TensorFlow's operations, so that one can be called while another, or a graph of them, goes on."""
+    _set_threads("inter", 2)
+
+
+def _set_threads(kind: str, count: int) -> None:
+    """Unless the environment said otherwise when this process began.
 
     In vain where TensorFlow has computed before, as it has under Gloo, where Horovod gathers by it.
     """
-    if THREADS_SAID:
+    name = f"TF_NUM_{kind.upper()}OP_THREADS"
+    if name in SAID:
         return
     import tensorflow as tf
 
     with contextlib.suppress(RuntimeError):
-        tf.config.threading.set_intra_op_parallelism_threads(1)
-        os.environ["TF_NUM_INTRAOP_THREADS"] = "1"  # for who asks
+        getattr(tf.config.threading, f"set_{kind}_op_parallelism_threads")(count)
+        os.environ[name] = str(count)  # for who asks
 
 
 def threads(usable: int, on_host: int, is_bound: bool) -> int:

@@ -5,7 +5,8 @@ The time of one phase of K updates of N ranks is
     work(B) + waiting(N, K) + messages(K) * allreduce(N, bytes)
 
 `work` is a rank's own time, linear in its batch B, `waiting` is for the slowest of N ranks before each message, and efficiency
-is `work` over the whole: the steps per second of the job over those of N ranks that never talk.
+is `work` over the whole: the steps per second of the job over those of N ranks that never talk. Votes and reports are left out:
+their periods are the user's, and a vote is one small message per phase at most.
 """
 
 import functools
@@ -14,6 +15,8 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
+
+from hvd_dqn.placement import FUSED_FLOATS
 
 AGREEMENTS = 2  # small all-reduces by which Horovod's ranks find out what is ready everywhere, before each message
 DRAWS = 200_000  # of lateness: hundreds of them are later than the latest of 512 ranks usually is
@@ -123,12 +126,16 @@ def _gamma_wait(shape: float, ranks: int) -> float:
 def cost(phase: Phase, network: Network, ranks: int, sync: str) -> dict[str, float]:
     """Seconds of a phase of `ranks` ranks, in parts: work, waiting, talking.
 
-    With gradients every one of the K updates waits and sends; with parameters the phase does once, Adam's two moments too.
+    With gradients every one of the K updates waits and sends; with parameters the phase does once, Adam's two moments too, as
+    three messages where they are large.
     """
     if ranks == 1:
         return {"work": phase.seconds, "waiting": 0.0, "talking": 0.0}
-    times, size = (1, 3 * phase.message) if sync == "parameters" else (phase.updates, phase.message)
-    talking = times * network.allreduce(ranks, size)
+    if sync == "gradients":
+        times, talking = phase.updates, phase.updates * network.allreduce(ranks, phase.message)
+    else:
+        messages = 3 if phase.message > 4 * FUSED_FLOATS else 1
+        times, talking = 1, messages * network.allreduce(ranks, 3 * phase.message / messages)
     return {"work": phase.seconds, "waiting": waiting(phase, ranks, times), "talking": talking}
 
 

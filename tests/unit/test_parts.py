@@ -4,6 +4,7 @@ import inspect
 import os
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from hvd_dqn.agent import Agent
 from hvd_dqn.config import Config
 from hvd_dqn.distributed import Solo
 from hvd_dqn.learner import Phase
+from hvd_dqn.parts import make_environments, make_learner
 
 # Every value is another than the default.
 SETTINGS = {
@@ -155,7 +157,7 @@ def test_who_acts_and_who_learns_sees_normalised_observations(made):
     seen, drawn, given = [], [], []
     agent.learner.acting.q_values = lambda observation: seen.append(observation) or q_values(observation)
     agent.replay.sample = lambda *size: drawn.append(sample(*size)) or drawn[-1]
-    agent.learner.update = lambda batch, *_: given.append(batch) or Phase(1, 0.0, 0.0, 0.0, 0, 0, 1.0, 0.0)
+    agent.learner.update = lambda batch, *_: given.append(batch) or Phase(1, 0.0, 0.0, 0.0, 0, 0, False, 1.0, 0.0)
     acted = 0
     for cycle in range(60):
         raw = agent.envs.observation
@@ -182,7 +184,7 @@ def test_a_phase_gets_what_is_planned_and_what_it_says_is_reported(made):
     def update(batch, learning_rate, copies):
         given.append((batch.reward.shape, learning_rate, copies.tolist()))
         n = len(copies)
-        return Phase(n, 2.0 * n, 3.0 * n, 4.0 * n, 6, 0, 1.0, 0.0)
+        return Phase(n, 2.0 * n, 3.0 * n, 4.0 * n, 6, 0, False, 1.0, 0.0)
 
     agent.learner.update = update
     expected = []
@@ -205,22 +207,70 @@ def test_a_phase_gets_what_is_planned_and_what_it_says_is_reported(made):
     assert row["skipped_updates"] == 3  # the mean of two ranks, of which one is there
 
 
-@pytest.mark.parametrize(
-    ("said", "hidden", "threads"),
-    [({}, "64, 64", "1 1"), ({}, "1024, 1024", "0 3"), ({"TF_NUM_INTRAOP_THREADS": "2"}, "64, 64", "0 2")],
-)
-def test_small_products_are_one_threads_unless_the_environment_says_otherwise(said, hidden, threads):
+def threads_of_an_agent(settings: dict, kind: str, said: dict[str, str]) -> str:
+    """TensorFlow's number of threads inside operations ("intra") or for them ("inter"), and what the environment says."""
+    name = f"TF_NUM_{kind.upper()}OP_THREADS"
     code = f"""
 import os
 from hvd_dqn import placement
-os.environ.setdefault("TF_NUM_INTRAOP_THREADS", "3")  # as set_thread_defaults does on three cores
+os.environ.setdefault("{name}", "3")  # as set_thread_defaults may
 import tensorflow as tf
 from hvd_dqn.agent import Agent
 from hvd_dqn.config import Config
 from hvd_dqn.distributed import Solo
-Agent(Config.model_validate({{"env": {{"id": "CartPole-v1"}}, "agent": {{"hidden": [{hidden}]}}}}), Solo()).close()
-print(tf.config.threading.get_intra_op_parallelism_threads(), os.environ["TF_NUM_INTRAOP_THREADS"])
+Agent(Config.model_validate({settings}), Solo()).close()
+print(tf.config.threading.get_{kind}_op_parallelism_threads(), os.environ["{name}"])
 """
-    clean = {name: value for name, value in os.environ.items() if name != "TF_NUM_INTRAOP_THREADS"}
+    clean = {key: value for key, value in os.environ.items() if key != name}
     done = subprocess.run([sys.executable, "-c", code], env=clean | said, capture_output=True, text=True, timeout=300)
-    assert done.stdout.strip() == threads, done.stderr
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+@pytest.mark.parametrize(
+    ("said", "hidden", "threads"),
+    [({}, (64, 64), "1 1"), ({}, (1024, 1024), "0 3"), ({"TF_NUM_INTRAOP_THREADS": "2"}, (64, 64), "0 2")],
+)
+def test_small_products_are_one_threads_unless_the_environment_says_otherwise(said, hidden, threads):
+    settings = {"env": {"id": "CartPole-v1"}, "agent": {"hidden": hidden}}
+    assert threads_of_an_agent(settings, "intra", said) == threads
+
+
+@pytest.mark.parametrize(
+    ("said", "network", "overlap", "threads"),
+    [
+        ({}, "mlp", True, "0 3"),
+        ({}, "tests.unit.test_networks:keras_model", False, "0 3"),
+        ({}, "tests.unit.test_networks:keras_model", True, "2 2"),
+        ({"TF_NUM_INTEROP_THREADS": "1"}, "tests.unit.test_networks:keras_model", True, "0 1"),
+    ],
+)
+def test_a_network_that_acts_by_tensorflow_need_not_wait_for_the_phase_under_way(said, network, overlap, threads):
+    settings = {"env": {"id": "CartPole-v1"}, "agent": {"network": network}, "learner": {"overlap": overlap}}
+    assert threads_of_an_agent(settings, "inter", said) == threads
+
+
+def test_what_counts_under_strong_scaling_is_a_ranks_own_batch(monkeypatch):
+    alone = []
+    monkeypatch.setattr("hvd_dqn.parts.compute_alone", lambda: alone.append(True))
+    for size in (1, 8):
+        world = Solo()
+        world.size = size
+        settings = {"agent": {"hidden": (256, 256)}, "learner": {"batch_size": 512, "learn_start": 2_000}}
+        config = Config.model_validate({"env": {"id": "CartPole-v1"}, "ranks": {"scaling": "strong"}, **settings})
+        envs = make_environments(config, world, 1, "sync")
+        make_learner(config, envs, world, np.random.default_rng(0))
+        envs.close()
+        assert alone == [True] * (size == 8)
+
+
+def test_waiting_for_the_statistics_of_observations_counts_as_exchange(made):
+    agent, _ = made
+    agent.begin_episodes()
+    agent.normalizer.merge = lambda reduce: time.sleep(0.05)
+    for cycle in range(60):
+        agent.step(cycle)
+        if agent.plan.learns_at(cycle):
+            agent.learn(cycle)
+            break
+    assert agent.ledger.spent["communicate"] >= 0.05
