@@ -119,7 +119,8 @@ class Agent:
     def learn(self, cycle: int) -> None:
         """Begins a phase of updates, which `settle` ends; in between it goes on where it overlaps acting. A collective."""
         plan, updates = self.plan, self.plan.updates_at(cycle)
-        self.normalizer.merge(self.world.sum)
+        with self.ledger.timed("exchange"):
+            self.normalizer.merge(self.world.sum)
         with self.ledger.timed("sample"):
             batch = self.replay.sample(updates, plan.batch_per_rank * plan.passes)
             batch = batch._replace(
@@ -157,11 +158,11 @@ class Agent:
             replay_size=len(self.replay),
         )
 
-    def evaluate(self, cycle: int, episodes: int) -> Row | None:
+    def evaluate(self, cycle: int, episodes: int, first: int = 0) -> Row | None:
         """The row of evaluations.csv; None where a rank was asked to stop. A collective."""
         total_steps = self.plan.total_steps_after(cycle)
         with self.ledger.timed("evaluate"):
-            row = self.evaluator.evaluate(episodes, round=total_steps)
+            row = self.evaluator.evaluate(episodes, round=total_steps, first=first)
         return None if row is None else {"total_steps": total_steps, "seconds": self.ledger.seconds, **row}
 
     def describe(self) -> dict[str, str]:

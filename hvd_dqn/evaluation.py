@@ -33,12 +33,13 @@ class Evaluator:
         self._envs, self._q_values, self._world, self._epsilon = envs, q_values, world, epsilon
         self._seed, self._max_length, self._stop = seed, max_length, stop
 
-    def evaluate(self, episodes: int, round: int) -> dict[str, float] | None:
+    def evaluate(self, episodes: int, round: int, first: int = 0) -> dict[str, float] | None:
         """The statistics of `episodes` episodes over all ranks, without `total_steps` and `seconds`. A collective.
 
+        The episodes are `first`, first + 1, ... of this round.
         None, on all ranks, where `stop()` became true on one of them, which broke off.
         """
-        mine = range(self._world.rank, episodes, self._world.size)
+        mine = range(first + self._world.rank, first + episodes, self._world.size)
         played = [self._play(mine[i : i + self._envs.copies], round) for i in range(0, len(mine), self._envs.copies)]
         returns = np.concatenate([r for r, _ in played]) if played else np.zeros(0)
         lengths = np.concatenate([n for _, n in played]) if played else np.zeros(0)

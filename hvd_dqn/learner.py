@@ -29,8 +29,8 @@ class Phase(NamedTuple):
     """Sums over the updates of one phase, of this rank's minibatches; the gradient's is of the averaged gradient.
 
     Updates whose averaged gradient is not finite are skipped, and only counted; `culprits` of them had a loss
-    on this rank that was not finite. `exchange` is the part of its `seconds` that went into averaging over ranks,
-    waiting for them included.
+    on this rank that was not finite. `spoilt` says whether any rank skipped one. `exchange` is the part of its `seconds`
+    that went into averaging over ranks, waiting for them included.
     """
 
     updates: int
@@ -39,6 +39,7 @@ class Phase(NamedTuple):
     gradient_norm: float
     skipped: int
     culprits: int
+    spoilt: bool
     seconds: float
     exchange: float
 
@@ -113,16 +114,18 @@ class Learner:
         ends = np.zeros(0, np.int32) if self.compiled else _ends(copies, batch.next_observation[0].nbytes)
         sums, *kept = self._updates(*batch, np.float32(learning_rate), copies, ends)
         loss, mean_q, gradient_norm, skipped, culprits, exchange = sums.tolist()
+        spoilt = skipped > 0  # ranks that average gradients skip the same updates
         if self._averages_parameters:
             learned = perf_counter()
-            kept = self._average()
+            mean_skipped, *kept = self._average(sums[3])
+            spoilt = bool(mean_skipped > 0)
             exchange = perf_counter() - learned
             if target_copies.any():
                 self._copy_target()
         self.online.refresh(kept)
         self.target.refresh()
         updates, seconds = len(target_copies) - round(skipped), perf_counter() - began
-        return Phase(updates, loss, mean_q, gradient_norm, round(skipped), round(culprits), seconds, exchange)
+        return Phase(updates, loss, mean_q, gradient_norm, round(skipped), round(culprits), spoilt, seconds, exchange)
 
     def freeze(self) -> None:
         """From now on `acting` has the weights that `online` has now."""
@@ -256,12 +259,14 @@ class Learner:
         for network in (self.online, self.target, self.acting):
             network.refresh()
 
-    def _average_parameters(self) -> list[tf.Tensor]:
+    def _average_parameters(self, skipped: tf.Tensor) -> list[tf.Tensor]:
+        """Also averages a number [], which has no way of its own then."""
         slots = [v for v in self.optimizer.variables if v.dtype.is_floating]
         variables = [*self.online.variables, *slots]
-        for variable, mean in zip(variables, self._world.average(variables), strict=True):
+        mean_skipped, *means = self._world.average([skipped, *variables])
+        for variable, mean in zip(variables, means, strict=True):
             variable.assign(mean)
-        return self.online.kept()
+        return [mean_skipped, *self.online.kept()]
 
     def state(self) -> dict[str, np.ndarray]:
         return {name: variable.numpy() for name, variable in self.variables.items()}

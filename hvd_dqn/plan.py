@@ -126,7 +126,6 @@ class Plan:
             or self.reports_at(cycle)
             or self.evaluates_at(cycle)
             or self.checkpoints_at(cycle)
-            or self.votes_at(cycle)
         )
 
     def learns_at(self, cycle: int) -> bool:
@@ -175,7 +174,9 @@ class Plan:
         return self._passes_multiple(cycle, self.config.checkpoint.period)
 
     def votes_at(self, cycle: int) -> bool:
-        return self._passes_multiple(cycle, self.config.ranks.vote_period)
+        """Only where phases begin: there the ranks meet anyway, so that more of them do not vote more often than they learn."""
+        period, phase = self.config.ranks.vote_period, self.config.learner.train_period
+        return self._passes_multiple(cycle, math.ceil(period / phase) * phase)
 
     def checks_drift_at(self, cycle: int) -> bool:
         return self._passes_multiple(cycle, self.config.ranks.drift_check_period)

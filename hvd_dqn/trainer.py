@@ -70,10 +70,12 @@ class Trainer:
                 cycle += 1
                 self.watchdog.beat(f"cycle {cycle:,}")
                 agent.step(cycle)
-                if plan.learns_at(cycle):
+                if plan.votes_at(cycle) or plan.learns_at(cycle):
                     self._settle()
+                stopping, changed = self._vote() if plan.votes_at(cycle) else (False, False)
+                if plan.learns_at(cycle):
                     agent.learn(cycle)
-                if plan.settles_at(cycle):
+                if plan.settles_at(cycle) or stopping:
                     self._settle()
                 if plan.checks_drift_at(cycle):
                     self._check_drift(f"after {plan.total_steps_after(cycle):,} total steps")
@@ -83,8 +85,12 @@ class Trainer:
                     outcome = yield from self._evaluate_at(cycle, checkpoints)
                 if plan.checkpoints_at(cycle) and outcome is None:
                     yield from self._save(cycle, checkpoints)
-                if plan.votes_at(cycle) and outcome is None and self._vote(cycle):
+                if outcome is None and stopping:
                     outcome = yield from self._stop_at(cycle, checkpoints)
+                elif outcome is None and plan.votes_at(cycle):
+                    self._commit(cycle)
+                    if changed:
+                        raise RanksChanged
             if outcome is None:
                 outcome = yield from self._evaluate_finally(cycle, checkpoints)
             if outcome.kind == "result":
@@ -105,19 +111,16 @@ class Trainer:
             envs = self.agent.plan.envs
             yield Record("message", {}, f"{lost} of {envs} environments start new episodes: they cannot be saved.")
 
-    def _vote(self, cycle: int) -> bool:
-        """Whether one of the ranks was asked to stop. A collective. Raises RanksChanged, on all, where hosts have changed."""
-        stops, changed = self.world.max(np.array([float(self._stop()), float(self.world.changed)]))
-        if stops:
-            return True
-        self._commit(cycle)
-        if changed:
-            raise RanksChanged
-        return False
+    def _vote(self) -> tuple[bool, bool]:
+        """Whether one of the ranks was asked to stop, and whether the hosts have changed. A collective."""
+        with self.agent.ledger.timed("exchange"):
+            stops, changed = self.world.max(np.array([float(self._stop()), float(self.world.changed)]))
+        return bool(stops), bool(changed)
 
     def _commit(self, cycle: int) -> None:
-        """Keeps in memory what the ranks share, for a job that goes on without those it loses."""
+        """Keeps in memory what the ranks share, for a job that goes on without those it loses. A collective."""
         if self.world.elastic:
+            self._settle()
             agent, total_steps = self.agent, self.agent.plan.total_steps_after(cycle)
             state = agent.state(total_steps, finished=False)
             self.committed = Snapshot(Path(), total_steps, self.world.size, False, state, agent.learner.state(), {})
@@ -134,18 +137,15 @@ class Trainer:
         if phase is None:
             return
         self._learned(self.agent)
-        if self.config.learner.on_nonfinite == "skip":
-            return
-        skipped = phase.skipped > 0
-        # Ranks that average gradients skip the same updates; those that average parameters have to ask.
-        if not (self.world.any(skipped) if self.config.ranks.sync == "parameters" else skipped):
+        if self.config.learner.on_nonfinite == "skip" or not phase.spoilt:
             return
         total_steps = self.agent.plan.total_steps_after(self.agent.learned_at)
-        culprits = [rank for rank, count in enumerate(self.world.gather(phase.culprits)) if count]
+        counts = np.array(self.world.gather((phase.culprits, phase.skipped)))
+        culprits = np.flatnonzero(counts[:, 0])
         raise JobError(
             f"The loss or its gradient is not finite after {total_steps:,} total steps"
-            + (f" (the loss on rank {', '.join(map(str, culprits))})" if culprits else "")
-            + f": {phase.skipped} of {phase.skipped + phase.updates} updates were not made, and the weights are sound. "
+            + (f" (the loss on rank {', '.join(map(str, culprits))})" if len(culprits) else "")
+            + f": {counts[:, 1].max()} of {phase.skipped + phase.updates} updates were not made, and the weights are sound. "
             "Lower --learner.learning_rate or --env.reward_scale, or skip such updates with --learner.on_nonfinite skip."
             + (
                 " Gradients above 65,504 do not fit --ranks.compression fp16."
@@ -163,7 +163,8 @@ class Trainer:
         yield from self._remember(row, cycle, checkpoints)
         if not self.world.any(self._reaches_target(row)):
             return None
-        row = self.agent.evaluate(cycle, self.config.evaluation.final_episodes)
+        # Of other episodes than those that were the reason to look closer.
+        row = self.agent.evaluate(cycle, self.config.evaluation.final_episodes, first=self.config.evaluation.episodes)
         if row is None:
             return (yield from self._stop_at(cycle, checkpoints, evaluation_due=True))
         yield Record("evaluation", row)

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 from hvd_dqn.connect import connect
-from hvd_dqn.distributed import FUSED_FLOATS, Solo
+from hvd_dqn.distributed import Solo
 from hvd_dqn.errors import InputError, RunError
 from hvd_dqn.lockstep import BroadcastHook, check_drift, in_step
-from hvd_dqn.placement import set_thread_defaults
+from hvd_dqn.placement import FUSED_FLOATS, set_thread_defaults
 
 set_thread_defaults()
 world = connect()
@@ -128,6 +128,17 @@ def parameters_become_the_mean_of_ranks_that_learn_alone():
     assert np.array_equal(shared.target.variables[0].numpy(), shared.online.variables[0].numpy())
 
 
+def all_ranks_know_that_one_skipped_an_update(sync):
+    learner, data, copies = make(sync=sync), batch(4, 8, seed=world.rank), np.zeros(4, bool)
+    assert not learner.update(data, 0.01, copies).spoilt
+    if world.rank == 1:
+        data.reward[2, 0] = np.inf
+    phase = learner.update(data, 0.01, copies)
+    assert phase.spoilt
+    assert phase.culprits == world.rank
+    assert phase.skipped == (world.rank if sync == "parameters" else 1)
+
+
 def the_broadcast_hook_gives_all_ranks_the_chiefs_weights():
     learner = make(seed=world.rank)
     learner.update(batch(2, 8, seed=world.rank), 0.01, np.array([True, False]))
@@ -187,6 +198,8 @@ def checks():
     yield "fp16", fp16_is_on_the_wire_where_it_is_asked_for
     yield "large tensors are sent alone", large_tensors_are_sent_alone_and_all_come_back_in_their_places
     yield "parameters are averaged", parameters_become_the_mean_of_ranks_that_learn_alone
+    for sync in ("gradients", "parameters"):
+        yield f"all know of a skipped update, {sync}", lambda s=sync: all_ranks_know_that_one_skipped_an_update(s)
     for settings in ({"sync": "gradients"}, {"sync": "parameters"}, {"passes": 2}):
         yield f"exchange, {settings}", lambda s=settings: an_exchange_lasts_until_the_last_rank_is_there(**s)
     for network in ("mlp", KERAS):

@@ -86,6 +86,15 @@ def test_an_environment_that_fails_in_an_evaluation_is_to_be_mended():
         one.evaluate(3, round=0)
 
 
+def test_an_evaluation_may_begin_after_the_episodes_of_another():
+    for size in (1, 2):
+        one, played = evaluator(2, OneOf(size - 1, size)), []
+        one._play = lambda episodes, round, played=played: played.append(list(episodes)) or (np.ones(1), np.ones(1))
+        one.evaluate(5, round=0, first=3)
+        one.close()
+        assert played == [[[3, 4], [5, 6], [7]], [[4, 6]]][size - 1]
+
+
 def test_another_round_has_other_episodes_and_the_same_round_the_same():
     one = evaluator(5)
     first, again, other = (one.evaluate(5, round=round) for round in (1, 1, 2))

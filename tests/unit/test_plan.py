@@ -91,13 +91,32 @@ def test_every_multiple_of_a_period_has_exactly_one_cycle():
 
 def test_an_overlapping_phase_ends_wherever_something_is_said_of_it():
     settings = {"evaluation": {"period": 5_000}, "report": {"period": 1_000}, "checkpoint": {"period": 7_000}}
-    settings |= {"ranks": {"vote_period": 900, "drift_check_period": 1_300}}
+    settings |= {"ranks": {"drift_check_period": 1_300}}
     plan, plain = (Plan(config(learner={"overlap": overlap}, **settings), 3) for overlap in (True, False))
-    asked = ("evaluates_at", "reports_at", "checkpoints_at", "votes_at", "checks_drift_at")
+    asked = ("evaluates_at", "reports_at", "checkpoints_at", "checks_drift_at")
     for cycle in range(plan.cycles):
         assert plan.settles_at(cycle) == any(getattr(plan, name)(cycle) for name in asked)
         assert plain.settles_at(cycle)
     assert plan.settles_at(plan.cycles - 1)
+
+
+@pytest.mark.parametrize(
+    ("vote", "train", "size", "expected"),
+    #                           total steps after the first cycles that vote
+    [(500, 64, 1, [512, 1_024, 1_536]), (500, 64, 3, [528, 1_032, 1_536]), (64, 64, 1, [64, 128, 192]),
+     (1, 64, 1, [64, 128, 192]), (500, 512, 8, [512, 1_024, 1_536]), (500, 64, 128, [1_024, 2_048, 3_072])],
+)  # fmt: skip
+def test_ranks_vote_where_phases_begin_so_that_more_of_them_do_not_vote_more_often_than_they_learn(
+    vote, train, size, expected
+):
+    capacity = {"capacity": 1_000_000}
+    learner = {"train_period": train, "learn_start": 10_240}
+    plan = Plan(config(ranks={"vote_period": vote}, learner=learner, replay=capacity), size)
+    voted = [cycle for cycle in range(plan.cycles) if plan.votes_at(cycle)]
+    assert [plan.total_steps_after(cycle) for cycle in voted][:3] == expected
+    phases = [cycle for cycle in voted if plan.total_steps_after(cycle) > 11_000]
+    assert phases
+    assert all(plan.learns_at(cycle) for cycle in phases)
 
 
 def test_the_last_cycle_reports():

@@ -225,7 +225,7 @@ def test_environments_step_while_a_phase_goes_on(tmp_path, monkeypatch):
 
 def test_of_an_overlapping_phase_only_the_waiting_for_its_end_counts():
     trainer = Trainer(config(learner={"overlap": True}), Solo())
-    trainer.agent._phase = lambda: Phase(1, 0.0, 0.0, 0.0, 0, 0, seconds=1_000.0, exchange=500.0)
+    trainer.agent._phase = lambda: Phase(1, 0.0, 0.0, 0.0, 0, 0, False, seconds=1_000.0, exchange=500.0)
     trainer.agent.settle()
     trainer.close()
     spent = trainer.agent.ledger.spent
@@ -263,9 +263,16 @@ def test_a_run_stops_at_the_target_when_the_final_evaluation_confirms_it(tmp_pat
 def test_a_target_that_the_final_evaluation_does_not_confirm_ends_no_run(tmp_path):
     trainer = Trainer(config(), Solo())
     evaluate, returns = trainer.agent.evaluate, {3: 9.0, 5: 1.0}  # by the number of episodes
-    trainer.agent.evaluate = lambda cycle, episodes: evaluate(cycle, episodes) | {"return_mean": returns[episodes]}
+    firsts = []
+
+    def returning(cycle, episodes, first=0):
+        firsts.append((episodes, first))
+        return evaluate(cycle, episodes, first) | {"return_mean": returns[episodes]}
+
+    trainer.agent.evaluate = returning
     records = list(trainer.train(Checkpoints(tmp_path, Solo())))
     trainer.close()
+    assert firsts[:2] == [(3, 0), (5, 3)]  # episodes that were lucky are not asked again
     evaluations = [(r.row["total_steps"], r.row["episodes"]) for r in records if r.kind == "evaluation"]
     assert evaluations == [(300, 3), (300, 5), (600, 3), (600, 5), (900, 3), (900, 5), (960, 5)]
 
@@ -430,11 +437,9 @@ def test_a_run_that_was_filling_its_replay_goes_on_filling_it(tmp_path):
 
 
 def test_a_job_that_lost_ranks_saves_again_where_it_had_saved_with_them(tmp_path):
-    checkpoints, stops = Checkpoints(tmp_path, Solo()), []
-    trainer = Trainer(
-        config(evaluation={"target_return": None}, checkpoint={"period": 960}), Solo(), None,
-        lambda: stops.append(1) or len(stops) % 4 == 0,
-    )  # fmt: skip
+    checkpoints = Checkpoints(tmp_path, Solo())
+    settings = config(evaluation={"target_return": None}, checkpoint={"period": 960})
+    trainer = Trainer(settings, Solo(), None, lambda: trainer.agent.updates > 0)
     state, weights = trainer.agent.state(0, finished=False), trainer.agent.learner.state()
     assert list(trainer.train(checkpoints))[-1].kind == "stopped"
     saved = checkpoints.newest(print)
@@ -567,7 +572,8 @@ def test_all_ranks_stop_or_none_does(others, tmp_path):
     records = list(trainer.train(Checkpoints(tmp_path, world)))
     trainer.close()
     assert records[-1].kind == ("stopped" if others else "result")
-    assert records[-1].row["total_steps"] == (120 if others else 960)  # the first vote of two ranks with 12 copies each
+    # The first vote: a period of 100 total steps is one of 144, those of three phases.
+    assert records[-1].row["total_steps"] == (144 if others else 960)
 
 
 def test_of_equal_evaluations_the_newest_is_the_best(tmp_path):
@@ -668,7 +674,7 @@ def test_who_asks_to_stop_is_told_where_no_checkpoint_could_be_written(tmp_path,
     monkeypatch.setattr(Checkpoints, "_write_part", full)
     settings = config(evaluation={"target_return": None}, checkpoint={"on_failure": "continue"})
     trainer = Trainer(settings, Solo(), None, lambda: True)
-    with pytest.raises(JobError, match="Asked to stop after 108 total steps, and no checkpoint could be written"):
+    with pytest.raises(JobError, match="Asked to stop after 144 total steps, and no checkpoint could be written"):
         list(trainer.train(Checkpoints(tmp_path, Solo())))
     trainer.close()
 
