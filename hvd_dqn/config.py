@@ -199,7 +199,7 @@ class Ranks(Section):
     )
     vote_period: int = setting(
         500,
-        "between votes on stopping, which any rank's SIGTERM, SIGINT or SIGUSR1 wins",
+        "between votes on stopping, which any rank's SIGTERM, SIGINT or SIGUSR1 wins; a multiple of train_period is taken",
         unit="total steps",
         source=OURS,
         ge=1,
