@@ -260,7 +260,7 @@ class Learner:
             network.refresh()
 
     def _average_parameters(self, skipped: tf.Tensor) -> list[tf.Tensor]:
-        """Also averages a number [], which has no way of its own then."""
+        """Takes the number `skipped` [] along, so that its mean needs no message of its own."""
         slots = [v for v in self.optimizer.variables if v.dtype.is_floating]
         variables = [*self.online.variables, *slots]
         mean_skipped, *means = self._world.average([skipped, *variables])

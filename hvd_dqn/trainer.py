@@ -140,12 +140,11 @@ class Trainer:
         if self.config.learner.on_nonfinite == "skip" or not phase.spoilt:
             return
         total_steps = self.agent.plan.total_steps_after(self.agent.learned_at)
-        counts = np.array(self.world.gather((phase.culprits, phase.skipped)))
-        culprits = np.flatnonzero(counts[:, 0])
+        culprits, skipped = np.array(self.world.gather((phase.culprits, phase.skipped))).T
+        what, ranks = ("loss", culprits) if culprits.any() else ("gradient", skipped)
         raise JobError(
-            f"The loss or its gradient is not finite after {total_steps:,} total steps"
-            + (f" (the loss on rank {', '.join(map(str, culprits))})" if len(culprits) else "")
-            + f": {counts[:, 1].max()} of {phase.skipped + phase.updates} updates were not made, and the weights are sound. "
+            f"The {what} on rank {', '.join(map(str, np.flatnonzero(ranks)))} is not finite after {total_steps:,} total steps: "
+            f"{skipped.max()} of {phase.skipped + phase.updates} updates were not made, and the weights are sound. "
             "Lower --learner.learning_rate or --env.reward_scale, or skip such updates with --learner.on_nonfinite skip."
             + (
                 " Gradients above 65,504 do not fit --ranks.compression fp16."

@@ -586,6 +586,17 @@ def test_of_equal_evaluations_the_newest_is_the_best(tmp_path):
     assert trainer.agent.best == (2.0, 720)
 
 
+@pytest.mark.parametrize(("culprits", "told"), [(0, "The gradient on rank 1 is not"), (1, "The loss on rank 1 is not")])
+def test_all_ranks_are_told_which_one_skipped_updates(culprits, told):
+    world = TapeWorld(0, 2)
+    world.gather = lambda mine: [mine, (culprits, 2)]
+    trainer = Trainer(config(ranks={"sync": "parameters"}), world)
+    trainer.agent._phase = lambda: Phase(4, 0.0, 0.0, 0.0, 0, 0, True, 1.0, 0.0)
+    with pytest.raises(JobError, match=f"{told} finite after .* total steps: 2 of 4 updates"):
+        trainer._settle()
+    trainer.close()
+
+
 def test_the_running_mean_is_that_of_all_observations(tmp_path):
     _, trainer = play(config(env={"normalize_observation": True}, evaluation={"target_return": None}), Solo(), tmp_path)
     assert trainer.agent.normalizer.state()["count"] == 960
@@ -634,7 +645,7 @@ def test_what_is_not_finite_stops_the_job_or_is_skipped_and_counted(policy, tmp_
 
     trainer.agent.replay.sample = spoilt
     if policy == "stop":
-        with pytest.raises(JobError, match=r"not finite after .* total steps \(the loss on rank 0\): 1 of \d+ updates"):
+        with pytest.raises(JobError, match=r"The loss on rank 0 is not finite after .* total steps: 1 of \d+ updates"):
             list(trainer.train(Checkpoints(tmp_path, Solo())))
     else:
         records = list(trainer.train(Checkpoints(tmp_path, Solo())))
