@@ -119,7 +119,7 @@ class Agent:
     def learn(self, cycle: int) -> None:
         """Begins a phase of updates, which `settle` ends; in between it goes on where it overlaps acting. A collective."""
         plan, updates = self.plan, self.plan.updates_at(cycle)
-        with self.ledger.timed("exchange"):
+        with self.ledger.exchange():
             self.normalizer.merge(self.world.sum)
         with self.ledger.timed("sample"):
             batch = self.replay.sample(updates, plan.batch_per_rank * plan.passes)

@@ -32,14 +32,15 @@ class Case(NamedTuple):
 
 
 CASES = {
-    # Stable-Baselines3's zoo, dqn.yml: 128 updates of 64 every 256 steps are a replay ratio of 32.
+    # Stable-Baselines3's zoo, dqn.yml: 128 updates of 64 every 256 steps are a replay ratio of 32. Its period of 10 steps between
+    # target copies is counted while it steps, never inside a phase: so there is one for each phase.
     "cartpole-zoo": Case(
         {
             "env": {"id": "CartPole-v1", "envs_per_rank": 1},
             "agent": {"hidden": (256, 256), "double": False, "epsilon_end": 0.04, "epsilon_steps": 8_000},
             "replay": {"capacity": 100_000},
             "learner": {
-                "batch_size": 64, "replay_ratio": 32, "learn_start": 1_000, "train_period": 256, "target_period": 10,
+                "batch_size": 64, "replay_ratio": 32, "learn_start": 1_000, "train_period": 256, "target_period": 256,
                 "learning_rate": 2.3e-3,
             },
         },

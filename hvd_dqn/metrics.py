@@ -4,6 +4,7 @@ import csv
 import math
 import os
 from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from time import perf_counter, time
 from typing import Any, Protocol
@@ -93,6 +94,10 @@ class Ledger:
     def timed(self, name: str) -> Timer:
         """Counts the time inside `with ledger.timed("act"):` as one of `TIMERS`."""
         return self._timers[name]
+
+    def exchange(self) -> AbstractContextManager[None]:
+        """Counts the time inside `with ledger.exchange():` as that of an exchange, which a process alone has none of."""
+        return self._timers["exchange"] if self._world.size > 1 else nullcontext()
 
     def episodes(self, returns: np.ndarray, lengths: np.ndarray) -> None:
         """Episodes that ended on this rank in this cycle, [n] each; n may be 0."""

@@ -113,7 +113,7 @@ class Trainer:
 
     def _vote(self) -> tuple[bool, bool]:
         """Whether one of the ranks was asked to stop, and whether the hosts have changed. A collective."""
-        with self.agent.ledger.timed("exchange"):
+        with self.agent.ledger.exchange():
             stops, changed = self.world.max(np.array([float(self._stop()), float(self.world.changed)]))
         return bool(stops), bool(changed)
 
