@@ -32,8 +32,8 @@ class Case(NamedTuple):
 
 
 CASES = {
-    # Stable-Baselines3's zoo, dqn.yml: 128 updates of 64 every 256 steps are a replay ratio of 32. Its period of 10 steps between
-    # target copies is counted while it steps, never inside a phase: so there is one for each phase.
+    # Stable-Baselines3's zoo, dqn.yml: 128 updates of 64 every 256 steps are a replay ratio of 32. Its target is copied every
+    # 10 steps, which is while it steps and never inside a phase: once for each phase.
     "cartpole-zoo": Case(
         {
             "env": {"id": "CartPole-v1", "envs_per_rank": 1},

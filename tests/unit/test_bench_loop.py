@@ -37,12 +37,12 @@ def test_a_rank_of_many_does_in_each_phase_what_one_alone_does(case, cycles, upd
 def test_the_zoos_settings_are_the_zoos():
     config = settings("cartpole-zoo", 1)
     learner, agent = config.learner, config.agent
-    assert (learner.learning_rate, learner.batch_size, learner.learn_start, learner.target_period) == (
-        2.3e-3,
-        64,
-        1000,
-        10,
-    )
+    assert (learner.learning_rate, learner.batch_size, learner.learn_start) == (2.3e-3, 64, 1000)
+    plan = Plan(config, 1)
+    cycle = next(c for c in range(3_000, plan.cycles) if plan.learns_at(c))
+    # Its period of 10 steps is over whenever a phase begins, and never within one.
+    assert plan.updates_at(cycle) == 128
+    assert plan.target_copies_at(cycle).sum() == 1
     assert (agent.hidden, agent.double, agent.loss, agent.gamma, agent.epsilon_end) == (
         (256, 256),
         False,
