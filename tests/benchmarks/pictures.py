@@ -20,10 +20,11 @@ from matplotlib.ticker import FixedLocator, NullLocator, PercentFormatter
 from hvd_dqn.config_files import load_preset
 from hvd_dqn.plots import GREY, PALETTE
 from tests.benchmarks.compare import HERE
+from tests.benchmarks.solve import ZOO_SETTINGS
 from tests.benchmarks.tables import NAMES, TABLES, Result, goal_of, markdown, told
 
 INK, PALE = "#222222", "#B8B8B8"
-COLORS = {"ours": PALETTE[0], "ours, two ranks": PALETTE[5]}
+COLORS = {"ours": PALETTE[0], "ours, two ranks": PALETTE[5], ZOO_SETTINGS: PALETTE[0]}
 KINDS = {"weak": PALETTE[0], "strong": PALETTE[1]}
 WIDTH = 9.0  # 900 px at 100 dpi
 
@@ -125,7 +126,7 @@ def bars(axes: Axes, found: dict[str, Result], notes: dict[str, str]) -> None:
             axes.plot([spread["low"], end], [i, i], color=INK, linewidth=1.1, marker="|", markersize=5)
             if high is None:
                 axes.plot(end, i, color=INK, marker=">", markersize=4)
-        value = "never, in most runs" if middle is None else f"{middle:,.0f}"
+        value = "never, in most runs" if middle is None else f"{middle:,.{int(middle < 10)}f}"
         text = "\n".join([value, notes[name]] if name in notes else [value])
         axes.text(end + 0.03 * longest, i, text, va="center", fontsize=8, color=INK, linespacing=1.0)
     axes.set_yticks(range(len(found)), [NAMES.get(name, name) for name in found])

@@ -9,7 +9,7 @@ from tests.benchmarks.solve import OURS, ZOO_SETTINGS
 
 NAMES = {
     "sb3": "Stable-Baselines3", "tianshou": "Tianshou", "rllib": "RLlib",
-    "ours, two ranks": "ours, 2 ranks", ZOO_SETTINGS: "ours as the zoo",
+    "ours, two ranks": "ours, 2 ranks", ZOO_SETTINGS: "ours, zoo's settings",
 }  # fmt: skip
 # What two ranks that average gradients shall reach, of weak scaling; with averaged parameters 0.95 everywhere.
 EFFICIENCY = {"pixels": 0.95, "cartpole-zoo": 0.85, "cartpole-16": 0.75}
