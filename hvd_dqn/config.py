@@ -162,7 +162,7 @@ class Learner(Section):
     )
     overlap: bool = setting(
         False,
-        "step the environments while a phase learns, with the weights from before it: pays where a rank has a GPU or a "
+        "step the environments while a phase learns, with the weights from before it: pays where a rank has a "
         "second core",
         source=OURS,
     )
