@@ -576,6 +576,53 @@ def test_all_ranks_stop_or_none_does(others, tmp_path):
     assert records[-1].row["total_steps"] == (144 if others else 960)
 
 
+class Quiet(Solo):
+    """Asks `busy` whether a phase is under way whenever the main thread enters a collective."""
+
+    size = 2
+
+    def __init__(self):
+        super().__init__()
+        self.busy, self.asked = lambda: False, 0
+
+    def _check(self):
+        if threading.current_thread() is threading.main_thread():
+            self.asked += 1
+            assert not self.busy()
+
+    def sum(self, values):
+        self._check()
+        return super().sum(values)
+
+    def max(self, values):
+        self._check()
+        return super().max(values)
+
+    def gather(self, value):
+        self._check()
+        return [value] * 2
+
+    def barrier(self):
+        self._check()
+
+
+@pytest.mark.parametrize("replay_ratio", [0.5, 1])  # an update in every second period, or in each
+@pytest.mark.parametrize("sync", ["gradients", "parameters"])
+def test_ranks_meet_in_no_collective_while_a_phase_is_under_way(sync, replay_ratio, tmp_path):
+    world = Quiet()
+    settings = config(
+        learner={"overlap": True, "replay_ratio": replay_ratio},
+        ranks={"sync": sync, "vote_period": 48}, evaluation={"target_return": None}, report={"period": 500},
+    )  # fmt: skip
+    trainer = Trainer(settings, world, None, lambda: trainer.agent.updates >= 4)
+    world.busy = lambda: trainer.agent._phase is not None
+    records = list(trainer.train(Checkpoints(tmp_path, world)))
+    trainer.close()
+    assert records[-1].kind == "stopped"
+    assert 4 <= trainer.agent.updates < trainer.agent.plan.updates_after(trainer.agent.plan.cycles - 1)
+    assert world.asked > 10
+
+
 def test_of_equal_evaluations_the_newest_is_the_best(tmp_path):
     # Episodes of Identity have a length of one step, and this return whatever is done.
     always = config(env={"id": "hvd_dqn.identity:Identity-v0", "kwargs": {"n": 1, "length": 2}})
