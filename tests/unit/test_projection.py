@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 
+from hvd_dqn.placement import FUSED_FLOATS
 from hvd_dqn.projection import (
     Line,
     Network,
@@ -90,6 +91,12 @@ def test_gradients_are_sent_in_every_update_and_parameters_with_their_moments_on
     uneven = STEADY._replace(least=0.003, deviation=0.0005)
     assert cost(uneven, NETWORK, 8, "gradients")["waiting"] == pytest.approx(waiting(uneven, 8, 4))
     assert cost(uneven, NETWORK, 8, "parameters")["waiting"] == pytest.approx(waiting(uneven, 8, 1))
+
+
+def test_large_parameters_are_sent_as_three_messages():
+    for size, messages in ((4 * FUSED_FLOATS, 1), (4 * FUSED_FLOATS + 4, 3)):
+        talking = cost(STEADY._replace(message=size), NETWORK, 64, "parameters")["talking"]
+        assert talking == pytest.approx(messages * NETWORK.allreduce(64, 3 * size / messages))
 
 
 def test_another_batch_stretches_the_phase_and_what_is_late_in_it_evens_out():
