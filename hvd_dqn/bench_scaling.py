@@ -120,7 +120,7 @@ def mean_phase(phases: Sequence[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def talks_and_waits(row: dict[str, Any]) -> str:
+def communicate_and_idle(row: dict[str, Any]) -> str:
     """What part of a job's time goes into averaging, and into waiting for slower ranks."""
     shares = row["shares"]
     return f"{100 * shares['communicate']:.0f}, {100 * shares['idle']:.0f} %" if shares else ""
@@ -135,7 +135,7 @@ def table(result: dict[str, Any]) -> Table:
     made = made_table(result, measured)
     for heading in ("ranks", "scaling", "sync", "batch"):
         made.add_column(heading, justify="right" if heading in ("ranks", "batch") else "left")
-    for heading in ("steps/s", "silent, steps/s", "efficiency", "talks, waits"):
+    for heading in ("steps/s", "silent, steps/s", "efficiency", "communicate, idle"):
         made.add_column(heading, justify="right")
     for row in result["results"]:
         made.add_row(
@@ -146,6 +146,6 @@ def table(result: dict[str, Any]) -> Table:
             with_spread(row["steps_per_second"]),
             with_spread(row["silent_steps_per_second"]),
             "" if row["ranks"] == 1 else with_spread({k: 100 * v for k, v in row["efficiency"].items()}, " %"),
-            talks_and_waits(row),
+            communicate_and_idle(row),
         )
     return made

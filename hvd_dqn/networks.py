@@ -22,13 +22,12 @@ class Network:
     that changes them can fetch the tensors `kept` with its results and hand them over, which saves a call to fetch them.
     """
 
-    variables: list[tf.Variable]
-
-    def __init__(self) -> None:
-        self._q_values = Graph(lambda observation: [self(observation)])
+    def __init__(self, variables: list[tf.Variable], values: Callable[[tf.Tensor], tf.Tensor]) -> None:
+        self.variables, self._values = variables, values
+        self._q_values = Graph(lambda observation: [values(observation)])
 
     def __call__(self, observation: tf.Tensor) -> tf.Tensor:
-        raise NotImplementedError
+        return self._values(observation)
 
     def q_values(self, observation: np.ndarray) -> np.ndarray:
         return self._q_values(observation)[0]
@@ -64,13 +63,12 @@ class FlatNetwork(Network):
         categories: int | None,
         rng: np.random.Generator,
     ) -> None:
-        super().__init__()
         self._shapes, self._forward, self._categories = shapes, forward, categories
         self._sizes = [math.prod(shape) for shape in shapes]
         self.theta = tf.Variable(_initial(shapes, rng), name="theta")
-        self.variables = [self.theta]
+        super().__init__([self.theta], self._evaluate)
 
-    def __call__(self, observation: tf.Tensor) -> tf.Tensor:
+    def _evaluate(self, observation: tf.Tensor) -> tf.Tensor:
         weights = [
             tf.reshape(part, shape) for part, shape in zip(tf.split(self.theta, self._sizes), self._shapes, strict=True)
         ]
@@ -153,18 +151,6 @@ class NatureCnn(FlatNetwork):
         super().__init__(shapes, forward, None, rng)
 
 
-class KerasNetwork(Network):
-    """The user's own model, with its variables as they are."""
-
-    def __init__(self, model: Any, categories: int | None) -> None:
-        super().__init__()
-        self._model, self._categories = model, categories
-        self.variables = model.trainable_variables
-
-    def __call__(self, observation: tf.Tensor) -> tf.Tensor:
-        return self._model(encode(observation, self._categories))
-
-
 def build_network(
     name: str,
     observation_shape: tuple[int, ...],
@@ -204,7 +190,7 @@ def build_network(
         raise InputError(
             f"The model of {name} has losses of its own (a regularizer's), which DQN's loss does not include: leave them out."
         )
-    return KerasNetwork(model, categories)
+    return Network(model.trainable_variables, lambda observation: model(encode(observation, categories)))
 
 
 def _call_builder(name: str, observation_shape: tuple[int, ...], actions: int) -> Any:

@@ -16,7 +16,7 @@ from hvd_dqn.evaluation import Evaluator
 from hvd_dqn.learner import Learner
 from hvd_dqn.networks import build_network
 from hvd_dqn.normalizer import Normalizer, NullNormalizer
-from hvd_dqn.placement import compute_alone, compute_two_things
+from hvd_dqn.placement import compute_alone, compute_concurrently
 
 # Multiplications of a minibatch by the MLP's kernels from which on a second thread pays. Batch 64: at 256-256 (4 million) an
 # update takes 327 us by one thread and 633 by two, at 512-512 (17) 1,039 and 1,167, at 1024-1024 (68) 4,656 and 3,870.
@@ -64,7 +64,7 @@ def make_learner(
         if batch * sum(a * b for a, b in itertools.pairwise(widths)) < SHARED_PRODUCTS:
             compute_alone()
     elif learner.overlap:  # an MLP acts in NumPy; others would wait for the whole phase
-        compute_two_things()
+        compute_concurrently()
     return Learner(
         lambda: build_network(
             agent.network,

@@ -74,7 +74,7 @@ def compute_alone() -> None:
     _set_threads("intra", 1)
 
 
-def compute_two_things() -> None:
+def compute_concurrently() -> None:
     """Two threads for TensorFlow's operations, so that one can be called while another, or a graph of them, goes on."""
     _set_threads("inter", 2)
 

@@ -41,6 +41,8 @@ class Plan:
         self.first_cycle = math.ceil(resumed_at / self.steps_per_cycle)
         self.cycles = math.ceil(config.total_steps / self.steps_per_cycle)
         self.slots_per_env = config.replay.capacity // self.envs
+        phase = config.learner.train_period
+        self._vote_period = math.ceil(config.ranks.vote_period / phase) * phase
         # One update trains on `global_batch` transitions, and each step is to be trained on `replay_ratio` times.
         self._updates_per_step = Fraction(config.learner.replay_ratio).limit_denominator(10**6) / self.global_batch
         # Ranks that join a run which is learning change the numbers, not what was collected.
@@ -175,8 +177,7 @@ class Plan:
 
     def votes_at(self, cycle: int) -> bool:
         """Only where phases begin: there the ranks meet anyway, so that more of them do not vote more often than they learn."""
-        period, phase = self.config.ranks.vote_period, self.config.learner.train_period
-        return self._passes_multiple(cycle, math.ceil(period / phase) * phase)
+        return self._passes_multiple(cycle, self._vote_period)
 
     def checks_drift_at(self, cycle: int) -> bool:
         return self._passes_multiple(cycle, self.config.ranks.drift_check_period)

@@ -70,10 +70,11 @@ class Trainer:
                 cycle += 1
                 self.watchdog.beat(f"cycle {cycle:,}")
                 agent.step(cycle)
-                if plan.votes_at(cycle) or plan.learns_at(cycle):
+                votes, learns = plan.votes_at(cycle), plan.learns_at(cycle)
+                if votes or learns:
                     self._settle()
-                stopping, changed = self._vote() if plan.votes_at(cycle) else (False, False)
-                if plan.learns_at(cycle):
+                stopping, changed = self._vote() if votes else (False, False)
+                if learns:
                     agent.learn(cycle)
                 if plan.settles_at(cycle) or stopping:
                     self._settle()
@@ -87,7 +88,7 @@ class Trainer:
                     yield from self._save(cycle, checkpoints)
                 if outcome is None and stopping:
                     outcome = yield from self._stop_at(cycle, checkpoints)
-                elif outcome is None and plan.votes_at(cycle):
+                elif outcome is None and votes:
                     self._commit(cycle)
                     if changed:
                         raise RanksChanged

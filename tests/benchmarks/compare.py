@@ -80,11 +80,17 @@ def rounds(jobs: Mapping[str, Job], count: int) -> list[Round]:
     names, made = list(jobs), []
     for i in range(count):
         results = {}
-        for name in names[i % len(names) :] + names[: i % len(names)]:
+        for name in turned(names, i):
             print(f"round {i + 1} of {count}: {name}", file=sys.stderr, flush=True)
             results[name] = jobs[name]()
         made.append(results)
     return made
+
+
+def turned(names: Sequence[str], count: int) -> list[str]:
+    """The same names in a circle, beginning `count` later."""
+    first = count % len(names)
+    return [*names[first:], *names[:first]]
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:

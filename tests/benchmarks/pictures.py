@@ -75,6 +75,10 @@ def title(axes: Axes, text: str) -> None:
     axes.set_title(text, loc="left", fontsize=10, fontweight="bold", color=INK)
 
 
+def legend(axes: Axes, text: str) -> None:
+    axes.annotate(text, (0.03, 0.03), xycoords="axes fraction", fontsize=8, color=GREY)
+
+
 def speed(results: Sequence[Result]) -> Figure | None:
     """Steps/s of whole training, and seconds to the target, a bar for each of ours and of the others."""
     rows = [row for result in results for row in result["results"]]
@@ -199,13 +203,7 @@ def scaling(results: Sequence[Result]) -> Figure | None:
         if axes is all_axes[-1]:
             labels(axes, ends, 0.065 * max(1.1, highest))
     all_axes[0].set_ylabel("efficiency", color=INK)
-    all_axes[0].annotate(
-        "dashed: strong scaling; dotted: goals\nhollow: more ranks than cores",
-        (0.03, 0.03),
-        xycoords="axes fraction",
-        fontsize=8,
-        color=GREY,
-    )
+    legend(all_axes[0], "dashed: strong scaling; dotted: goals\nhollow: more ranks than cores")
     return figure
 
 
@@ -246,13 +244,7 @@ def steps(results: Sequence[Result]) -> Figure | None:
                 "▲ never", (0.01, top), xycoords=("axes fraction", "data"), fontsize=8, color=GREY, va="center"
             )
         labels(axes, ends, 0.13 * top)
-    all_axes[0].annotate(
-        "line: medians; small dots: seeds; dotted: goals",
-        (0.03, 0.03),
-        xycoords="axes fraction",
-        fontsize=8,
-        color=GREY,
-    )
+    legend(all_axes[0], "line: medians; small dots: seeds; dotted: goals")
     return figure
 
 
@@ -296,7 +288,7 @@ def projection(results: Sequence[Result]) -> Figure | None:
     title(left, f"{', '.join(sorted({result['case'] for result in results}))}: efficiency of many ranks")
     ranks_axis(left, [row["ranks"] for row in results[0]["results"]])
     percent_axis(left)
-    left.annotate("line: computed; dots: measured", (0.03, 0.04), xycoords="axes fraction", fontsize=8, color=GREY)
+    legend(left, "line: computed; dots: measured")
     left.set_ylabel("efficiency", color=INK)
     labels(left, ends, 0.13)
     title(right, "computed against measured")

@@ -22,7 +22,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
 from rich.table import Table
 
 from hvd_dqn.bench import provenance
@@ -80,7 +79,7 @@ def everyone(preset: str, peers: Sequence[str], seeds: Sequence[int], out: Path)
     names = [name for name in OURS if name != ZOO_SETTINGS or f"{preset}-zoo" in CASES] + list(peers)
     runs: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
     for i, seed in enumerate(seeds):
-        for name in names[i % len(names) :] + names[: i % len(names)]:
+        for name in compare.turned(names, i):
             runs[name].append(kept(out, preset, name, seed))
     return runs
 
@@ -104,7 +103,7 @@ def train(folder: Path, preset: str, name: str, seed: int) -> dict[str, Any]:
     launcher, words = mpirun(OURS[name]) if OURS[name] > 1 else [], [preset]
     if name == ZOO_SETTINGS:
         file = folder.with_suffix(".yaml")
-        file.write_text(yaml.safe_dump(zoo_settings(preset).model_dump(mode="json")))
+        file.write_text(zoo_settings(preset).to_yaml())
         words = ["--config", str(file)]
     command = [*launcher, "hvd-dqn", "train", *words, "--seed", str(seed), "--run-dir", folder]
     done = run(command, timeout=compare.TIMEOUT, **compare.ONE_THREAD)

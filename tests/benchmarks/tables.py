@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from hvd_dqn.bench_project import TARGET
-from hvd_dqn.bench_scaling import talks_and_waits
+from hvd_dqn.bench_scaling import communicate_and_idle
 from tests.benchmarks.solve import OURS, ZOO_SETTINGS
 
 NAMES = {
@@ -89,7 +89,7 @@ def goal_of(row: Result) -> float | None:
 
 def scaling_table(result: Result) -> list[list[str]]:
     head = ["case", "ranks", "scaling", "averaging", "batch", "steps/s", "silent, steps/s", "efficiency, %"]
-    made = [[*head, "talks, waits"]]
+    made = [[*head, "communicate, idle"]]
     for row in result["results"]:
         ranks = f"{row['ranks']}{' (more than cores)' * row['oversubscribed']}"
         cells = [row["case"], ranks, row["scaling"], row["sync"], str(row["batch"])]
@@ -97,7 +97,7 @@ def scaling_table(result: Result) -> list[list[str]]:
         wanted = {}
         if goal := goal_of(row):
             wanted = {"target": {"sign": "≥", "limit": 100 * goal, "met": row["efficiency"]["median"] >= goal}}
-        made.append([*cells, *rates, spread(row["efficiency"], ".0f", 100) + met(wanted), talks_and_waits(row)])
+        made.append([*cells, *rates, spread(row["efficiency"], ".0f", 100) + met(wanted), communicate_and_idle(row)])
     return made
 
 
