@@ -1,17 +1,87 @@
-"""The console script."""
+"""The console script: settles threads, starts the world, runs one command and turns errors into exit codes."""
 
+import contextlib
+import importlib
 import os
 import sys
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
-from hvd_dqn.placement import set_thread_defaults
+from hvd_dqn import __version__
+from hvd_dqn.errors import InputError, JobError, RunError, nearest, tell
+from hvd_dqn.ranks.placement import is_elastic, set_thread_defaults
+
+if TYPE_CHECKING:  # it imports NumPy, whose number of threads has to be settled first
+    from hvd_dqn.ranks.world import World
+
+COMMANDS = ("train", "evaluate", "plot", "bench", "doctor", "presets")  # modules of hvd_dqn.commands
+
+USAGE = """\
+usage: hvd-dqn COMMAND ...
+
+  train PRESET | --config FILE  [--section.setting VALUE ...] [--run-dir DIR] [--resume] [--elastic] [--timeline FILE]
+  evaluate RUN_DIR              [--episodes 100] [--seed S] [--epsilon E] [--best] [--json]
+  plot RUN_DIR...               [-o FILE.png]
+  bench learner | allreduce     [--json]
+  bench loop CASE               [--total-steps N] [--batch B] [--envs E] [--sync gradients | parameters] [--overlap] [--json]
+  bench scaling                 [--case CASE] [--ranks 1,2,4,8] [--scaling weak | strong | both] [--rounds 5] [--json]
+  bench project                 [--case CASE] [--ranks 512] [--files FILE ...] [--json]
+  doctor                        [--json]
+  presets
+
+Started by horovodrun, mpirun or srun, the same command is one rank of many.
+`hvd-dqn COMMAND --help` explains a command; `hvd-dqn train --help` lists every setting.
+"""
 
 
 def main() -> None:
     """Runs one command. Exit codes: 0 done, 1 failed, 2 bad input, 75 stopped on request after a checkpoint."""
     set_thread_defaults()
-
-    from hvd_dqn.commands import run_command  # and with it NumPy, whose number of threads is now settled
-
     # A console script does not have it: for the user's own `module:EnvId` and `module:function`.
     sys.path.insert(0, os.getcwd())
-    run_command()
+    run_command(sys.argv[1:])
+
+
+def run_command(argv: Sequence[str]) -> None:
+    """Runs the command that `argv` (without the program's name) asks for. Raises SystemExit if the exit code is not 0."""
+    from hvd_dqn.commands.loading import loading
+    from hvd_dqn.commands.train import stop_request
+    from hvd_dqn.ranks.connect import connect
+    from hvd_dqn.ranks.lockstep import in_step
+    from hvd_dqn.ranks.world import Solo
+
+    world: World | None = None
+    try:
+        if argv[:1] == ["train"]:
+            # Before the seconds that the world takes to start. An elastic job's launcher ends single ranks by SIGTERM.
+            stop_request.install(for_all="--elastic" not in argv)
+        if any(word.partition("=")[0] == "--timeline" for word in argv):
+            os.environ["HOROVOD_TIMELINE"] = "DYNAMIC"  # which Horovod has to know before it starts
+        with loading():
+            world = connect()
+        # Results are the chief's to print.
+        with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere if world.rank else sys.stdout):
+            command = in_step(world, lambda: find_command(argv[0] if argv else "--help"))
+            command(argv[1:], world)
+    except InputError as error:
+        if world is None or world.rank == 0 or is_elastic():
+            tell(str(error))
+        sys.exit(2)
+    except JobError as error:
+        assert world is not None
+        if world.rank == 0 or is_elastic():  # there any rank may fail alone, or have become the chief
+            tell(str(error))
+        sys.exit(1)
+    except (RunError, KeyboardInterrupt) as error:
+        (world or Solo()).abort(str(error) or "interrupted")
+
+
+def find_command(name: str) -> "Callable[[Sequence[str], World], None]":
+    if name in COMMANDS:
+        run: Callable[[Sequence[str], World], None] = importlib.import_module(f"hvd_dqn.commands.{name}").run
+        return run
+    if name in ("-h", "--help"):
+        return lambda arguments, world: print(USAGE, end="")
+    if name == "--version":
+        return lambda arguments, world: print(f"hvd-dqn {__version__}")
+    raise InputError(f"There is no command {name!r}.{nearest(name, COMMANDS)} See `hvd-dqn --help`.")

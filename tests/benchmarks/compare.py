@@ -14,7 +14,7 @@ from typing import Any
 from rich import print as show
 from rich.table import Table
 
-from hvd_dqn.bench import provenance
+from hvd_dqn.bench.results import provenance
 from tests.ranks import ROOT, run
 
 HERE = Path(__file__).parent

@@ -16,7 +16,7 @@ from typing import Any
 
 from rich.table import Table
 
-from hvd_dqn.bench import CASES
+from hvd_dqn.bench.learner import CASES
 from tests.benchmarks import compare
 from tests.benchmarks.compare import Round, cell, ratio, spread, target
 

@@ -22,7 +22,7 @@ from typing import Any
 
 from rich.table import Table
 
-from hvd_dqn.bench_loop import CASES, settings
+from hvd_dqn.bench.loop import CASES, settings
 from hvd_dqn.config import Config
 from tests.benchmarks import compare
 from tests.benchmarks.compare import Round, cell, ratio, spread, target

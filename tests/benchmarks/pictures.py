@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullLocator, PercentFormatter
 
 from hvd_dqn.config_files import load_preset
-from hvd_dqn.plots import GREY, PALETTE
+from hvd_dqn.reporting.plots import GREY, PALETTE
 from tests.benchmarks.compare import HERE
 from tests.benchmarks.solve import ZOO_SETTINGS
 from tests.benchmarks.tables import NAMES, TABLES, Result, goal_of, markdown, told

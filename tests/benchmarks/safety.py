@@ -23,14 +23,14 @@ import numpy as np
 import psutil
 
 from hvd_dqn import bench
-from hvd_dqn.checkpoint import Checkpoints
+from hvd_dqn.agent.replay import Replay
 from hvd_dqn.config import Config
 from hvd_dqn.config_files import load_preset
-from hvd_dqn.connect import connect
-from hvd_dqn.distributed import Solo, World
-from hvd_dqn.placement import set_thread_defaults
-from hvd_dqn.replay import Replay
-from hvd_dqn.trainer import Trainer
+from hvd_dqn.ranks.connect import connect
+from hvd_dqn.ranks.placement import set_thread_defaults
+from hvd_dqn.ranks.world import Solo, World
+from hvd_dqn.storage.checkpoint import Checkpoints
+from hvd_dqn.training.trainer import Trainer
 from tests.benchmarks.compare import spread
 
 

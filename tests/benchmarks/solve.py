@@ -24,13 +24,13 @@ from typing import Any
 
 from rich.table import Table
 
-from hvd_dqn.bench import provenance
-from hvd_dqn.bench_jobs import mpirun
-from hvd_dqn.bench_loop import CASES, settings
+from hvd_dqn.bench.jobs import mpirun
+from hvd_dqn.bench.loop import CASES, settings
+from hvd_dqn.bench.results import provenance
 from hvd_dqn.config import Config
 from hvd_dqn.config_files import load_preset
-from hvd_dqn.metrics import read_csv
-from hvd_dqn.run import Run
+from hvd_dqn.reporting.writers import read_csv
+from hvd_dqn.storage.run_directory import Run
 from tests.benchmarks import compare
 from tests.ranks import run
 

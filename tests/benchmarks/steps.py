@@ -20,9 +20,9 @@ from rich.table import Table
 from hvd_dqn.config import Config
 from hvd_dqn.config_files import load_preset, presets
 from hvd_dqn.errors import InputError
-from hvd_dqn.placement import cores
-from hvd_dqn.plan import Plan
-from hvd_dqn.run import Run
+from hvd_dqn.ranks.placement import cores
+from hvd_dqn.storage.run_directory import Run
+from hvd_dqn.training.plan import Plan
 from tests.benchmarks import compare, solve
 from tests.benchmarks.solve import median, shown
 from tests.learning.table import trained

@@ -3,8 +3,8 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from hvd_dqn.bench_project import TARGET
-from hvd_dqn.bench_scaling import communicate_and_idle
+from hvd_dqn.bench.project import TARGET
+from hvd_dqn.bench.scaling import communicate_and_idle
 from tests.benchmarks.solve import OURS, ZOO_SETTINGS
 
 NAMES = {

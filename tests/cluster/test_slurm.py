@@ -235,7 +235,8 @@ def test_tasks_without_mpi_are_told_what_srun_needs(slurm, project):
 
 ONE_GPU = """
 import sys
-from hvd_dqn import cli, distributed
+from hvd_dqn import cli
+from hvd_dqn.ranks import world as distributed
 describe = distributed.HorovodWorld.describe
 distributed.HorovodWorld.describe = lambda self: describe(self) | {"nccl_built": True}
 distributed.pin_gpu = lambda: "the same on both"
@@ -253,7 +254,7 @@ def test_two_ranks_on_one_gpu_are_refused_in_one_line(slurm):
 
 PLACE = """
 import json, os
-from hvd_dqn.placement import local_rank, local_size, set_thread_defaults
+from hvd_dqn.ranks.placement import local_rank, local_size, set_thread_defaults
 visible = os.environ.get("CUDA_VISIBLE_DEVICES")
 print(json.dumps([int(os.environ["SLURM_PROCID"]), local_rank(), local_size(), set_thread_defaults(), visible]))
 """

@@ -14,12 +14,12 @@ import gymnasium
 import numpy as np
 
 from hvd_dqn import cli
-from hvd_dqn.agent import Agent
-from hvd_dqn.checkpoint import Checkpoints
-from hvd_dqn.evaluation import Evaluator
-from hvd_dqn.identity import Identity
-from hvd_dqn.placement import LAUNCHER_VARIABLES
-from hvd_dqn.replay import Replay
+from hvd_dqn.agent.replay import Replay
+from hvd_dqn.envs.identity import Identity
+from hvd_dqn.ranks.placement import LAUNCHER_VARIABLES
+from hvd_dqn.storage.checkpoint import Checkpoints
+from hvd_dqn.training.evaluation import Evaluator
+from hvd_dqn.training.worker import Agent
 
 STRIKES_AFTER = 1_000  # total steps: there is a checkpoint to go back to
 

@@ -13,9 +13,9 @@ from tests.ranks import ROOT, horovodrun, processes_of, run, wait_until
 JOB = """
 import itertools, os, signal, sys, threading, time
 import numpy as np
-from hvd_dqn.connect import connect
-from hvd_dqn.placement import set_thread_defaults
-from hvd_dqn.watchdog import open_watchdog
+from hvd_dqn.ranks.connect import connect
+from hvd_dqn.ranks.placement import set_thread_defaults
+from hvd_dqn.ranks.watchdog import open_watchdog
 
 folder, fault, culprit = sys.argv[1], sys.argv[2], int(sys.argv[3])
 set_thread_defaults()

@@ -16,7 +16,7 @@ import psutil
 import pytest
 import tensorflow as tf
 
-from hvd_dqn.elastic import ElasticWorld
+from hvd_dqn.ranks.elastic import ElasticWorld
 from tests.ranks import checkpoints, processes_of, run, wait_until
 
 LAUNCH = ["horovodrun", "-np", "2", "--min-np", "1", "--max-np", "2", "--network-interfaces", "lo"]

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from hvd_dqn.arrays import read_arrays
+from hvd_dqn.storage.arrays import read_arrays
 from tests.ranks import BIN, ROOT, checkpoints, horovodrun, processes_of, run, wait_until
 
 RANKS = [

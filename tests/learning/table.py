@@ -12,9 +12,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from hvd_dqn.bench import revision
-from hvd_dqn.placement import cores
-from hvd_dqn.run import Run
+from hvd_dqn.bench.results import revision
+from hvd_dqn.ranks.placement import cores
+from hvd_dqn.storage.run_directory import Run
 from tests.ranks import run
 
 MODES = {"1 rank": (1, "weak"), "2 ranks, weak": (2, "weak"), "2 ranks, strong": (2, "strong")}

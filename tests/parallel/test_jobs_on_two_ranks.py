@@ -111,8 +111,8 @@ def test_ranks_started_with_different_settings_are_refused(tmp_path):
 BREAKING = """
 import sys
 from hvd_dqn import cli
-from hvd_dqn.agent import Agent
-from hvd_dqn.placement import LAUNCHER_VARIABLES
+from hvd_dqn.training.worker import Agent
+from hvd_dqn.ranks.placement import LAUNCHER_VARIABLES
 import os
 rank = int(next(os.environ[name] for name in LAUNCHER_VARIABLES if name in os.environ))
 settle = Agent.settle

@@ -8,11 +8,11 @@ import traceback
 import numpy as np
 import pytest
 
-from hvd_dqn.connect import connect
-from hvd_dqn.distributed import Solo
 from hvd_dqn.errors import InputError, RunError
-from hvd_dqn.lockstep import BroadcastHook, check_drift, in_step
-from hvd_dqn.placement import FUSED_FLOATS, set_thread_defaults
+from hvd_dqn.ranks.connect import connect
+from hvd_dqn.ranks.lockstep import BroadcastHook, check_drift, in_step
+from hvd_dqn.ranks.placement import FUSED_FLOATS, set_thread_defaults
+from hvd_dqn.ranks.world import Solo
 
 set_thread_defaults()
 world = connect()
@@ -20,12 +20,12 @@ assert world.size == 2, f"expected 2 ranks, received {world.size}"
 
 import tensorflow as tf  # noqa: E402
 
-from hvd_dqn.learner import Learner  # noqa: E402
-from hvd_dqn.networks import build_network  # noqa: E402
-from hvd_dqn.transition import Batch  # noqa: E402
+from hvd_dqn.agent.learner import Learner  # noqa: E402
+from hvd_dqn.agent.networks import build_network  # noqa: E402
+from hvd_dqn.agent.transition import Batch  # noqa: E402
 
 tf.get_logger().setLevel("ERROR")  # many learners in one process make TensorFlow warn about retracing
-KERAS = "tests.unit.test_networks:keras_model"
+KERAS = "tests.unit.agent.test_networks:keras_model"
 
 
 def make(in_world=world, seed=0, network="mlp", dueling=False, **settings) -> Learner:

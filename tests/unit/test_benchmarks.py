@@ -7,8 +7,8 @@ from types import SimpleNamespace
 import pytest
 from rich.console import Console
 
-from hvd_dqn.bench import CASES
-from hvd_dqn.bench_loop import settings
+from hvd_dqn.bench.learner import CASES
+from hvd_dqn.bench.loop import settings
 from tests.benchmarks import compare, learner, loop, solve
 
 NETWORKS = list(CASES)

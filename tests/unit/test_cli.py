@@ -8,8 +8,8 @@ import re
 import pytest
 import yaml
 
-from hvd_dqn import commands
-from hvd_dqn.plots import read_run
+from hvd_dqn.commands.loading import loading
+from hvd_dqn.reporting.plots import read_run
 from tests.ranks import run
 
 
@@ -41,7 +41,7 @@ def test_training_ends_with_its_times_and_its_result_and_leaves_a_run_directory(
     assert about["result"]["return_mean"] == 10.0
     run = read_run(folder)  # as `hvd-dqn plot` does
     settings = run.env, run.preset, run.size, run.scaling, run.seed, run.target_return
-    assert settings == ("hvd_dqn.identity:Identity-v0", "identity", 1, "weak", 0, 10.0)
+    assert settings == ("hvd_dqn.envs.identity:Identity-v0", "identity", 1, "weak", 0, 10.0)
     for column in ("total_steps", "updates", "loss", "return_mean", "time_update"):
         assert column in (folder / "metrics.csv").read_text().splitlines()[0].split(",")
     assert "global batch" in done.stderr  # the plan
@@ -220,7 +220,7 @@ def test_an_environment_that_yields_nan_stops_the_run_with_one_line(tmp_path):
 
 
 def test_garbage_is_looked_for_again_once_all_is_loaded():
-    with contextlib.suppress(ImportError), commands.loading():
+    with contextlib.suppress(ImportError), loading():
         assert not gc.isenabled()
         raise ImportError
     assert gc.isenabled()

@@ -5,11 +5,11 @@ import yaml
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from hvd_dqn.commands.options import read_settings
 from hvd_dqn.config import Config, setting_names
 from hvd_dqn.config_files import load_file, load_preset, parse, presets
 from hvd_dqn.errors import InputError
-from hvd_dqn.options import read_settings
-from hvd_dqn.run import Run
+from hvd_dqn.storage.run_directory import Run
 
 
 def test_a_file_lies_over_a_preset_which_lies_over_the_defaults(tmp_path):

@@ -1,4 +1,4 @@
-"""The house has floors: imports point only downwards, and one room holds each outside library."""
+"""Imports point one way, from the commands down to the settings, and one package holds each outside library."""
 
 import ast
 from pathlib import Path
@@ -7,26 +7,37 @@ import pytest
 
 import hvd_dqn
 
-FLOORS = {
-    0: ["errors", "config", "config_files", "schedules", "transition", "arrays", "signals", "placement"],
-    1: ["plan", "graphs", "copies", "workers", "vectors", "places", "frames", "pixels", "identity", "projection"],
-    2: ["adam", "envs", "networks", "losses", "replay", "distributed", "normalizer"],
-    3: ["lockstep", "connect", "elastic", "actor", "learner", "metrics", "resharding", "watchdog"],
-    4: ["evaluation", "checkpoint", "plots", "run", "progress"],
-    5: ["parts", "agent", "trainer", "session", "bench", "bench_allreduce", "doctor"],
-    6: ["job", "bench_jobs", "bench_loop", "bench_scaling", "bench_project"],
-    7: ["options", "cli", "commands", "bench_commands", "__main__"],
-}
-FLOOR_OF = {room: floor for floor, rooms in FLOORS.items() for room in rooms}
+# Each may import from those that stand below it, and from its own line only where it is the same folder.
+ORDER = (
+    {"cli", "__main__", "commands"},
+    {"api"},
+    {"reporting", "bench"},
+    {"training"},
+    {"envs", "storage"},
+    {"agent"},
+    {"ranks"},
+    {"config_files", "config", "errors", "graphs"},
+)
+LAYER_OF = {name: layer for layer, names in enumerate(ORDER) for name in names}
 ONLY_IN = {
-    "horovod": {"distributed", "elastic"},
-    "mpi4py": {"distributed"},
-    "gymnasium": {"envs", "frames", "vectors", "places", "workers", "copies", "pixels", "identity"},
-    "matplotlib": {"plots"},
-    "tyro": {"options", "bench_commands"},
+    "horovod": {"ranks"},
+    "mpi4py": {"ranks"},
+    "gymnasium": {"envs"},
+    "matplotlib": {"reporting"},
+    "tyro": {"commands"},
     "pydantic": {"config", "config_files"},
 }
-FILES = sorted(Path(hvd_dqn.__file__).parent.glob("*.py"))
+PACKAGE = Path(hvd_dqn.__file__).parent
+FILES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
+
+
+def place(path: Path) -> str:
+    """The folder of a module, or its own name where it lies at the top."""
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def name(path: Path) -> str:
+    return str(path.relative_to(PACKAGE))
 
 
 def imports(path: Path) -> set[str]:
@@ -39,39 +50,31 @@ def imports(path: Path) -> set[str]:
     return names
 
 
-@pytest.mark.parametrize("path", [path for path in FILES if path.stem != "__init__"], ids=lambda path: path.stem)
-def test_a_room_imports_only_from_lower_floors_or_its_own(path):
-    for name in imports(path):
-        parts = name.split(".")
-        if parts[0] == "hvd_dqn" and len(parts) > 1 and parts[1] in FLOOR_OF:
-            assert FLOOR_OF[parts[1]] <= FLOOR_OF[path.stem], f"{path.stem} imports {name} from a higher floor"
+@pytest.mark.parametrize("path", FILES, ids=name)
+def test_imports_point_down(path):
+    here = place(path)
+    for imported in imports(path):
+        _, _, rest = imported.partition("hvd_dqn.")
+        there = rest.split(".")[0]
+        if there in LAYER_OF and there != here:
+            below = LAYER_OF[there] > LAYER_OF[here] or LAYER_OF[here] == len(ORDER) - 1
+            assert below or {here, there} <= ORDER[0], f"{name(path)} imports {imported}"
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
-def test_each_outside_library_has_one_room(path):
-    for name in imports(path):
-        rooms = ONLY_IN.get(name.split(".")[0])
-        assert rooms is None or path.stem in rooms, f"{path.stem} imports {name}"
+@pytest.mark.parametrize("path", FILES, ids=name)
+def test_each_outside_library_has_one_place(path):
+    for imported in imports(path):
+        places = ONLY_IN.get(imported.split(".")[0])
+        assert places is None or place(path) in places, f"{name(path)} imports {imported}"
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
-def test_only_rooms_that_know_the_config_take_it(path):
-    if "hvd_dqn.config.Config" in imports(path):
-        assert path.stem in {
-            "config_files",
-            "plan",
-            "run",
-            "parts",
-            "agent",
-            "trainer",
-            "job",
-            "bench_loop",
-            "options",
-            "commands",
-        }
-
-
-def test_every_file_has_a_floor_and_says_what_it_is_for():
+def test_every_module_has_a_layer_and_says_what_it_is_for():
     for path in FILES:
-        assert path.stem == "__init__" or path.stem in FLOOR_OF
-        assert ast.get_docstring(ast.parse(path.read_text()))
+        assert place(path) in LAYER_OF, name(path)
+        assert ast.get_docstring(ast.parse(path.read_text())), name(path)
+
+
+@pytest.mark.parametrize("folder", ["agent", "envs"])
+def test_what_the_algorithm_and_the_environments_are_does_not_depend_on_the_settings(folder):
+    for path in (PACKAGE / folder).glob("*.py"):
+        assert not any(imported.startswith("hvd_dqn.config") for imported in imports(path)), name(path)

@@ -18,8 +18,8 @@ import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
 import shared  # noqa: E402
 
-from hvd_dqn.replay import Replay  # noqa: E402 - the package itself is on PYTHONPATH, without TensorFlow
-from hvd_dqn.transition import Transition  # noqa: E402
+from hvd_dqn.agent.replay import Replay  # noqa: E402 - the package itself is on PYTHONPATH, without TensorFlow
+from hvd_dqn.agent.transition import Transition  # noqa: E402
 
 CONVOLUTIONS = [(8, 4, 32), (4, 2, 64), (3, 1, 64)]  # size, stride, filters (Mnih et al. 2015)
 RATE, CLIP, BETA1, BETA2, EPSILON = 1e-4, 10.0, 0.9, 0.999, 1e-7

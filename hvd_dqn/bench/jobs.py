@@ -1,0 +1,152 @@
+"""Starts benchmarks as jobs of their own: ranks that talk, and as many processes that do not, one thread each."""
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from hvd_dqn.errors import InputError, JobError
+from hvd_dqn.ranks.placement import is_launched
+
+SECONDS = 3_600.0  # a job that takes longer hangs
+GRACE = 10.0  # seconds between SIGTERM and SIGKILL
+READY = "ready"  # what a process that waits at its gate prints
+# Horovod's own choice of transports, which stand several threads; a rank bound to one core would share it with its threads.
+MPIRUN = ("mpirun", "--bind-to", "none", "--map-by", "slot", "-mca", "pml", "ob1", "-mca", "btl", "^openib")
+HVD_DQN = (sys.executable, "-m", "hvd_dqn", "bench")
+
+
+def check_launcher() -> None:
+    """Raises InputError where this process cannot start jobs."""
+    if is_launched():
+        raise InputError("This benchmark starts its jobs itself: start it alone, without horovodrun, mpirun or srun.")
+    if shutil.which("mpirun") is None:
+        raise InputError(
+            "This benchmark starts jobs of several ranks by mpirun, which is not on PATH: run launch/setup.sh."
+        )
+
+
+def together(ranks: int, words: Sequence[str]) -> dict[str, Any]:
+    """What `hvd-dqn bench WORDS --json` finds as one job of so many ranks."""
+    with _started([[*mpirun(ranks), *HVD_DQN, *words, "--json"]]) as (job,):
+        return job.answer()
+
+
+def mpirun(ranks: int) -> list[str]:
+    """What starts so many ranks on this machine, be they more than its cores."""
+    root = ["--allow-run-as-root"] if os.getuid() == 0 else []  # which Open MPI otherwise refuses
+    return [*MPIRUN, "--oversubscribe", *root, "-np", str(ranks)]
+
+
+def apart(processes: int, words: Sequence[str]) -> list[dict[str, Any]]:
+    """What as many processes find that know nothing of each other, and measure at the same time: all wait for the last."""
+    with _started([[*HVD_DQN, *words, "--json", "--gate"]] * processes) as jobs:
+        for job in jobs:
+            job.read(READY)
+        for job in jobs:
+            job.go()
+        return [job.answer() for job in jobs]
+
+
+class _Job:
+    """One process, or a launcher with its ranks."""
+
+    def __init__(self, command: Sequence[str], folder: Path) -> None:
+        self._words, self._errors = command, (folder / "stderr").open("w+")
+        self.process = subprocess.Popen(
+            command,
+            env=_environment(),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._errors,
+            text=True,
+            start_new_session=True,  # so that its ranks can be ended with it
+        )
+
+    def read(self, beginning: str) -> str:
+        """The next line of its output that begins like this. Raises JobError where it ends without."""
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            if line.startswith(beginning):
+                return line
+        code = self.process.wait()
+        self._errors.seek(0)
+        said = self._errors.read().strip().splitlines() or ["nothing"]
+        raise JobError(f"`{' '.join(self._words)}` ended with code {code} and without a result. It said: {said[-1]}")
+
+    def go(self) -> None:
+        assert self.process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):  # it has died: `answer` tells how
+            self.process.stdin.write("\n")
+            self.process.stdin.flush()
+
+    def answer(self) -> dict[str, Any]:
+        result: dict[str, Any] = json.loads(self.read("{"))
+        self.process.wait()
+        return result
+
+    def kill(self, number: signal.Signals) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, number)
+
+    def close(self) -> None:
+        if self.process.poll() is None:
+            self.kill(signal.SIGTERM)  # mpirun ends its ranks, which have sessions of their own
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self.process.wait(GRACE)
+        self.kill(signal.SIGKILL)
+        for pipe in (self.process.stdin, self.process.stdout, self._errors):
+            assert pipe is not None
+            with contextlib.suppress(BrokenPipeError):
+                pipe.close()
+        self.process.wait()
+
+
+@contextlib.contextmanager
+def _started(commands: Sequence[Sequence[str]]) -> Iterator[list[_Job]]:
+    with contextlib.ExitStack() as ending:
+        starting, asked = True, False
+
+        def end(number: int, frame: object) -> None:
+            nonlocal asked
+            asked = True
+            if not starting:  # else one that just starts would be in nobody's hands
+                sys.exit(128 + number)
+
+        # Ended itself, it ends them: they have sessions of their own, and nobody else would.
+        before = signal.signal(signal.SIGTERM, end)
+        ending.callback(signal.signal, signal.SIGTERM, before)
+        jobs = []
+        for command in commands:
+            folder = ending.enter_context(tempfile.TemporaryDirectory())
+            jobs.append(_Job(command, Path(folder)))
+            ending.callback(jobs[-1].close)
+        starting = False
+        if asked:
+            sys.exit(128 + signal.SIGTERM)
+        clock = threading.Timer(SECONDS, _kill, args=[jobs])
+        clock.daemon = True
+        clock.start()
+        ending.callback(clock.cancel)
+        yield jobs
+
+
+def _kill(jobs: Sequence[_Job]) -> None:
+    for number in (signal.SIGTERM, signal.SIGKILL):  # as `close` does it: mpirun ends its ranks
+        for job in jobs:
+            job.kill(number)
+        time.sleep(GRACE)
+
+
+def _environment() -> dict[str, str]:
+    ours = {"OMP_NUM_THREADS": "1", "TF_NUM_INTRAOP_THREADS": "1", "TF_NUM_INTEROP_THREADS": "1"}
+    return os.environ | ours

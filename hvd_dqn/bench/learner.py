@@ -1,0 +1,153 @@
+"""Measures updates of the learner: the phase of K updates alone, and with sampling."""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from rich.table import Table
+
+from hvd_dqn.agent.learner import Learner
+from hvd_dqn.agent.networks import build_network
+from hvd_dqn.agent.replay import Replay
+from hvd_dqn.agent.transition import Batch, Transition
+from hvd_dqn.bench.results import made_table, provenance, rate, seconds_of, spread, with_spread
+from hvd_dqn.ranks.lockstep import BroadcastHook
+from hvd_dqn.ranks.placement import compute_alone
+from hvd_dqn.ranks.world import World
+
+ENVS = 8  # streams of the replay that is sampled from
+
+
+class Case(NamedTuple):
+    """A network on made-up transitions, with the batch and the number of actions of the job it stands for."""
+
+    network: str
+    hidden: tuple[int, ...]
+    observation: tuple[int, ...]
+    actions: int
+    batch: int
+    updates: int  # K, per phase
+    phases: int  # per measurement: a tenth of a second or more, so that the clock and one interruption weigh little
+    transitions: int  # in the replay, of each rank
+
+
+CASES = {
+    "mlp-64-64": Case("mlp", (64, 64), (4,), 2, batch=64, updates=32, phases=24, transitions=50_000),
+    "mlp-256-256": Case("mlp", (256, 256), (4,), 2, batch=64, updates=32, phases=8, transitions=50_000),
+    # 5,000 * 84 * 84 B = 35 MB of frames
+    "nature-cnn": Case("cnn", (512,), (84, 84, 4), 6, batch=32, updates=4, phases=2, transitions=5_000),
+}
+
+
+def learner(world: World, networks: Sequence[str] = tuple(CASES), repeats: int = 7) -> dict[str, Any]:
+    """Microseconds per update of each network: the phase of K updates alone, and with drawing its batches.
+
+    All ranks call it. The networks take turns, so that a slow moment of the machine falls on all of them, and of every
+    turn the slowest rank counts. An update includes averaging over ranks; every phase ends with a target copy.
+    """
+    if all(CASES[name].network == "mlp" for name in networks):
+        compute_alone()  # as in training; the threads are one number for all that a process measures
+    jobs = [job for name in networks for job in _jobs(CASES[name], world)]
+    rounds = [[seconds_of(job, world.barrier) for job in jobs] for _ in range(repeats)]
+    seconds = world.max(np.array(rounds))  # [repeats, jobs]
+    results = []
+    for i, name in enumerate(networks):
+        case = CASES[name]
+        microseconds = 1e6 * seconds[:, 2 * i : 2 * i + 2] / (case.phases * case.updates)
+        alone, sampled = spread(microseconds[:, 0]), spread(microseconds[:, 1])
+        results.append(
+            {
+                "network": name,
+                "batch": case.batch,
+                "updates_per_phase": case.updates,
+                "microseconds_per_update": alone,
+                "microseconds_with_sampling": sampled,
+                "updates_per_second": 1e6 / alone["median"],
+            }
+        )
+    return {"benchmark": "learner", **provenance(), "ranks": world.size, "repeats": repeats, "results": results}
+
+
+def _jobs(case: Case, world: World) -> Iterator[Callable[[], None]]:
+    """Two jobs, warmed up: the case's phases with one batch, and the same with every batch drawn."""
+    agent = Learner(
+        lambda: build_network(
+            case.network,
+            case.observation,
+            None,
+            case.actions,
+            hidden=case.hidden,
+            dueling=False,
+            rng=np.random.default_rng(0),
+        ),
+        world,
+        double=False,
+        loss="huber",
+        max_gradient_norm=10.0,
+        xla=None,
+        planned=10**9,  # compiled, where a long run's would be
+    )
+    BroadcastHook(world, agent.variables)()
+    replay = filled_replay(case, world.rank)
+    batch = replay.sample(case.updates, case.batch)
+    copies = np.arange(case.updates) == case.updates - 1
+
+    def update(batch: Batch) -> None:
+        skipped = agent.update(batch, 1e-4, copies).skipped
+        assert not skipped, "an update that is skipped costs less"
+
+    def train() -> None:
+        for _ in range(case.phases):
+            update(batch)
+
+    def sample_and_train() -> None:
+        for _ in range(case.phases):
+            update(replay.sample(case.updates, case.batch))
+
+    train()  # traces the phase, and lets the allocator and the caches settle
+    yield train
+    yield sample_and_train
+
+
+def filled_replay(case: Case, rank: int) -> Replay:
+    """A replay full of random transitions, one in a hundred the last of its episode."""
+    rng = np.random.default_rng(np.random.SeedSequence(0, spawn_key=(rank,)))
+    images = len(case.observation) == 3
+    frame, stack = ((*case.observation[:-1], 1), case.observation[-1]) if images else (case.observation, 1)
+    dtype = np.uint8 if images else np.float32
+    slots = math.ceil(case.transitions / ENVS)
+    replay = Replay(slots, ENVS, frame, dtype, rng, frame_stack=stack)
+    frames = rng.integers(256, size=(64, ENVS, *frame)).astype(dtype)
+    for step in range(slots):
+        replay.add(
+            Transition(
+                frames[step % 64],
+                rng.integers(case.actions, size=ENVS),
+                rng.normal(size=ENVS).astype(np.float32),
+                rng.random(ENVS) < 0.01,
+                np.zeros(ENVS, bool),
+                frames[(step + 1) % 64],
+                np.ones(ENVS, bool),
+            )
+        )
+    return replay
+
+
+def table(result: dict[str, Any]) -> Table:
+    """The result of `learner` for people."""
+    measured = f"median of {result['repeats']} and half its interquartile range"
+    made = made_table(result, measured)
+    made.add_column("network")
+    for heading in ("batch", "updates per phase", "µs per update", "with sampling", "updates/s"):
+        made.add_column(heading, justify="right")
+    for row in result["results"]:
+        made.add_row(
+            row["network"],
+            str(row["batch"]),
+            str(row["updates_per_phase"]),
+            with_spread(row["microseconds_per_update"]),
+            with_spread(row["microseconds_with_sampling"]),
+            rate(row["updates_per_second"]),
+        )
+    return made

@@ -1,0 +1,168 @@
+"""What a job of many ranks would reach, computed from what few of them were measured to take.
+
+The time of one phase of K updates of N ranks is
+
+    work(B) + waiting(N, K) + messages(K) * allreduce(N, bytes)
+
+`work` is a rank's own time, linear in its batch B, `waiting` is for the slowest of N ranks before each message, and efficiency
+is `work` over the whole: the steps per second of the job over those of N ranks that never talk. Votes and reports are left out:
+their periods are the user's, and a vote is one small message per phase at most.
+"""
+
+import functools
+import math
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from hvd_dqn.ranks.placement import FUSED_FLOATS
+
+AGREEMENTS = 2  # small all-reduces by which Horovod's ranks find out what is ready everywhere, before each message
+DRAWS = 200_000  # of lateness: hundreds of them are later than the latest of 512 ranks usually is
+
+
+class Line(NamedTuple):
+    """`fixed + slope * x`, both at least 0."""
+
+    fixed: float
+    slope: float
+
+    def __call__(self, x: float) -> float:
+        return self.fixed + self.slope * x
+
+
+def fit_line(points: Sequence[tuple[float, float]]) -> Line:
+    """The line with the least squared relative errors over (x, y), y above 0; through the origin for a single x."""
+    x, y = np.array(points, np.float64).T
+    if len(np.unique(x)) == 1:
+        return Line(0.0, float(np.mean(y) / x[0]))
+    fixed, slope = np.linalg.lstsq(np.stack([1 / y, x / y], axis=1), np.ones(len(y)), rcond=None)[0].tolist()
+    # Nothing takes less than no time: where noise says so, the other term alone is fitted.
+    if fixed < 0:
+        return Line(0.0, float(np.sum(x / y) / np.sum((x / y) ** 2)))
+    if slope < 0:
+        return Line(float(np.sum(1 / y) / np.sum(1 / y**2)), 0.0)
+    return Line(fixed, slope)
+
+
+class Network(NamedTuple):
+    """What a message between ranks costs: `latency` s per hop, `seconds_per_byte`, and `overhead` s of Horovod's threads."""
+
+    latency: float
+    seconds_per_byte: float
+    overhead: float
+
+    def allreduce(self, ranks: int, size: float) -> float:
+        """Seconds for `size` bytes: the ring or, for short messages, recursive doubling, as MPI libraries choose.
+
+        The ring takes 2 (N - 1) hops of 1/N of the message each (Patarasuk & Yuan 2009), doubling log2 N of all of it
+        (Thakur et al. 2005). What Horovod adds is handing the message to its thread and back, which does not depend on N, and
+        agreeing on what is ready, which does.
+        """
+        if ranks == 1:
+            return 0.0
+        rounds = math.ceil(math.log2(ranks))
+        hops = 2 * (ranks - 1)
+        ring = hops * (self.latency + size / ranks * self.seconds_per_byte)
+        doubling = rounds * (self.latency + size * self.seconds_per_byte)
+        return self.overhead + AGREEMENTS * rounds * self.latency + min(ring, doubling)
+
+
+def fit_network(ranks: int, horovod: Mapping[float, float], raw: Mapping[float, float]) -> Network:
+    """From the seconds of all-reduces by their bytes, among `ranks` ranks: Horovod's, and MPI's own where it was asked.
+
+    Without small ones of MPI's, half of what a small message takes counts as the network's.
+    """
+    whole = fit_line(list(horovod.items()))
+    # Of the fixed cost, what a small message of MPI's own takes is the network's, once for each agreement and for the message
+    # itself, and the rest Horovod's threads'.
+    sent = {size: size * whole.slope for size in raw}
+    small = [seconds - sent[size] for size, seconds in raw.items() if sent[size] < whole.fixed / 10]
+    waits = 1 + AGREEMENTS
+    fixed = min(whole.fixed, waits * max(0.0, min(small))) if small else whole.fixed / 2
+    rounds, hops = math.ceil(math.log2(ranks)), 2 * (ranks - 1)
+    # At two ranks and any size, doubling is one hop of the whole message; above, large messages go round the ring.
+    bytes_sent = 1.0 if ranks == 2 else hops / ranks
+    return Network(fixed / waits / rounds, whole.slope / bytes_sent, whole.fixed - fixed)
+
+
+def expected_wait(lateness: np.ndarray, ranks: int) -> float:
+    """How much longer than the mean the longest of N independent draws from the sample is expected to be."""
+    ordered = np.sort(lateness)
+    below = np.arange(len(ordered) + 1) / len(ordered)
+    return float(ordered @ np.diff(below**ranks) - ordered.mean())
+
+
+class Phase(NamedTuple):
+    """What one rank alone was measured to do from the end of one phase to the end of the next, its steps included."""
+
+    batch: float  # transitions per update on this rank
+    updates: int  # K
+    seconds: float  # mean
+    least: float
+    deviation: float  # standard
+    message: int  # bytes of the parameters
+
+
+def waiting(phase: Phase, ranks: int, waits: int) -> float:
+    """Seconds of a phase spent waiting for the slowest of the ranks, when they wait for each other so many times in it.
+
+    What a phase takes above its least is taken for gamma distributed, by its mean and deviation. That is divisible: a K-th of
+    the phase has a K-th of the shape and the same scale, be it many small delays or few long ones.
+    """
+    late, variance = phase.seconds - phase.least, phase.deviation**2
+    if late <= 0 or variance <= 0:
+        return 0.0
+    shape, scale = late**2 / variance / waits, variance / late
+    return waits * scale * _gamma_wait(float(f"{shape:.6g}"), ranks)
+
+
+@functools.lru_cache  # another batch only changes the scale
+def _gamma_wait(shape: float, ranks: int) -> float:
+    return expected_wait(np.random.default_rng(0).standard_gamma(shape, size=DRAWS), ranks)
+
+
+def cost(phase: Phase, network: Network, ranks: int, sync: str) -> dict[str, float]:
+    """Seconds of a phase of `ranks` ranks, in parts: work, waiting, talking.
+
+    With gradients every one of the K updates waits and sends; with parameters the phase does once, Adam's two moments too, as
+    three messages where they are large.
+    """
+    if ranks == 1:
+        return {"work": phase.seconds, "waiting": 0.0, "talking": 0.0}
+    if sync == "gradients":
+        times, talking = phase.updates, phase.updates * network.allreduce(ranks, phase.message)
+    else:
+        messages = 3 if phase.message > 4 * FUSED_FLOATS else 1
+        times, talking = 1, messages * network.allreduce(ranks, 3 * phase.message / messages)
+    return {"work": phase.seconds, "waiting": waiting(phase, ranks, times), "talking": talking}
+
+
+def efficiency(parts: Mapping[str, float]) -> float:
+    return parts["work"] / sum(parts.values())
+
+
+def at_batch(phase: Phase, per_update: Line, batch: float) -> Phase:
+    """The same phase with another batch: its time by the line, and its lateness as if it were several of the old ones."""
+    seconds = phase.updates * per_update(batch)
+    factor = seconds / phase.seconds
+    deviation = math.sqrt(factor) * phase.deviation
+    return phase._replace(batch=batch, seconds=seconds, least=factor * phase.least, deviation=deviation)
+
+
+def batch_for(
+    target: float, phase: Phase, per_update: Line, network: Network, ranks: int, sync: str, limit: int = 1 << 20
+) -> int | None:
+    """The smallest batch per rank, up to `limit`, with at least this efficiency; None where there is none."""
+
+    def reached(batch: int) -> bool:
+        return efficiency(cost(at_batch(phase, per_update, batch), network, ranks, sync)) >= target
+
+    if not reached(limit):
+        return None
+    low, high = 0, limit  # efficiency grows with the batch
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if reached(middle) else (middle, high)
+    return high

@@ -1,0 +1,243 @@
+"""Whether this machine, these libraries and these ranks fit together, and the cure where they do not."""
+
+import json
+import os
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import groupby
+from typing import Any
+
+import tensorflow as tf
+from rich import box
+from rich import print as show
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from hvd_dqn import __version__
+from hvd_dqn.bench.allreduce import measure
+from hvd_dqn.bench.results import count
+from hvd_dqn.commands.options import JsonOptions, parse
+from hvd_dqn.ranks.lockstep import in_step
+from hvd_dqn.ranks.world import World
+from hvd_dqn.storage.run_directory import versions
+
+# How many ranks the launcher says it started: Open MPI's, horovodrun's with Gloo, srun's, MPICH's.
+LAUNCHED_VARIABLES = ("OMPI_COMM_WORLD_SIZE", "HOROVOD_SIZE", "SLURM_STEP_NUM_TASKS", "PMI_SIZE")
+SETTINGS = ("HOROVOD_", "OMPI_MCA_", "OMP_", "TF_", "MALLOC_", "CUDA_VISIBLE_DEVICES", "SLURM_CPUS_PER_TASK")
+# What launchers tell their own processes: addresses and keys, nothing that anybody set.
+INTERNAL = ("OMPI_MCA_orte_", "OMPI_MCA_ess", "OMPI_MCA_pmix", "OMPI_MCA_shmem_", "OMPI_MCA_initial_wdir", "TF2_")
+INTERNAL_PARTS = ("SECRET", "KEY", "_ADDR", "_PORT", "RANK", "SIZE", "HOSTNAME", "CLI_CONFIG")
+FLOATS = (4_610, 1_687_206)  # in the gradients of the 64-64 MLP and of the Nature CNN
+ROUNDS = 5  # of the benchmark of all-reduces: a glance
+
+
+def run(arguments: Sequence[str], world: World) -> None:
+    options = in_step(world, lambda: parse(JsonOptions, arguments, "hvd-dqn doctor"))
+    result = examine(world)
+    print(json.dumps(result)) if options.json else show(render(result))
+
+
+def examine(world: World) -> dict[str, Any]:
+    """Asks every rank and times all-reduces. All ranks call it, and all get the whole answer."""
+    ranks = world.gather(_ask(world))
+    return {
+        "hvd_dqn": __version__,
+        "ranks": ranks,
+        "allreduce": [_time_allreduce(world, floats) for floats in FLOATS] if world.size > 1 else [],
+        "problems": problems(ranks),
+    }
+
+
+def _ask(world: World) -> dict[str, Any]:
+    """What one rank knows of itself."""
+    return {
+        "rank": world.rank,
+        "size": world.size,
+        "local_rank": world.local_rank,
+        "local_size": world.local_size,
+        "host": world.hostname,
+        "launched": launched(os.environ),
+        "cores": sorted(os.sched_getaffinity(0)),
+        "threads": int(os.environ.get("TF_NUM_INTRAOP_THREADS", 0)) or len(os.sched_getaffinity(0)),
+        "gpus": gpus([gpu.name for gpu in tf.config.get_visible_devices("GPU")], os.environ),
+        "versions": versions(),
+        "horovod": world.describe(),
+        "settings": settings(os.environ),
+    }
+
+
+def launched(environ: Mapping[str, str]) -> int:
+    """The number of ranks that the launcher says it started; 1 without a launcher."""
+    return next((int(environ[name]) for name in LAUNCHED_VARIABLES if name in environ), 1)
+
+
+def gpus(names: Sequence[str], environ: Mapping[str, str]) -> list[str]:
+    """The host's own numbers or ids of TensorFlow's devices, which count only what CUDA_VISIBLE_DEVICES leaves."""
+    numbers = [int(name.rsplit(":", 1)[1]) for name in names]
+    visible = [word.strip() for word in environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if word.strip()]
+    return [visible[number] if number < len(visible) else str(number) for number in numbers]
+
+
+def settings(environ: Mapping[str, str]) -> dict[str, str]:
+    """The variables in force that steer threads, Horovod and Open MPI."""
+    return {
+        name: value
+        for name, value in sorted(environ.items())
+        if name.startswith(SETTINGS)
+        and not name.startswith(INTERNAL)
+        and not any(part in name for part in INTERNAL_PARTS)
+    }
+
+
+def _time_allreduce(world: World, floats: int) -> dict[str, float]:
+    """Microseconds of one of Horovod's all-reduces, and the megabytes per second that this makes."""
+    found = measure(world, floats, ROUNDS, beside_mpi=False)["horovod"]
+    microseconds = {name: 1e6 * seconds for name, seconds in found["seconds"].items()}
+    return {"bytes": 4 * floats, **microseconds, "megabytes_per_second": found["bytes_per_second"] / 1e6}
+
+
+Ranks = Sequence[dict[str, Any]]
+
+
+def problems(ranks: Ranks) -> list[str]:
+    """Everything wrong in what the ranks say of themselves, each with its cure."""
+    return list(dict.fromkeys(complaint for check in CHECKS for complaint in check(ranks)))
+
+
+def _alone_in_company(ranks: Ranks) -> Iterator[str]:
+    for rank in ranks:
+        if rank["size"] == 1 and rank["launched"] > 1:
+            yield (
+                f"The launcher started {rank['launched']} ranks, but this one finds itself alone: mpi4py and Horovod were "
+                "built for another MPI than the launcher's. Run launch/setup.sh with one mpirun on PATH and start with "
+                "that one; srun needs --mpi=pmix."
+            )
+
+
+def _no_horovod(ranks: Ranks) -> Iterator[str]:
+    missing = [name for name in ("horovod", "mpi4py") if name not in ranks[0]["versions"]]
+    if missing:
+        yield f"One process works; several ranks need {' and '.join(missing)}: run launch/setup.sh."
+    elif "horovod_error" in ranks[0]["horovod"]:
+        yield (
+            "Horovod is installed but cannot be loaded: it must be built after TensorFlow and against it. "
+            f"Run launch/setup.sh. The reason: {ranks[0]['horovod']['horovod_error']}"
+        )
+
+
+def _shared_cores(ranks: Ranks) -> Iterator[str]:
+    for host, neighbours in _by_host(ranks):
+        threads = sum(rank["threads"] for rank in neighbours)
+        cores = len({core for rank in neighbours for core in rank["cores"]})
+        if threads > cores and len(neighbours) > 1:
+            share = max(1, cores // len(neighbours))
+            yield (
+                f"{len(neighbours)} ranks on {host} run {threads} threads on {count(cores, 'core')} and so wait "
+                f"for each other: set OMP_NUM_THREADS and TF_NUM_INTRAOP_THREADS to {share}"
+                + (", start fewer ranks" if cores < len(neighbours) else "")
+                + ", or let the launcher give more cores (mpirun --bind-to none, srun --cpus-per-task)."
+            )
+
+
+def _shared_gpu(ranks: Ranks) -> Iterator[str]:
+    for host, neighbours in _by_host(ranks):
+        owners = defaultdict(list)
+        for rank in neighbours:
+            for gpu in rank["gpus"]:
+                owners[gpu].append(str(rank["rank"]))
+        for gpu, names in owners.items():
+            if len(names) > 1:
+                yield (
+                    f"Ranks {', '.join(names)} share GPU {gpu} on {host}, which NCCL does not do: start one rank per "
+                    "GPU, and give each its own (srun --gpus-per-task=1) or let all see all of them."
+                )
+
+
+def _no_nccl(ranks: Ranks) -> Iterator[str]:
+    if len(ranks) > 1 and any(rank["gpus"] for rank in ranks) and not ranks[0]["horovod"].get("nccl_built", False):
+        yield (
+            "There are GPUs, but Horovod was built without NCCL, so every gradient goes through the host's memory: "
+            "run launch/setup.sh --gpu, which builds with HOROVOD_GPU_OPERATIONS=NCCL."
+        )
+
+
+def _different_versions(ranks: Ranks) -> Iterator[str]:
+    for name in sorted({name for rank in ranks for name in rank["versions"]}):
+        counts = Counter(rank["versions"].get(name, "none") for rank in ranks)
+        if len(counts) > 1:
+            usual = counts.most_common(1)[0][0]
+            odd = next(rank for rank in ranks if rank["versions"].get(name, "none") != usual)
+            here = odd["versions"].get(name, "none")
+            yield (
+                f"The ranks have different versions of {name}: {here} on {odd['host']} and {usual} elsewhere. "
+                "Let all hosts use one .venv, or run launch/setup.sh on each."
+            )
+
+
+CHECKS: tuple[Callable[[Ranks], Iterator[str]], ...] = (
+    _alone_in_company,
+    _no_horovod,
+    _shared_cores,
+    _shared_gpu,
+    _no_nccl,
+    _different_versions,
+)
+
+
+def _by_host(ranks: Ranks) -> Iterator[tuple[str, list[dict[str, Any]]]]:
+    for host, group in groupby(sorted(ranks, key=lambda rank: rank["host"]), key=lambda rank: rank["host"]):
+        yield host, list(group)
+
+
+def render(report: dict[str, Any]) -> RenderableType:
+    """The report for people: what is installed and built, a row per rank, the all-reduces, and the problems."""
+    chief = report["ranks"][0]
+    about = Table.grid(padding=(0, 2))
+    about.add_row("versions", _pairs({"hvd_dqn": report["hvd_dqn"], **chief["versions"]}))
+    build = {k.replace("_", " "): v for k, v in chief["horovod"].items() if k.endswith(("_built", "_error"))}
+    about.add_row("Horovod", _pairs(build) if build else "not installed")
+    about.add_row("settings", _pairs(chief["settings"], "="))
+    for row in report["allreduce"]:
+        spread = f"{row['median']:,.0f} µs (quartiles {row['low']:,.0f} and {row['high']:,.0f})"
+        about.add_row(
+            "all-reduce", f"{row['bytes'] / 1e3:,.0f} kB in {spread}: {row['megabytes_per_second']:,.0f} MB/s"
+        )
+    ranks = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
+    for title in ("rank", "host", "local\nrank", "cores", "threads", "device", "MPI", "thread\nlevel", "controller"):
+        # What may become long folds where the terminal is narrow: nothing loses its end.
+        ranks.add_column(title, overflow="fold", no_wrap=title not in ("host", "cores", "device", "MPI"))
+    for rank in report["ranks"]:
+        horovod = rank["horovod"]
+        ranks.add_row(
+            f"{rank['rank']}/{rank['size']}",
+            rank["host"],
+            f"{rank['local_rank']}/{rank['local_size']}",
+            _ranges(rank["cores"]),
+            str(rank["threads"]),
+            ", ".join(f"GPU {gpu}" for gpu in rank["gpus"]) or "CPU",
+            " ".join(horovod.get("mpi_library", "none").split()),
+            horovod.get("mpi_thread_level", "none"),
+            next((name for name in ("MPI", "Gloo") if horovod.get(f"{name.lower()}_enabled")), "none"),
+        )
+    complaints = Table.grid(padding=(0, 1))
+    for complaint in report["problems"]:
+        complaints.add_row("!", Text(complaint, overflow="fold"))
+    return Group(about, ranks, complaints if report["problems"] else "No problem found.")
+
+
+def _pairs(values: Mapping[str, Any], between: str = " ") -> Text:
+    words = {True: "yes", False: "no"}
+    pairs = ", ".join(f"{k}{between}{words[v] if isinstance(v, bool) else v}" for k, v in values.items())
+    return Text(pairs, overflow="fold")
+
+
+def _ranges(numbers: Sequence[int]) -> str:
+    """[0, 1, 2, 5] as "0-2, 5"."""
+    parts: list[list[int]] = []
+    for number in numbers:
+        if parts and number == parts[-1][-1] + 1:
+            parts[-1].append(number)
+        else:
+            parts.append([number])
+    return ", ".join(str(part[0]) if len(part) == 1 else f"{part[0]}-{part[-1]}" for part in parts)

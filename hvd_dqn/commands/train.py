@@ -1,0 +1,73 @@
+"""`hvd-dqn train`: trains an agent, by one process or by many ranks."""
+
+import contextlib
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from hvd_dqn.commands.loading import loading
+from hvd_dqn.commands.options import TrainOptions, read_settings
+from hvd_dqn.config import Config
+from hvd_dqn.errors import InputError
+from hvd_dqn.ranks.lockstep import in_step
+from hvd_dqn.ranks.placement import is_elastic
+from hvd_dqn.ranks.signals import StopRequest
+from hvd_dqn.ranks.world import World
+from hvd_dqn.storage.run_directory import Run, default_path
+
+# sysexits.h's EX_TEMPFAIL: come again. Batch systems requeue on it.
+STOPPED = 75
+stop_request = StopRequest()
+
+
+def run(arguments: Sequence[str], world: World) -> None:
+    options, name, config = in_step(world, lambda: read_settings(arguments))
+    _check_elastic(options, config)
+    in_step(world, lambda: _check_timeline(options, world))
+
+    with loading():
+        from hvd_dqn import api  # imports TensorFlow, which bad input should not have to wait for
+
+    if options.elastic:
+        assert options.run_dir is not None
+        stopped = api.train_elastically(config, name, Run(options.run_dir), stop_request, resume=options.resume)
+    else:
+        digests = world.gather(config.digest())
+        if len(set(digests)) > 1:
+            odd = [rank for rank, digest in enumerate(digests) if digest != digests[0]]
+            raise InputError(f"The ranks were started with different settings: ranks {odd} differ from rank 0.")
+        directory = Run(Path(world.gather(str(options.run_dir or default_path(name)))[0]))
+        with world.timeline(options.timeline) if options.timeline else contextlib.nullcontext():
+            stopped = api.train(config, name, directory, world, stop_request, resume=options.resume)
+        world.barrier()  # nobody's files are half-written when the launcher sees the first rank end
+    if stopped:
+        stop_request.ignore()
+        sys.exit(STOPPED)
+
+
+def _check_elastic(options: TrainOptions, config: Config) -> None:
+    if options.elastic != is_elastic():
+        raise InputError(
+            "--elastic and horovodrun's --host-discovery-script belong together. Received: "
+            + ("only --elastic." if options.elastic else "only the script: add --elastic to the training.")
+        )
+    if options.elastic and config.ranks.scaling == "strong":
+        raise InputError(
+            "--elastic needs --ranks.scaling weak: under strong scaling a lost rank takes its share of environments with it."
+        )
+    if options.elastic and not options.run_dir:
+        raise InputError(
+            "--elastic needs --run-dir DIR, which all hosts share: any rank may become the one that writes."
+        )
+
+
+def _check_timeline(options: TrainOptions, world: World) -> None:
+    if options.timeline is None:
+        return
+    if world.size == 1 or options.elastic:
+        raise InputError("--timeline is for two ranks or more that stay together: one alone has nobody to wait for.")
+    try:
+        if world.rank == 0:
+            options.timeline.open("a").close()
+    except OSError as error:
+        raise InputError(f"--timeline {options.timeline} cannot be written: {error.strerror}.") from None

@@ -1,0 +1,1 @@
+"""Environments: made, stepped, saved and restored. Knows nothing of learning."""

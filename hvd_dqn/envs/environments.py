@@ -1,0 +1,318 @@
+"""One rank's copies of a Gymnasium environment: stepped together, saved where they stand, made anew after failures."""
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from gymnasium import spaces
+from gymnasium.vector import AutoresetMode, VectorEnv
+
+from hvd_dqn.agent.transition import Transition
+from hvd_dqn.envs.frames import Frames
+from hvd_dqn.envs.restore import places_of
+from hvd_dqn.envs.vector import ask, build, end, is_native
+from hvd_dqn.envs.wrappers import Failure, line
+from hvd_dqn.errors import InputError, RunError, tell
+
+# How long environments and their processes may take to close before they are left or killed.
+CLOSING_SECONDS = 5.0
+# Streams of seeds that follow from those of the last reset.
+RESTARTED, RESUMED = range(2)
+
+
+class Episodes(NamedTuple):
+    """The n episodes that ended in one step, in the order of their environments."""
+
+    returns: np.ndarray  # [n] float64: sums of the environment's own rewards, neither scaled nor clipped
+    lengths: np.ndarray  # [n] int64: steps
+
+
+class Environments:
+    """E copies of one environment: steps them, resets those that end, and stacks what the agent sees.
+
+    A step yields single frames (for the replay); `observation` holds the last `frame_stack` of them. Arrays handed out
+    are never written again and must not be written by others. `first_index` is the global index of the first copy and,
+    with `rank`, names a copy in errors. Raises InputError where the environment cannot be made or cannot be learned by
+    DQN.
+
+    A copy fails by raising, by the end of its process, and by a value that is not finite. After the first `restarts`
+    failures all copies are closed, made anew and reset with seeds that follow from those of the last `reset`. After the
+    next, `step` and `reset` raise RunError, which names the copy and contains the environment's traceback.
+    """
+
+    frames: Frames
+    actions: int
+    observation: np.ndarray  # [E, *frames.observation_shape]: what the agent sees now
+    returns: np.ndarray  # [E] float64: of the episodes under way, as in Episodes
+    restorable: bool  # whether `load_state` can put copies back where they stood; False until `probe`
+    restarted: int  # how often the copies were made anew, also in the runs before this one was resumed
+
+    def __init__(
+        self,
+        id: str,
+        copies: int,
+        *,
+        kwargs: Mapping[str, Any] | None = None,
+        vectorization: str = "auto",
+        frame_stack: int = 1,
+        reward_scale: float = 1.0,
+        reward_clip: float | None = None,
+        first_index: int = 0,
+        rank: int = 0,
+        restarts: int = 0,
+    ) -> None:
+        self.id = id
+        self.copies = copies
+        self._reward_scale = reward_scale
+        self._reward_clip = reward_clip
+        self._first_index = first_index
+        self._rank = rank
+        self._restarts = restarts
+        kwargs = dict(kwargs or {})
+        self._settings = f"{id}, {copies} copies of {sorted(kwargs.items())} in stacks of {frame_stack}"
+        self._build: Callable[[], VectorEnv] = functools.partial(build, id, copies, kwargs, vectorization, first_index)
+        self._make()
+
+        self.frames = Frames(self._vector.single_observation_space, frame_stack)
+        action_space = self._vector.single_action_space
+        assert isinstance(action_space, spaces.Discrete)
+        self.actions = int(action_space.n)
+        self._first_action = int(action_space.start)
+
+        # Such a class resets an environment in the step after the one that ended its episode.
+        self._resets_late = AutoresetMode(self._vector.metadata["autoreset_mode"]) == AutoresetMode.NEXT_STEP
+        self._native = is_native(self._vector)
+        self._all = np.ones(copies, dtype=np.bool_)
+        self._all.flags.writeable = False
+        self.restorable = self._probed = False
+        self.restarted = 0
+        self._seeds: list[int] = []
+        self._steps = 0
+        self._start(np.zeros((copies, *self.frames.shape), self.frames.dtype))
+
+    def _make(self) -> None:
+        self._vector = self._build()
+        self._ask = functools.partial(ask, self._vector, self._first_index)
+        self._places = places_of(self._vector, self._first_index)
+
+    def reset(self, seeds: Sequence[int]) -> None:
+        """Starts an episode in every copy, from its own seed; an environment's vector class takes only the first."""
+        assert len(seeds) == self.copies
+        self._seeds = [int(seed) for seed in seeds]
+        try:
+            self._start(self._first_frames(self._seeds))
+        except Failure as failure:
+            self._recover(failure, "at its reset")
+
+    def _first_frames(self, seeds: list[int], **options: Any) -> np.ndarray:
+        raw, _ = self._ask("reset", seed=seeds[0] if self._native else seeds, **options)
+        frame = self.frames.read(raw)
+        self._check_finite("observation", frame)
+        return frame
+
+    def _start(self, frame: np.ndarray) -> None:
+        self._frame = frame  # [E, *frame]: the newest frame
+        self.observation = self.frames.begin(frame)
+        self.returns = np.zeros(self.copies, dtype=np.float64)
+        self._lengths = np.zeros(self.copies, dtype=np.int64)
+        self._ended = np.zeros(self.copies, dtype=np.bool_)  # [E]: in the last step
+        self._any_ended = False
+
+    def step(self, action: np.ndarray) -> tuple[Transition, Episodes]:
+        """Takes `action`, [E] integers from 0, in all copies.
+
+        Where one has failed and all are made anew, no row is valid, and those whose episode was cut off are truncated.
+        """
+        self._steps += 1
+        try:
+            return self._step(action)
+        except Failure as failure:
+            frame, cut = self._frame, self._lengths > 0
+            self._recover(failure, f"in step {self._steps}")
+        none = np.zeros(self.copies, np.bool_)
+        reward = np.zeros(self.copies, np.float32)
+        return Transition(frame, np.array(action, np.int64), reward, none, cut, self._frame, none), NO_EPISODES
+
+    def _step(self, action: np.ndarray) -> tuple[Transition, Episodes]:
+        raw, raw_reward, raw_terminated, raw_truncated, info = self._ask("step", action + self._first_action)
+        frame = self.frames.read(raw)
+        reward = np.array(raw_reward, dtype=np.float64)
+        terminated = np.array(raw_terminated, dtype=np.bool_)
+        truncated = np.array(raw_truncated, dtype=np.bool_)
+        valid = self._all
+        if self._resets_late and self._any_ended:
+            valid = ~self._ended
+            reward[self._ended] = 0
+            terminated &= valid
+            truncated &= valid
+        ended = terminated | truncated
+        any_ended = np.count_nonzero(ended) > 0  # a fifth of the time of ended.any()
+        next_frame = frame
+        if any_ended and not self._resets_late:
+            next_frame = self._with_final(frame, ended, info)
+            self._check_finite("observation at its reset", frame)
+        self._check_finite("reward", reward)
+        self._check_finite("observation", next_frame)
+
+        self.returns += reward
+        self._lengths += valid
+        episodes = NO_EPISODES
+        if any_ended:
+            episodes = Episodes(self.returns[ended], self._lengths[ended])
+            self.returns[ended] = 0
+            self._lengths[ended] = 0
+
+        learned = reward * self._reward_scale
+        if self._reward_clip is not None:
+            learned = np.minimum(np.maximum(learned, -self._reward_clip), self._reward_clip)
+        transition = Transition(
+            observation=self._frame,
+            action=np.array(action, dtype=np.int64),
+            reward=learned.astype(np.float32),
+            terminated=terminated,
+            truncated=truncated,
+            next_observation=next_frame,
+            valid=valid,
+        )
+        self._frame = frame
+        self.observation = self.frames.push(self.observation, frame, ~valid if self._resets_late else ended)
+        self._ended, self._any_ended = ended, any_ended
+        return transition, episodes
+
+    def probe(self) -> bool:
+        """Finds out, by about a hundred steps and some resets of the first copy, whether the copies are `restorable`.
+
+        To be called before `reset`, which then begins as if there had been no probe, unless the environment carries
+        something over a seeded reset; such a one is not restorable. From then on restorable copies remember what they
+        need for it. An environment that fails here is not restorable.
+        """
+        self._probed = True
+        try:
+            self.restorable = self._places.probe()
+            if self.restorable:
+                self._places.remember()
+        except Failure:
+            self.restorable = False
+            end(self._vector, CLOSING_SECONDS)
+            self._make()
+        return self.restorable
+
+    def state(self) -> dict[str, Any]:
+        """Where the copies stand: arrays, and what `json` can write.
+
+        Where they are not `restorable`, only the seeds of new episodes follow from it.
+        """
+        return {
+            "settings": self._settings,
+            "seeds": self._seeds,
+            "steps": self._steps,
+            "restarted": self.restarted,
+            **{name: mine.copy() for name, mine in self._episodes().items()},
+            **(self._places.state() if self.restorable else {}),
+        }
+
+    def _episodes(self) -> dict[str, np.ndarray]:
+        return {
+            "frame": self._frame,
+            "observation": self.observation,
+            "returns": self.returns,
+            "lengths": self._lengths,
+            "ended": self._ended,
+        }
+
+    def load_state(self, state: Mapping[str, Any]) -> np.ndarray:
+        """Puts copies back where they stood, and returns [E] bool: which of them now stand there.
+
+        Their episodes go on bit by bit as those saved would have. The others, all of them where the settings have
+        changed, begin new episodes, from seeds that follow from those saved and the number of steps.
+        """
+        if not self._probed:
+            self.probe()
+        self._seeds = [int(seed) for seed in state["seeds"]]
+        self._steps, self.restarted = int(state["steps"]), int(state["restarted"])
+        seeds = self._fresh_seeds(RESUMED, self._steps)
+        try:
+            self._start(self._first_frames(seeds))
+            restored = np.zeros(self.copies, np.bool_)
+            if self.restorable and state["settings"] == self._settings:
+                restored = self._put_back(state, seeds)
+        except Failure as failure:
+            self._recover(failure, "while it was put back where it stood")
+            return np.zeros(self.copies, np.bool_)
+        return restored
+
+    def _put_back(self, state: Mapping[str, Any], seeds: list[int]) -> np.ndarray:
+        restored = self._places.put_back(state, self.frames.read)
+        if not restored.all():
+            partly = {} if self._native else {"options": {"reset_mask": ~restored}}
+            self._start(self._first_frames(seeds, **partly))
+        for name, mine in self._episodes().items():
+            mine[restored] = state[name][restored]
+        self._any_ended = bool(self._ended.any())
+        return restored
+
+    def close(self) -> None:
+        """Ends the environments and their processes; a second call does nothing."""
+        end(self._vector, CLOSING_SECONDS)
+
+    def _with_final(self, frame: np.ndarray, ended: np.ndarray, info: dict[str, Any]) -> np.ndarray:
+        """`frame`, with the last one of the episode that has ended instead of the first of the next."""
+        if "final_obs" not in info:
+            raise RunError(
+                f"The vector class of {self.id} must give the last observation of an episode as info['final_obs'], and "
+                f"gave {sorted(info)}. Step the copies one by one with --env.vectorization sync."
+            )
+        final = info["final_obs"]  # [E] objects, None where no episode ended
+        next_frame = frame.copy()
+        next_frame[ended] = self.frames.read([final[i] for i in np.flatnonzero(ended)])
+        return next_frame
+
+    def _check_finite(self, what: str, values: np.ndarray) -> None:
+        if values.dtype.kind != "f" or np.count_nonzero(np.isfinite(values)) == values.size:
+            return
+        place = np.argwhere(~np.isfinite(values))[0].tolist()
+        where = f" at index {place[1:]}" if place[1:] else ""
+        raise Failure(
+            [self._first_index + place[0]],
+            f"returned a non-finite {what}",
+            f"{values[tuple(place)]}{where}, which would spread to all weights",
+        )
+
+    def _numbers(self) -> range:
+        return range(self._first_index, self._first_index + self.copies)
+
+    def _fresh_seeds(self, *key: int) -> list[int]:
+        stream = np.random.SeedSequence(self._seeds, spawn_key=key)
+        return (stream.generate_state(self.copies) % 2**31).tolist()
+
+    def _recover(self, failure: Failure, when: str) -> None:
+        """Makes all copies anew and begins their episodes. Raises RunError where no restart is left for that."""
+        while True:
+            which = ", ".join(map(str, failure.numbers))
+            if failure.numbers == self._numbers() and self.copies > 2:
+                which = f"{failure.numbers[0]} to {failure.numbers[-1]}"
+            told = f"Environment {which} ({self.id}) on rank {self._rank} {failure.did} {when}: {failure.why}"
+            trace = f"\n{failure.trace}" if failure.trace else ""
+            end(self._vector, CLOSING_SECONDS)
+            if self.restarted >= self._restarts:
+                raise RunError(
+                    f"{told}. Mend it, or have the copies that are trained with made anew after a failure: "
+                    f"--env.restart_failed_envs.{trace}"
+                ) from failure
+            self.restarted += 1
+            left = self._restarts - self.restarted
+            tell(f"{told}. All copies of this rank are made anew; restarts left: {left}.{trace}")
+            try:
+                self._make()
+                if self.restorable:
+                    self._places.remember()
+                self._start(self._first_frames(self._fresh_seeds(RESTARTED, self.restarted)))
+                return
+            except Failure as again:
+                failure = again
+            except InputError as error:
+                failure = Failure(self._numbers(), "could not be made anew", line(error))
+
+
+NO_EPISODES = Episodes(np.empty(0, np.float64), np.empty(0, np.int64))

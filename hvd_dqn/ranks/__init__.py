@@ -1,0 +1,1 @@
+"""Other processes. Horovod and mpi4py are used here and nowhere else."""

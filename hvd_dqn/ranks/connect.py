@@ -1,0 +1,63 @@
+"""Finds out whether this process is alone or a rank of many, and refuses jobs whose ranks could not work together."""
+
+import importlib.util
+import os
+import sys
+from typing import NoReturn
+
+from hvd_dqn.errors import InputError
+from hvd_dqn.ranks.placement import (
+    check_restart,
+    gpu_conflict,
+    is_elastic,
+    is_launched,
+    set_communication_defaults,
+    srun_tasks,
+)
+from hvd_dqn.ranks.world import HorovodWorld, Solo, World, mpi_size
+
+
+def connect() -> World:
+    """The world this process was started into; alone, neither Horovod, mpi4py nor TensorFlow is imported."""
+    if not is_launched():
+        _refuse_strangers()
+        return Solo()
+    set_communication_defaults()
+    if is_elastic():
+        check_restart()
+        # A collective would meet the ones in which the others are training: until it joins them, each works alone.
+        return Solo(int(os.environ["HOROVOD_RANK"]))
+    under_gloo = "HOROVOD_GLOO_RENDEZVOUS_ADDR" in os.environ
+    size = int(os.environ["HOROVOD_SIZE"]) if under_gloo else mpi_size()
+    if size == 1:
+        _refuse_strangers()
+        return Solo()
+    if importlib.util.find_spec("horovod") is None:
+        raise InputError(
+            f"{size} ranks need Horovod, which is not installed: run launch/setup.sh, or start one process."
+        )
+    world = HorovodWorld()
+    # Asked on every rank: how Horovod was built is one host's affair, and whether ranks meet must not be.
+    places = world.gather((world.describe()["nccl_built"], world.hostname, world.gpu))
+    if all(has_nccl for has_nccl, *_ in places):
+        conflict = gpu_conflict([(host, gpu) for _, host, gpu in places])
+        if conflict:
+            _refuse(conflict, world.rank)
+    return world
+
+
+def _refuse_strangers() -> None:
+    """srun without MPI would start the same training several times over, each in a process that finds itself alone."""
+    if srun_tasks() > 1:
+        _refuse(
+            f"srun started {srun_tasks()} tasks that know nothing of each other: use `srun --mpi=pmix`, or mpirun "
+            "inside the job where `srun --mpi=list` has no pmix.",
+            int(os.environ.get("SLURM_PROCID", 0)),
+        )
+
+
+def _refuse(complaint: str, rank: int) -> NoReturn:
+    """Bad input that all ranks see before there is a world to agree in: the first alone says so."""
+    if rank == 0:
+        raise InputError(complaint)
+    sys.exit(2)

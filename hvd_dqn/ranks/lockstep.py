@@ -1,0 +1,58 @@
+"""What ranks agree on before they go on: the chief's weights, weights that are still equal, and input good for all."""
+
+import zlib
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
+
+import numpy as np
+
+from hvd_dqn.errors import InputError, JobError
+from hvd_dqn.ranks.world import World
+
+T = TypeVar("T")
+
+
+class BroadcastHook:
+    """Makes all ranks start from the chief's weights: at the start, after a restore and whenever ranks join."""
+
+    def __init__(self, world: World, variables: Mapping[str, Any]) -> None:
+        self._world, self._variables = world, list(variables.values())
+
+    def __call__(self) -> None:
+        self._world.broadcast(self._variables)
+
+
+def check_drift(world: World, variables: Mapping[str, Any], when: str) -> None:
+    """Compares a checksum of every variable over ranks. Raises JobError, on all ranks, naming those that differ.
+
+    The error goes to the ranks whose values differ from the chief's. `when` says at which point of the run.
+    """
+    sums = np.array([zlib.crc32(variable.numpy().tobytes()) for variable in variables.values()], np.float64)
+    largest = world.max(np.concatenate([sums, -sums]))
+    if np.array_equal(largest[: len(sums)], -largest[len(sums) :]):
+        return
+    everyone = np.stack(world.gather(sums))  # [size, variables]
+    differs = everyone != everyone[0]
+    ranks = ", ".join(str(rank) for rank in np.flatnonzero(differs.any(axis=1)))
+    odd = differs.any(axis=0)
+    names = ", ".join(f"{name} ({v.name})" for (name, v), is_odd in zip(variables.items(), odd, strict=True) if is_odd)
+    raise JobError(
+        f"The ranks have drifted apart {when}: on rank {ranks} the variables {names} differ from rank 0's. "
+        "Something changed weights without averaging; go on from the last checkpoint with --resume."
+    )
+
+
+def in_step(world: World, action: Callable[[], T]) -> T:
+    """Does `action` on every rank and goes on only if none of them refuses. A collective.
+
+    Where one raises InputError, all raise that of the first such rank: bad input seen by one ends every rank together.
+    """
+    complaint = None
+    try:
+        result = action()
+    except InputError as error:
+        complaint = str(error)
+    for message in world.gather(complaint):
+        if message is not None:
+            raise InputError(message)
+    return result

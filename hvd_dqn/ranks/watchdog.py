@@ -1,0 +1,315 @@
+"""A thread on every rank that ends the whole job when one of its ranks is dead, frozen or no longer gets on.
+
+A collective has no timeout, and Horovod's stall inspector sees neither a frozen process nor mpi4py. So each rank holds one
+TCP connection to the chief, apart from MPI, Horovod and Gloo, and says over it that it lives and how long ago its main
+thread got on. The chief watches the ranks, and each rank watches the chief. Messages are lines of JSON.
+"""
+
+import contextlib
+import json
+import os
+import secrets
+import selectors
+import socket
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from time import monotonic, sleep
+from typing import Any, NamedTuple
+
+import psutil
+
+from hvd_dqn.errors import RunError
+from hvd_dqn.ranks.world import World
+
+CONNECT_SECONDS = 30.0  # for reaching the chief at one of its addresses
+ATTEMPT_SECONDS = 3.0  # for one of them
+PARTING_SECONDS = 2.0  # for the answer to a goodbye
+ABORT_SECONDS = 5.0  # for world.abort: MPI_Abort may block while the main thread sits inside MPI
+TURN_SECONDS = 0.5  # between the ranks that all see the chief's end: the first to speak ends the others
+LONGEST_LINE = 4096  # bytes
+STRANGER = -1  # the rank of a peer that has not shown the token
+# Whose code runs in the innermost frame of a main thread that waits for other ranks, or for its own thread that learns.
+WAITS_IN = ("horovod.", "mpi4py.", "tensorflow.", "hvd_dqn.ranks.world.", "hvd_dqn.training.worker.settle.")
+WAITS_BY = ("threading", "concurrent.futures._base")  # the frames inside that do not tell who waits
+
+
+class Progress(NamedTuple):
+    """How the main thread of a rank gets on."""
+
+    beaten: float  # when it last said so, by the reader's own clock
+    where: str  # what it was about to do then
+    line: str  # of the program, at which it is now
+    waits: bool  # inside a collective, as far as its innermost frame tells
+
+
+class Peer:
+    """The other end of a connection."""
+
+    def __init__(self, connection: socket.socket, rank: int) -> None:
+        connection.setblocking(False)
+        self.connection = connection
+        self.rank = rank
+        self.is_watched = rank != STRANGER  # else from its first report on
+        self.heard = monotonic()
+        self._begun = b""  # of a line whose end has not come
+
+    def send(self, **message: Any) -> None:
+        # A full buffer or a closed connection needs no care here: such a peer will be found silent or gone.
+        with contextlib.suppress(OSError):
+            self.connection.send(json.dumps(message).encode() + b"\n")
+
+    def receive(self) -> list[Any] | None:
+        """The messages that have arrived; None at the connection's end, or where it carries something else."""
+        try:
+            data = self.connection.recv(65536)
+            *lines, self._begun = (self._begun + data).split(b"\n")
+            messages = [json.loads(line) for line in lines]
+        except BlockingIOError:
+            return []
+        except (OSError, ValueError):
+            return None
+        return messages if data and len(self._begun) <= LONGEST_LINE else None
+
+
+class Watchdog:
+    """Ends the job by `world.abort`, from a thread of its own, with a message that names the culprit's rank and host.
+
+    A rank is *gone* when its connection closes without a goodbye. It is *silent* when nothing was heard from it for
+    `silence_seconds`, which must exceed the longest time for which anything holds the interpreter's lock. A *stall* is
+    found when not one rank has beaten for `stall_seconds`, which must exceed the longest way from a beat to the next: as long
+    as one rank gets on, others may have to wait for it. The culprit has the oldest beat of those in no collective.
+
+    A rank that cannot reach the chief is not watched, and the chief says so. Stalls are then not judged either: that
+    rank may be getting on unheard. To open a watchdog is a collective.
+    """
+
+    def __init__(self, world: World, silence_seconds: float, stall_seconds: float) -> None:
+        self._world, self._silence, self._stall = world, silence_seconds, stall_seconds
+        self._interval = min(1.0, silence_seconds / 4, stall_seconds / 4)  # between reports; the news must not be stale
+        self._main_thread = threading.get_ident()
+        self._selector, self._ends = selectors.DefaultSelector(), contextlib.ExitStack()
+        self._peers: list[Peer] = []
+        self._progress: dict[int, Progress] = {}  # on the chief: of the others
+        self._leaves = False
+        self._bell, bell = socket.socketpair()  # wakes the thread for its goodbye
+        self._ends.enter_context(self._bell)
+        self._on_arrival(bell, lambda: self._leave(bell))
+        self.beat("the start")
+        self._thread = threading.Thread(target=self._run, name="watchdog", daemon=True)
+        self._open()
+
+    def beat(self, where: str) -> None:
+        """The main thread says that it gets on, and what it is about to do."""
+        self._beat = (monotonic(), where)
+
+    def close(self) -> None:
+        """Says goodbye: from now on this rank neither reports nor is reported. All ranks close at the same point."""
+        with contextlib.suppress(OSError):  # closed before
+            self._bell.send(b"!")
+        self._thread.join(PARTING_SECONDS)
+
+    def __enter__(self) -> "Watchdog":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _open(self) -> None:
+        world, chief = self._world, self._world.rank == 0
+        offer: Any = None
+        if chief:
+            self._token = secrets.token_hex(16)  # against strangers that come by mistake: it travels unencrypted
+            listener = socket.create_server(("", 0), backlog=1024)
+            listener.setblocking(False)
+            self._on_arrival(listener, lambda: self._accept(listener))
+            offer = (_addresses(), listener.getsockname()[1], self._token)
+        everyone = world.gather((world.hostname, offer))
+        addresses, port, token = everyone[0][1]
+        self._names = [f"rank {rank} on {host}" for rank, (host, _) in enumerate(everyone)]
+        if not chief:
+            # On the chief's own host its loopback always works; elsewhere that address is another machine's.
+            is_neighbor = world.hostname == everyone[0][0]
+            likely_first = sorted(addresses, key=lambda address: address.startswith("127.") != is_neighbor)
+            connection = _reach(likely_first, port, {"token": token, "rank": world.rank})
+            if connection is not None:
+                self._add(Peer(connection, rank=0))
+        self._thread.start()
+        reached = world.gather(chief or bool(self._peers))
+        if chief and not all(reached):
+            names = ", ".join(name for name, is_reached in zip(self._names, reached, strict=True) if not is_reached)
+            warning = (
+                f"hvd-dqn: Not watched: {names}, from where the chief's TCP port {port} cannot be reached at "
+                f"{', '.join(addresses)}. Only the launcher may notice their death. Let the hosts reach each other."
+            )
+            print(warning, file=sys.stderr, flush=True)
+
+    def _on_arrival(self, end: socket.socket, action: Callable[[], None]) -> None:
+        self._selector.register(self._ends.enter_context(end), selectors.EVENT_READ, action)
+
+    def _add(self, peer: Peer) -> None:
+        self._peers.append(peer)
+        self._on_arrival(peer.connection, lambda: self._hear(peer))
+
+    def _drop(self, peer: Peer) -> None:
+        self._peers.remove(peer)
+        self._selector.unregister(peer.connection)
+        peer.connection.close()
+
+    def _run(self) -> None:
+        due = monotonic()
+        try:
+            while not self._leaves or any(peer.is_watched for peer in self._peers):
+                for key, _ in self._selector.select(max(0.0, due - monotonic())):
+                    key.data()
+                now = monotonic()
+                if now >= due:
+                    if now - due > min(self._silence, self._stall) / 2:
+                        self._restart_clocks(now)
+                    if not self._leaves:
+                        self._judge(now)
+                        self._report(now)
+                    due = now + self._interval
+        except RunError as fault:
+            sleep(TURN_SECONDS * min(max(self._world.rank - 1, 0), 10))
+            for peer in self._peers:
+                peer.send(abort=True)
+            _exit_later()
+            self._world.abort(f"{fault} This ends the job; go on from its last checkpoint with --resume.")
+        self._ends.close()
+
+    def _restart_clocks(self, now: float) -> None:
+        """After this process was suspended: perhaps the whole job was, and no rank may be blamed for that time."""
+        self._beat = (now, self._beat[1])
+        for peer in self._peers:
+            peer.heard = now
+        self._progress = {rank: progress._replace(beaten=now) for rank, progress in self._progress.items()}
+
+    def _judge(self, now: float) -> None:
+        for peer in [peer for peer in self._peers if now - peer.heard > self._silence]:
+            if peer.is_watched:
+                raise RunError(
+                    f"{self._names[peer.rank]} has been silent for {now - peer.heard:.0f} s: it is frozen, or its host "
+                    "or the link to it is down."
+                )
+            self._drop(peer)
+        ranks = {0: self._own_progress(), **self._progress}
+        is_complete = self._world.rank == 0 and len(ranks) == self._world.size
+        if is_complete and all(now - progress.beaten > self._stall for progress in ranks.values()):
+            culprit, seen = min(ranks.items(), key=lambda item: (item[1].waits, item[1].beaten))
+            raise RunError(
+                f"{self._names[culprit]} has not got on for {now - seen.beaten:.0f} s since: {seen.where}. It is at "
+                f"{seen.line}, and the others wait. Raise --ranks.stall_seconds if it may take so long."
+            )
+
+    def _report(self, now: float) -> None:
+        if self._world.rank != 0:  # the chief answers what it hears
+            beaten, *rest = self._own_progress()
+            for chief in self._peers:
+                chief.send(age=now - beaten, progress=rest)
+
+    def _own_progress(self) -> Progress:
+        beaten, where = self._beat
+        frame = sys._current_frames().get(self._main_thread)
+        # Those generated are TensorFlow's wrappers of operations.
+        while frame and (frame.f_code.co_filename.startswith("<") or frame.f_globals.get("__name__") in WAITS_BY):
+            frame = frame.f_back
+        if not frame:
+            return Progress(beaten, where[:200], "its end", waits=False)
+        line = f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno} in {frame.f_code.co_name}"
+        waits = f"{frame.f_globals.get('__name__')}.{frame.f_code.co_name}.".startswith(WAITS_IN)
+        return Progress(beaten, where[:200], line[:200], waits)
+
+    def _hear(self, peer: Peer) -> None:
+        messages = peer.receive()
+        peer.heard = monotonic()
+        if messages is None:
+            if self._leaves or not peer.is_watched:
+                return self._drop(peer)
+            name = self._names[peer.rank]
+            raise RunError(
+                f"{name} is gone: its connection closed without a goodbye. Unless it said why, it was killed."
+            )
+        for message in messages:
+            if peer.rank == STRANGER:
+                if not isinstance(message, dict) or message.get("token") != self._token:
+                    return self._drop(peer)
+                peer.rank = int(message["rank"])
+                peer.send(welcome=True)
+            elif "abort" in message:  # its sender names the culprit
+                _exit_later()
+                return self._drop(peer)
+            elif "goodbye" in message:
+                if self._world.rank == 0:
+                    self._progress[peer.rank] = Progress(peer.heard, "its goodbye", "its end", waits=False)
+                if not self._leaves:
+                    peer.send(goodbye=True)
+                return self._drop(peer)
+            elif self._world.rank == 0:
+                peer.is_watched = True
+                self._progress[peer.rank] = Progress(peer.heard - message["age"], *message["progress"])
+                peer.send(heard=True)
+
+    def _accept(self, listener: socket.socket) -> None:
+        with contextlib.suppress(OSError):  # it has hung up again
+            self._add(Peer(listener.accept()[0], rank=STRANGER))
+
+    def _leave(self, bell: socket.socket) -> None:
+        bell.recv(64)
+        self._leaves = True
+        for peer in self._peers:
+            peer.send(goodbye=True)
+
+
+class NullWatchdog:
+    """Of a process alone: nobody waits for it."""
+
+    def beat(self, where: str) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+    def __enter__(self) -> "NullWatchdog":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+
+def open_watchdog(world: World, silence_seconds: float | None, stall_seconds: float) -> Watchdog | NullWatchdog:
+    """The watchdog of this rank; with a `silence_seconds` of None it watches nobody. A collective."""
+    if world.size == 1 or silence_seconds is None:
+        return NullWatchdog()
+    return Watchdog(world, silence_seconds, stall_seconds)
+
+
+def _exit_later() -> None:
+    """Ends this process if neither MPI_Abort nor the launcher does."""
+    last_resort = threading.Timer(ABORT_SECONDS, os._exit, (1,))
+    last_resort.daemon = True
+    last_resort.start()
+
+
+def _addresses() -> list[str]:
+    """The IPv4 addresses of this host."""
+    ends = [end for interface in psutil.net_if_addrs().values() for end in interface]
+    return [end.address for end in ends if end.family == socket.AF_INET]
+
+
+def _reach(addresses: list[str], port: int, hello: dict[str, Any]) -> socket.socket | None:
+    """A connection to the chief, at whichever address it answers as such."""
+    deadline = monotonic() + CONNECT_SECONDS
+    while True:
+        for address in addresses:
+            with contextlib.suppress(OSError), contextlib.ExitStack() as ends:
+                connection = ends.enter_context(socket.create_connection((address, port), timeout=ATTEMPT_SECONDS))
+                connection.sendall(json.dumps(hello).encode() + b"\n")
+                answer = ends.enter_context(connection.makefile("rb", buffering=0)).readline()
+                if b"welcome" in answer:
+                    ends.pop_all()
+                    return connection
+        if monotonic() > deadline:
+            return None
+        sleep(1)

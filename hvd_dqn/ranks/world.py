@@ -1,0 +1,317 @@
+"""The only room that talks: what ranks say to each other, through Horovod and MPI, or nothing when a process is alone."""
+
+import functools
+import importlib.util
+import os
+import socket
+import sys
+import threading
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
+from typing import Any, NoReturn, Protocol
+
+import numpy as np
+
+from hvd_dqn.errors import InputError, RunError
+from hvd_dqn.ranks.placement import FUSED_FLOATS, check_restart, pin_gpu
+
+
+class World(Protocol):
+    """All ranks of a job, as one of them sees them.
+
+    `broadcast`, `average`, `sum`, `max`, `any`, `gather`, `barrier` and `raw_sum` are collectives: all ranks call one or none.
+    """
+
+    rank: int
+    size: int
+    local_rank: int
+    local_size: int
+    hostname: str
+    elastic: bool  # the ranks may become fewer or more while the job runs
+    changed: bool  # and this one has heard that they will
+
+    def wrap(self, optimizer: Any, compression: str) -> Any:
+        """A Keras optimizer whose `compute_gradients` averages over ranks. Wrap before `build`."""
+        ...
+
+    def broadcast(self, variables: Sequence[Any]) -> None:
+        """Overwrites the variables of all ranks with the chief's."""
+        ...
+
+    def average(self, tensors: Sequence[Any]) -> list[Any]:
+        """The mean over ranks of each tensor; inside a tf.function."""
+        ...
+
+    def sum(self, values: np.ndarray) -> np.ndarray:
+        """Elementwise over ranks, in float64; so are `max` and, for one flag, `any`."""
+        ...
+
+    def max(self, values: np.ndarray) -> np.ndarray: ...
+
+    def any(self, flag: bool) -> bool: ...
+
+    def gather(self, value: Any) -> list[Any]:
+        """The picklable values of all ranks, in their order, on every rank."""
+        ...
+
+    def barrier(self) -> None: ...
+
+    def raw_sum(self) -> AbstractContextManager[Callable[[np.ndarray], None] | None]:
+        """While it is open Horovod rests, and there is MPI's own sum over ranks, in place; None where MPI is not in charge."""
+        ...
+
+    def timeline(self, path: Path) -> AbstractContextManager[None]:
+        """While it is open, Horovod writes each of its collectives to `path`, on the chief, as chrome://tracing reads it.
+
+        No collective. HOROVOD_TIMELINE must have been DYNAMIC before the world was made.
+        """
+        ...
+
+    def describe(self) -> dict[str, Any]:
+        """What Horovod and MPI say about themselves on this rank, for the doctor; empty without them."""
+        ...
+
+    def recovers_from(self, error: Exception) -> bool:
+        """Whether the error is the loss of other ranks, without which this job goes on."""
+        ...
+
+    def abort(self, reason: str) -> NoReturn:
+        """Ends every rank of the job at once with exit code 1, after printing `reason` with this rank's name."""
+        ...
+
+
+class Solo:
+    """A process alone: every collective is the identity, and nothing outside the standard library is needed."""
+
+    rank, size, local_rank, local_size = 0, 1, 0, 1
+    elastic = changed = False
+
+    def __init__(self, rank: int = 0) -> None:
+        self.rank = rank  # of many that each work alone
+        self.hostname = socket.gethostname()
+
+    def wrap(self, optimizer: Any, compression: str) -> Any:
+        return optimizer
+
+    def broadcast(self, variables: Sequence[Any]) -> None:
+        pass
+
+    def average(self, tensors: Sequence[Any]) -> list[Any]:
+        return list(tensors)
+
+    def sum(self, values: np.ndarray) -> np.ndarray:
+        return np.asarray(values, np.float64)
+
+    def max(self, values: np.ndarray) -> np.ndarray:
+        return np.asarray(values, np.float64)
+
+    def any(self, flag: bool) -> bool:
+        return bool(flag)
+
+    def gather(self, value: Any) -> list[Any]:
+        return [value]
+
+    def barrier(self) -> None:
+        pass
+
+    def raw_sum(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def timeline(self, path: Path) -> AbstractContextManager[None]:
+        return nullcontext()  # there is nobody to talk to
+
+    def describe(self) -> dict[str, Any]:
+        return _horovod_build()
+
+    def recovers_from(self, error: Exception) -> bool:
+        return False
+
+    def abort(self, reason: str) -> NoReturn:
+        print(f"hvd-dqn: {reason}", file=sys.stderr, flush=True)
+        sys.exit(1)
+
+
+class HorovodWorld:
+    """Several ranks. Tensors go through Horovod; objects through mpi4py, or through Horovod too where Gloo is in charge.
+
+    Raises RunError where mpi4py and Horovod do not see the same job.
+    """
+
+    elastic = changed = False
+
+    def __init__(self) -> None:
+        self.gpu = pin_gpu()  # before Horovod starts: it must not see the other ranks' devices
+        import horovod.tensorflow as hvd
+
+        from hvd_dqn.graphs import Graph
+
+        self._hvd, self._graph = hvd, Graph
+        self._reductions: dict[str, Graph] = {}
+        self._comm: Any = None  # mpi4py's communicator, where MPI is in charge
+        if "HOROVOD_GLOO_RENDEZVOUS_ADDR" in os.environ:
+            hvd.init()
+        else:
+            from mpi4py import MPI
+
+            self._comm = MPI.COMM_WORLD
+            # Horovod: joining mpi4py's communicator makes the two one job by construction.
+            hvd.init(comm=self._comm)
+        self._ask_places()
+        self.hostname = socket.gethostname()
+        if self._comm is not None:
+            self._check_mpi()
+        self._abort_on_uncaught_exceptions()
+
+    def _ask_places(self) -> None:
+        hvd = self._hvd
+        self.rank, self.size = hvd.rank(), hvd.size()
+        self.local_rank, self.local_size = hvd.local_rank(), hvd.local_size()
+
+    def _check_mpi(self) -> None:
+        from mpi4py import MPI
+
+        seen, expected = (self._comm.rank, self._comm.size), (self.rank, self.size)
+        if seen != expected:
+            raise RunError(
+                f"mpi4py and Horovod disagree about this job: (rank, size) is {seen} for mpi4py and {expected} for "
+                "Horovod. They were built against different MPIs: run launch/setup.sh again with one mpirun on PATH."
+            )
+        if MPI.Query_thread() < MPI.THREAD_MULTIPLE:
+            raise RunError(
+                "This MPI does not let several threads talk (MPI_THREAD_MULTIPLE), which Horovod's background thread "
+                "needs. Use an Open MPI built with --enable-mpi-thread-multiple (4.0 and later always are)."
+            )
+
+    def _abort_on_uncaught_exceptions(self) -> None:
+        """A rank must never wait for a dead one: whatever thread dies here takes the job with it."""
+
+        def die(kind: type[BaseException], error: BaseException | None, trace: Any) -> NoReturn:
+            if issubclass(kind, RunError):
+                self.abort(str(error))
+            if issubclass(kind, KeyboardInterrupt):
+                self.abort("interrupted")
+            self.abort("".join(traceback.format_exception(kind, error, trace)).rstrip())
+
+        sys.excepthook = die
+        threading.excepthook = lambda args: die(args.exc_type, args.exc_value, args.exc_traceback)
+
+    def wrap(self, optimizer: Any, compression: str) -> Any:
+        from horovod.tensorflow.keras import DistributedOptimizer
+
+        kind = self._hvd.Compression.fp16 if compression == "fp16" else self._hvd.Compression.none
+        # Horovod: `groups=1` sends all gradients of an update as one message.
+        wrapped = DistributedOptimizer(optimizer, groups=1, compression=kind, op=self._hvd.Average)
+        # Horovod: it makes a tf.function of what averages, the source of which autograph then reads: seconds of every start.
+        # Generic names: those of the tensors would tell how often a rank has traced, and ranks that join have done so less.
+        average = wrapped._allreduce_grads.python_function
+        wrapped._allreduce_grads = functools.partial(average, use_generic_names=True)
+        return wrapped
+
+    def broadcast(self, variables: Sequence[Any]) -> None:
+        self._hvd.broadcast_variables(variables, root_rank=0)
+
+    def average(self, tensors: Sequence[Any]) -> list[Any]:
+        import tensorflow as tf
+
+        # Horovod copies tensors that it sends as one message, there and back: a large one goes faster alone, in its turn.
+        large = [index for index, tensor in enumerate(tensors) if tensor.shape.num_elements() > FUSED_FLOATS]
+        small = [index for index in range(len(tensors)) if index not in large]
+        means: dict[int, Any] = {}
+        for indices in filter(None, [*([index] for index in large), small]):
+            with tf.control_dependencies(list(means.values())):
+                sent = [tensors[index] for index in indices]
+                averaged = self._hvd.grouped_allreduce(sent, op=self._hvd.Average, name=f"average.{indices[0]}")
+            means |= zip(indices, averaged, strict=True)
+        return [means[index] for index in range(len(tensors))]
+
+    def sum(self, values: np.ndarray) -> np.ndarray:
+        return self._reduce(values, self._hvd.Sum, "sum")
+
+    def max(self, values: np.ndarray) -> np.ndarray:
+        return self._reduce(values, self._hvd.Max, "max")
+
+    def _reduce(self, values: np.ndarray, op: Any, name: str) -> np.ndarray:
+        values = np.asarray(values, np.float64)
+        # Horovod: a name stands for one shape, so that its response cache keeps the negotiation short.
+        name = f"{name}.{'x'.join(map(str, values.shape))}"
+        if name not in self._reductions:
+            self._reductions[name] = self._graph(lambda tensor: [self._hvd.allreduce(tensor, op=op, name=name)])
+        return self._reductions[name](values)[0]
+
+    def any(self, flag: bool) -> bool:
+        return bool(self.max(np.array([float(flag)]))[0])
+
+    def gather(self, value: Any) -> list[Any]:
+        if self._comm is not None:
+            return self._comm.allgather(value)
+        return self._hvd.allgather_object(value)
+
+    def barrier(self) -> None:
+        self.sum(np.zeros(1))  # horovod.tensorflow has no barrier of its own
+
+    @contextmanager
+    def raw_sum(self) -> Iterator[Callable[[np.ndarray], None] | None]:
+        if self._comm is None:
+            yield None
+            return
+        from mpi4py import MPI
+
+        check_restart(self.any)
+        # Horovod: its thread looks for work all the time, and a rank that waits for MPI yields its core to it.
+        self._hvd.shutdown()
+        yield lambda values: self._comm.Allreduce(MPI.IN_PLACE, values)
+        # Not where this rank failed: it would wait here for others, which wait for it.
+        self._hvd.init(comm=self._comm)
+
+    @contextmanager
+    def timeline(self, path: Path) -> Iterator[None]:
+        if self.rank != 0:  # all of them are the chief's to see
+            yield
+            return
+        self._hvd.start_timeline(str(path))
+        try:
+            yield
+        finally:
+            self._hvd.stop_timeline()
+
+    def describe(self) -> dict[str, Any]:
+        found = _horovod_build() | {"mpi_enabled": self._hvd.mpi_enabled(), "gloo_enabled": self._hvd.gloo_enabled()}
+        if self._comm is not None:
+            from mpi4py import MPI
+
+            levels = ("SINGLE", "FUNNELED", "SERIALIZED", "MULTIPLE")
+            found["mpi_library"] = MPI.Get_library_version().split(",")[0].strip()
+            found["mpi_thread_level"] = levels[MPI.Query_thread()]
+        return found
+
+    def recovers_from(self, error: Exception) -> bool:
+        return False
+
+    def abort(self, reason: str) -> NoReturn:
+        name = f"[rank {self.rank}/{self.size} {self.hostname}]"
+        print("\n".join(f"{name} {line}" for line in reason.splitlines()), file=sys.stderr, flush=True)
+        if self._comm is not None:
+            self._comm.Abort(1)
+        os._exit(1)  # Gloo: its launcher ends the others, unless the job is elastic, which goes on without this rank
+
+
+def _horovod_build() -> dict[str, Any]:
+    """What Horovod was built with; its error where it is installed but cannot be loaded."""
+    if importlib.util.find_spec("horovod") is None:
+        return {}
+    try:
+        import horovod.tensorflow as hvd
+    except Exception as error:  # a library that no longer fits: of any kind
+        return {"horovod_error": " ".join(str(error).split())}
+    return {name: bool(getattr(hvd, name)()) for name in ("mpi_built", "gloo_built", "nccl_built", "cuda_built")}
+
+
+def mpi_size() -> int:
+    """The number of ranks of the MPI job this process belongs to; starts MPI. Raises InputError without mpi4py."""
+    if importlib.util.find_spec("mpi4py") is None:
+        raise InputError("A job of several ranks needs mpi4py, which is not installed: run launch/setup.sh.")
+    from mpi4py import MPI
+
+    return MPI.COMM_WORLD.size

@@ -1,0 +1,151 @@
+"""What a person gets from a run: its files, the display while it goes on, and the closing line."""
+
+import contextlib
+from types import TracebackType
+
+from hvd_dqn.errors import InputError, tell
+from hvd_dqn.reporting.plots import plot
+from hvd_dqn.reporting.progress import Progress, open_stream
+from hvd_dqn.reporting.writers import CsvWriter, TensorBoardWriter, Writer, Writers
+from hvd_dqn.storage.checkpoint import Snapshot
+from hvd_dqn.storage.run_directory import Run, differing, now
+from hvd_dqn.training.evaluation import COLUMNS as EVALUATION_COLUMNS
+from hvd_dqn.training.ledger import COLUMNS, Ledger, Row
+from hvd_dqn.training.trainer import Record, Trainer
+
+
+class Session:
+    """Takes the records of a run on the chief. Used as a context, so that run.json says how the run ended."""
+
+    def __init__(self, run: Run, trainer: Trainer, reports: Writer, evaluations: Writer, display: Progress) -> None:
+        self._run, self._trainer = run, trainer
+        self._reports, self._evaluations, self._display = reports, evaluations, display
+
+    def __enter__(self) -> "Session":
+        return self
+
+    def show(self, record: Record) -> None:
+        if record.kind == "report":
+            self._reports.write(record.row)
+            self._display.update(record.row)
+        elif record.kind == "evaluation":
+            self._evaluations.write(record.row)
+            self._display.evaluation(record.row)
+        elif record.kind == "message":
+            self._display.message(record.text)
+        elif record.kind == "stopped":
+            self._stop(record.row)
+        else:
+            self._finish(record.row)
+
+    def _stop(self, row: Row) -> None:
+        self.close()
+        self._run.note(ended="stopped", finished=now(), stopped_at=row["total_steps"])
+        print(
+            f"{self._run.about()['preset']}: stopped on request after {row['total_steps']:,.0f} total steps and "
+            f"{row['seconds']:.0f} s; go on with: hvd-dqn train --run-dir {self._run.path} --resume",
+            flush=True,
+        )
+
+    def _finish(self, row: Row) -> None:
+        self.close()
+        trainer, size = self._trainer, self._trainer.world.size
+        best_return, best_steps = trainer.agent.best or (row["return_mean"], int(row["total_steps"]))
+        self._run.note(ended="finished", finished=now(), result=row, best=(best_return, best_steps))
+        try:
+            plot([self._run.path], self._run.path / "curve.png")
+        except InputError as error:  # the run itself is done
+            tell(str(error))
+        print(f"{self._run.about()['preset']}: {where_the_time_went(trainer.agent.ledger)}")
+        print(
+            f"{self._run.about()['preset']}: return {row['return_mean']:.1f} ± {row['return_std']:.1f} over "
+            f"{row['episodes']:.0f} episodes after {row['total_steps']:,.0f} total steps and {row['seconds']:.0f} s on "
+            f"{size} rank{'s' * (size > 1)}; best evaluation {best_return:.1f} at {best_steps:,}; see {self._run.path}",
+            flush=True,
+        )
+
+    def close(self) -> None:
+        self._display.close()
+        self._reports.close()
+        self._evaluations.close()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is None:
+            self.close()
+        else:  # nothing may take the place of what ended the run
+            with contextlib.suppress(OSError):
+                self.close()
+            with contextlib.suppress(InputError, OSError):
+                self._run.note(ended=f"failed: {kind.__name__}: {error}", finished=now())
+
+
+def where_the_time_went(ledger: Ledger) -> str:
+    """The parts of this rank's time, the largest first. Averaging apart, waiting is part of what was waited in."""
+    spent = ledger.spent | {"rest": ledger.seconds - sum(ledger.spent.values())}
+    parts = sorted(spent.items(), key=lambda part: -part[1])
+    return "time: " + ", ".join(f"{100 * seconds / ledger.seconds:.0f} % {name}" for name, seconds in parts)
+
+
+class NullSession(Session):
+    """The session of the ranks that are not the chief."""
+
+    def __init__(self) -> None:
+        pass
+
+    def show(self, record: Record) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+
+def open_session(run: Run, name: str, trainer: Trainer, snapshot: Snapshot | None, again: bool = False) -> Session:
+    """Makes or continues the run directory, or makes it `again`. Raises InputError where that cannot be done."""
+    if trainer.world.rank != 0:
+        return NullSession()
+    config, world = trainer.config, trainer.world
+    about = {
+        "preset": name,
+        "env": config.env.id,
+        "seed": config.seed,
+        "size": world.size,
+        "scaling": config.ranks.scaling,
+    }
+    about |= {
+        "target_return": config.evaluation.target_return,
+        "host": world.hostname,
+        "plan": trainer.agent.describe(),
+    }
+    reported = evaluated = None
+    if snapshot is None:
+        run.create(config, about, again)
+    else:
+        reported = snapshot.total_steps
+        # An evaluation that was broken off is made again.
+        evaluated = reported - bool(snapshot.state.get("evaluation_due"))
+        changed = differing(run.config(), config)
+        run.resume(config, about, reported)
+    path = run.path
+    reports = Writers(
+        [
+            CsvWriter(path / "metrics.csv", COLUMNS, reported),
+            TensorBoardWriter(path / "tensorboard/training"),
+        ]
+    )
+    evaluations = Writers(
+        [
+            CsvWriter(path / "evaluations.csv", EVALUATION_COLUMNS, evaluated),
+            TensorBoardWriter(path / "tensorboard/evaluation"),
+        ]
+    )
+    display = Progress(config.total_steps, open_stream())
+    display.plan(trainer.agent.describe())
+    if snapshot is not None:
+        where = snapshot.path if snapshot.path.name else "the memory of the ranks that are left"
+        display.message(f"Going on from {where}." + (f" Changed settings: {', '.join(changed)}." if changed else ""))
+    return Session(run, trainer, reports, evaluations, display)

@@ -1,0 +1,136 @@
+"""Writes the rows of a run as CSV and for TensorBoard, and reads the CSV files back."""
+
+import csv
+import math
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from time import time
+from typing import Protocol
+
+import numpy as np
+
+from hvd_dqn.errors import InputError
+from hvd_dqn.training.ledger import COLUMNS, Row
+
+
+class Writer(Protocol):
+    def write(self, row: Row) -> None: ...
+    def close(self) -> None: ...
+
+
+class Writers:
+    """Several writers as one."""
+
+    def __init__(self, writers: Iterable[Writer]) -> None:
+        self._writers = tuple(writers)
+
+    def write(self, row: Row) -> None:
+        for writer in self._writers:
+            writer.write(row)
+
+    def close(self) -> None:
+        for writer in self._writers:
+            writer.close()
+
+
+class CsvWriter:
+    """A line per row, in the file as soon as it is written; NaN is an empty cell.
+
+    With `append_after` a file that exists is continued after that many total steps, the rows beyond them being dropped:
+    the resumed run makes them again. Without it the file begins anew.
+    """
+
+    def __init__(self, path: Path, columns: Sequence[str] = COLUMNS, append_after: int | None = None) -> None:
+        self._columns = tuple(columns)
+        header = ",".join(columns) + "\n"
+        kept = [] if append_after is None else _rows_until(path, header, append_after)
+        # Renamed into place, so that a crash in here loses no row that the checkpoint stands behind.
+        temporary = path.with_name(path.name + ".tmp")
+        self._file = temporary.open("w", encoding="utf-8", newline="\n")
+        self._file.writelines([header, *kept])
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        temporary.replace(path)
+
+    def write(self, row: Row) -> None:
+        self._file.write(",".join(_cell(row[column]) for column in self._columns) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def _cell(value: float) -> str:
+    if isinstance(value, int | np.integer):
+        return str(value)
+    return "" if math.isnan(value) else f"{value:.6g}"
+
+
+def _whole_lines(path: Path) -> list[str]:
+    """The lines of `path`, without a last one that was still being written when the process died."""
+    return [line for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]
+
+
+def _rows_until(path: Path, header: str, total_steps: int) -> list[str]:
+    lines = _whole_lines(path) if path.exists() else []
+    if not lines:
+        return []
+    if lines[0] != header:
+        raise InputError(
+            f"Cannot continue {path}: it was written with other columns. "
+            f"Expected: {header.strip()}. Received: {lines[0].strip()}."
+        )
+    steps = read_csv(path)["total_steps"]
+    return [line for line, step in zip(lines[1:], steps, strict=True) if step <= total_steps]
+
+
+def read_csv(path: Path) -> dict[str, np.ndarray]:
+    """The columns of a CSV file of ours, [rows] float64 each, NaN for empty cells."""
+    expected = "Expected: a file like a run's metrics.csv."
+    try:
+        header, *rows = csv.reader(_whole_lines(path), strict=True)
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise InputError(f"Cannot read {path}: {error}. {expected}") from None
+    except ValueError:
+        raise InputError(f"{path} has no header line. {expected}") from None
+    table = np.full((len(rows), len(header)), math.nan)
+    for index, row in enumerate(rows):
+        if len(row) != len(header):
+            raise InputError(f"{path}, line {index + 2}: {len(row)} cells under {len(header)} columns. {expected}")
+        for column, cell in enumerate(row):
+            try:
+                table[index, column] = float(cell) if cell else math.nan
+            except ValueError:
+                raise InputError(
+                    f"{path}, line {index + 2}: `{header[column]}` is {cell!r}, not a number. {expected}"
+                ) from None
+    return {name: table[:, column] for column, name in enumerate(header)}
+
+
+class TensorBoardWriter:
+    """The same numbers for TensorBoard, one scalar per column, over total steps.
+
+    Two writers at the same time need a directory each: TensorBoard follows only the newest file of a directory.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        # TensorBoard's own writer, not TensorFlow's: that one loses 6 kB of memory with every row under Python 3.11.
+        from tensorboard.summary.writer.event_file_writer import EventFileWriter
+
+        self._file = EventFileWriter(str(directory))
+
+    def write(self, row: Row) -> None:
+        from tensorboard.compat.proto.event_pb2 import Event
+        from tensorboard.compat.proto.summary_pb2 import Summary
+        from tensorboard.plugins.scalar.summary_v2 import scalar_pb
+
+        summary = Summary()
+        for name, value in row.items():
+            if name != "total_steps" and not math.isnan(value):
+                summary.value.extend(scalar_pb(name, value).value)
+        self._file.add_event(Event(wall_time=time(), step=int(row["total_steps"]), summary=summary))
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()

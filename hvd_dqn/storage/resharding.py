@@ -1,0 +1,274 @@
+"""Deals the replays that N ranks saved out to the rings of M ranks: nothing lost, evenly, the oldest first.
+
+Every rank computes the same `deal` from the kinds and ages of all old replays, then collects its own rings with
+`gather_state` by reading the old replays one after another. In a dealt ring
+
+  - every transition that had all frames of its stack in the old ring may be sampled, with the same stack. One that had
+    lost some of them (the oldest few of a ring that has wrapped) could not be sampled before, and is now context only;
+  - every episode has ended. The one under way ends as truncated at its newest observation, since the environments begin
+    anew: its newest n - 1 transitions, which waited for their windows, can be sampled at once;
+  - an episode that was cut is two: the first part ends as truncated, with the observation at the cut as its last one;
+    the second part begins with the frame_stack - 1 observations before the cut, of kind NOTHING, which serve its stacks.
+    The n - 1 windows across a cut become shorter and bootstrap from the cut with gamma**m, as at any truncation;
+  - ages are counted from a piece's first slot, so that no stack ever reaches into the piece before it.
+"""
+
+import heapq
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from hvd_dqn.agent.replay import GOES_ON, NOTHING, TRUNCATED
+
+# An episode longer than a quarter of a ring's share is cut even where the rings would fill evenly without: an endless
+# one would leave some rings with old transitions only, which are overwritten together, and others with new ones only.
+PARTS = 4
+# An episode that takes a smaller part of a ring than this is never cut, for what little it would even out.
+SHORT = 1 / 100
+# Slots copied at once: 4,096 * 84 * 84 B = 29 MB of Atari frames in passing.
+CHUNK = 4096
+
+# A piece is a stretch of one old stream, laid in a new ring as `context` + `steps` + 1 consecutive slots: observations
+# for the stacks only, transitions, and the last observation.
+PIECE = np.dtype(
+    [
+        ("shard", np.int64),
+        ("env", np.int64),
+        ("first", np.int64),  # the first transition's slot, unreduced as the heads are
+        ("before", np.int64),  # observations of the same episode that the old ring holds before it
+        ("steps", np.int64),
+        ("age", np.int64),  # slots between the first transition and the stream's head
+        ("cut", np.bool_),  # the episode goes on in another piece
+        ("context", np.int64),
+        ("ring", np.int64),
+        ("at", np.int64),  # the slot in the new ring
+    ]
+)
+
+
+class Deal(NamedTuple):
+    """For every new ring the pieces to lay in it."""
+
+    slots: int  # that the new rings must have, the head included: the planned number, or more where that is needed
+    transitions: int  # in all old replays together, without those whose stack had lost a frame
+    dropped: int  # of these, the oldest, for which `limit` left no room
+    cuts: int
+    heads: np.ndarray  # [R] slots filled in each new ring
+    counts: np.ndarray  # [R] transitions in each new ring; all of them can be sampled at once
+    pieces: np.ndarray  # [P] of type PIECE, ring by ring, the oldest first
+    ranks: int  # N, whose replays these were
+
+    def describe(self, ranks: int) -> str:
+        """One sentence for the log; each of the `ranks` has an equal number of the rings."""
+        counts = self.counts.reshape(ranks, -1).sum(axis=1)
+        # More than eight numbers nobody reads.
+        shares = ", ".join(f"{n:,}" for n in counts) if ranks <= 8 else f"{counts.min():,} to {counts.max():,} each"
+        return (
+            f"{self.transitions:,} transitions of {self.ranks} rank{'s' * (self.ranks != 1)} dealt out to {ranks}: {shares}; "
+            f"rings of {self.slots:,} slots; episodes cut in {self.cuts:,} place{'s' * (self.cuts != 1)}"
+            + (f"; the oldest {self.dropped:,} dropped for lack of room" if self.dropped else "")
+        )
+
+
+def deal(
+    shards: Iterable[Mapping[str, Any]], rings: int, slots: int, frame_stack: int, limit: int | None = None
+) -> Deal:
+    """Plans how the streams of all old replays are laid in `rings` new rings, for which `slots` slots are planned.
+
+    `shards` are what `Replay.state()` returned on each old rank; of the arrays only kinds, ages and heads are needed.
+    Where more than `limit` slots per ring would be needed, each ring does without its oldest transitions.
+
+    The fullest ring gets at most 2 * frame_stack + 1 % more slots than its share, and the emptiest lacks no more than
+    the longest piece, a quarter of a share. A pure function of integers: every rank gets the same result.
+    """
+    assert limit is None or limit >= slots
+    pieces, ranks = _episodes(shards, frame_stack)
+    transitions = int(pieces["steps"].sum())
+    share = math.ceil(_sizes(pieces).sum() / rings)
+    if limit is not None:
+        share = min(share, limit - 1)
+    # Parts of 3 * frame_stack transitions or more: at least three quarters of what is laid is no context.
+    pieces = _cut(pieces, max(share // PARTS, 4 * frame_stack), frame_stack)
+    pieces = _lay(pieces, rings, frame_stack)
+    if limit is not None:
+        pieces = _newest(pieces, rings, limit - 1, frame_stack)
+    heads = _per_ring(pieces, _sizes(pieces), rings)
+    counts = _per_ring(pieces, pieces["steps"], rings)
+    return Deal(
+        slots=max(slots, int(heads.max()) + 1),
+        transitions=transitions,
+        dropped=transitions - int(counts.sum()),
+        cuts=int(np.count_nonzero(pieces["cut"])),
+        heads=heads,
+        counts=counts,
+        pieces=pieces,
+        ranks=ranks,
+    )
+
+
+def _episodes(shards: Iterable[Mapping[str, Any]], frame_stack: int) -> tuple[np.ndarray, int]:
+    """[P] the episodes of all streams, or what the old rings still hold of them, and the number of old ranks."""
+    found, ranks = [np.empty(0, PIECE)], 0
+    for shard in shards:
+        slots = int(shard["slots"])
+        for env, row in enumerate(zip(shard["heads"], shard["kinds"], shard["ages"], strict=True)):
+            head = int(row[0])
+            oldest = head - min(head, slots - 1)
+            place = np.arange(oldest, head + 1) % slots  # oldest to newest, the head included
+            kinds, ages = row[1][place], row[2][place]
+            # At the head is the newest observation, or none yet of an episode that is to begin: a piece without steps.
+            bounds = np.append(np.flatnonzero((ages == 0) | (place == place[0])), len(place))
+            begin, last = bounds[:-1], bounds[1:] - 1  # first and last observations
+            transitions = np.append(np.flatnonzero(kinds != NOTHING), len(place))
+            first = transitions[np.searchsorted(transitions, begin)]
+            # The ring has lost the beginning of its oldest episode, and with it the stacks of the next k - 1.
+            first = np.maximum(first, np.where(ages[begin] > 0, begin + frame_stack - 1, 0))
+            pieces = np.zeros(len(begin), PIECE)
+            pieces["shard"], pieces["env"] = ranks, env
+            pieces["first"], pieces["age"] = oldest + first, head - oldest - first
+            pieces["before"], pieces["steps"] = first - begin, last - first
+            found.append(pieces[pieces["steps"] > 0])
+        ranks += 1
+    return _with_context(np.concatenate(found), frame_stack), ranks
+
+
+def _with_context(pieces: np.ndarray, frame_stack: int) -> np.ndarray:
+    pieces["context"] = np.minimum(pieces["before"], frame_stack - 1)
+    return pieces
+
+
+def _sizes(pieces: np.ndarray) -> np.ndarray:
+    """[P] slots that each piece takes."""
+    return pieces["context"] + pieces["steps"] + 1
+
+
+def _per_ring(pieces: np.ndarray, amounts: np.ndarray, rings: int) -> np.ndarray:
+    sums = np.zeros(rings, np.int64)
+    np.add.at(sums, pieces["ring"], amounts)
+    return sums
+
+
+def _parts(pieces: np.ndarray, skip: np.ndarray, steps: np.ndarray, frame_stack: int) -> np.ndarray:
+    """[P] of each piece the `steps` transitions after the first `skip`."""
+    parts = pieces.copy()
+    parts["cut"] |= skip + steps < pieces["steps"]
+    parts["first"] += skip
+    parts["before"] += skip
+    parts["age"] -= skip
+    parts["steps"] = steps
+    return _with_context(parts, frame_stack)
+
+
+def _cut(pieces: np.ndarray, longest: int, frame_stack: int) -> np.ndarray:
+    """[P2] the same transitions in pieces of at most `longest` slots; longer ones in equal parts."""
+    # A part takes up to frame_stack slots besides its transitions.
+    number = np.where(_sizes(pieces) > longest, -(-pieces["steps"] // (longest - frame_stack)), 1)
+    part = np.arange(number.sum()) - np.repeat(np.cumsum(number) - number, number)
+    pieces, number = np.repeat(pieces, number), np.repeat(number, number)
+    start, stop = pieces["steps"] * part // number, pieces["steps"] * (part + 1) // number
+    return _parts(pieces, start, stop - start, frame_stack)
+
+
+def _lay(pieces: np.ndarray, rings: int, frame_stack: int) -> np.ndarray:
+    """[P2] the pieces in their rings: each in turn, oldest first, goes to the ring that is the emptiest then.
+
+    One that would fill the ring beyond `full` is cut there, unless it is short, and the rest goes to the next ring. A cut
+    costs up to k = frame_stack slots and closes its ring, so there are at most R. With 2 * k spare slots per ring, never
+    do all rings have k or fewer left while something is to be laid; hence a cut always finds room for a transition.
+    """
+    # Streams advance in lockstep, so what is as far from the head is as old. By the middle, since pieces overlap.
+    pieces = pieces[np.argsort(-(2 * pieces["age"] - pieces["steps"]), kind="stable")]
+    share = math.ceil(_sizes(pieces).sum() / rings)
+    full, short = share + 2 * frame_stack, int(share * SHORT)
+    emptiest = [(0, ring) for ring in range(rings)]  # a heap
+    laid: list[tuple[int, int, int, int]] = []  # piece, transitions skipped, transitions laid, ring
+    for piece, (before, steps) in enumerate(zip(pieces["before"].tolist(), pieces["steps"].tolist(), strict=True)):
+        skip = 0
+        while skip < steps:
+            filled, ring = emptiest[0]
+            besides, take = min(before + skip, frame_stack - 1) + 1, steps - skip
+            if besides + take > short:
+                take = min(take, full - filled - besides)
+            assert take > 0
+            laid.append((piece, skip, take, ring))
+            heapq.heapreplace(emptiest, (filled + besides + take, ring))
+            skip += take
+    index, skip_, take_, ring_ = np.array(laid, np.int64).reshape(-1, 4).T
+    pieces = _parts(pieces[index], skip_, take_, frame_stack)
+    pieces["ring"] = ring_
+    return _placed(pieces[np.argsort(ring_, kind="stable")], rings)
+
+
+def _placed(pieces: np.ndarray, rings: int) -> np.ndarray:
+    sizes = _sizes(pieces)
+    filled = _per_ring(pieces, sizes, rings)
+    pieces["at"] = np.cumsum(sizes) - sizes - (np.cumsum(filled) - filled)[pieces["ring"]]
+    return pieces
+
+
+def _newest(pieces: np.ndarray, rings: int, room: int, frame_stack: int) -> np.ndarray:
+    """[P2] what is left of the pieces when each ring has only `room` slots besides its head."""
+    sizes = _sizes(pieces)
+    newer = _per_ring(pieces, sizes, rings)[pieces["ring"]] - pieces["at"] - sizes  # slots laid after the piece
+    left = room - newer
+    # What loses its beginning needs context instead.
+    kept = np.where(sizes <= left, pieces["steps"], np.maximum(left - frame_stack, 0))
+    parts = _parts(pieces, pieces["steps"] - kept, kept, frame_stack)
+    return _placed(parts[kept > 0], rings)
+
+
+def gather_state(
+    deal: Deal,
+    rings: range,
+    shards: Iterable[Mapping[str, Any]],
+    rng: Mapping[str, Any],
+    into: Mapping[str, np.ndarray] | None = None,
+) -> dict[str, Any]:
+    """This rank's `rings`, as `Replay.load_state` takes them in a replay of `deal.slots` slots.
+
+    `shards` are the old ranks' in turn. Of each, the frames, actions, rewards and kinds are iterated over once, one row
+    [used, ...] per environment; what this rank needs of a row is copied before the next is asked for. So an iterable
+    that reads a row when it is asked for holds one row of one old replay in memory. `rng` is the state of the generator
+    that this rank goes on with.
+
+    `into` are arrays [E, used or more, ...] by their names in the state, such as a replay's own, which are filled in
+    place. The state then consists of views of them, and NumPy skips the copying of an array to itself in `load_state`.
+    """
+    mine = deal.pieces[(deal.pieces["ring"] >= rings.start) & (deal.pieces["ring"] < rings.stop)]
+    mine = mine[np.lexsort((mine["env"], mine["shard"]))]
+    heads = deal.heads[rings.start : rings.stop].copy()
+    used = int(heads.max()) + 1
+    arrays = {name: array[:, :used] for name, array in (into or {}).items()}
+
+    # Slot by slot, where the pieces come from and go to; what comes from one old stream is contiguous.
+    sizes = _sizes(mine)
+    ends = np.append(0, np.cumsum(sizes))
+    step = np.arange(ends[-1]) - np.repeat(ends[:-1], sizes)
+    source = np.repeat(mine["first"] - mine["context"], sizes) + step
+    ring, at = np.repeat(mine["ring"] - rings.start, sizes), np.repeat(mine["at"], sizes) + step
+    stream = (mine["shard"] << 32) + mine["env"]
+
+    for number, shard in zip(range(deal.ranks), shards, strict=True):
+        for name in ("frames", "actions", "rewards", "kinds"):
+            for env, row in enumerate(shard[name]):
+                if name not in arrays:
+                    arrays[name] = np.zeros((len(rings), used, *row.shape[1:]), row.dtype)
+                this = (number << 32) + env
+                begin, end = ends[np.searchsorted(stream, [this, this + 1])]
+                for i in range(begin, end, CHUNK):
+                    some = slice(i, min(i + CHUNK, end))
+                    # The row of a stream that has wrapped is as long as its ring.
+                    arrays[name][ring[some], at[some]] = row[source[some] % len(row)]
+
+    filled = np.arange(used) < heads[:, None]
+    kinds, ages = arrays["kinds"], arrays.setdefault("ages", np.zeros((len(rings), used), np.int32))
+    kinds[~filled], ages[~filled] = NOTHING, 0
+    kinds[ring, at] = np.where(step < np.repeat(mine["context"], sizes), NOTHING, kinds[ring, at])
+    ages[ring, at] = step
+    last = mine["ring"] - rings.start, mine["at"] + sizes - 1
+    leaving = last[0], last[1] - 1
+    kinds[last] = NOTHING
+    kinds[leaving] = np.where(kinds[leaving] == GOES_ON, TRUNCATED, kinds[leaving])
+    return arrays | {"heads": heads, "slots": deal.slots, "rng": rng}

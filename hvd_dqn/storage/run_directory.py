@@ -1,0 +1,109 @@
+"""The run directory: what a run leaves behind, and how a later command finds its way in it."""
+
+import contextlib
+import datetime
+import importlib.metadata
+import json
+import platform
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from hvd_dqn.config import Config
+from hvd_dqn.config_files import load_file
+from hvd_dqn.errors import InputError
+from hvd_dqn.storage.arrays import write
+
+PACKAGES = ("hvd_dqn", "tensorflow", "tensorflow-cpu", "keras", "horovod", "mpi4py", "gymnasium", "numpy")
+
+
+class Run:
+    """The directory of one run. Its files: config.yaml (the resolved settings) and run.json (all about the job)."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    @property
+    def exists(self) -> bool:
+        return (self.path / "run.json").exists()
+
+    def create(self, config: Config, about: dict[str, Any], again: bool = False) -> None:
+        """Makes the directory. Raises InputError where it holds a run, unless it is made `again`, or cannot be written."""
+        if self.exists and not (again and self.about().get("ended") == "running"):
+            raise InputError(
+                f"{self.path} already holds a run. Go on with it by --resume, or choose another --run-dir."
+            )
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            write(self.path / "config.yaml", config.to_yaml().encode())
+            self._save(
+                about | {"ended": "running", "started": now(), "command": shlex.join(sys.argv), "versions": versions()}
+            )
+        except OSError as error:
+            raise InputError(
+                f"Cannot write the run directory {self.path}: {error.strerror}. Choose another with --run-dir."
+            ) from None
+
+    def resume(self, config: Config, about: dict[str, Any], total_steps: int) -> None:
+        """Notes that the run goes on, under settings that may have changed."""
+        resumes = [*self.about().get("resumes", []), {"total_steps": total_steps, "at": now()}]
+        write(self.path / "config.yaml", config.to_yaml().encode())
+        self.note(**about, resumes=resumes, ended="running")
+
+    def config(self) -> Config:
+        if not self.exists:
+            raise InputError(
+                f"{self.path} is no run: it has no run.json. Expected: a directory that `hvd-dqn train` made."
+            )
+        return load_file(self.path / "config.yaml")
+
+    def about(self) -> dict[str, Any]:
+        try:
+            return json.loads((self.path / "run.json").read_text())
+        except (OSError, ValueError) as error:
+            raise InputError(
+                f"{self.path} is no run: {error}. Expected: a directory that `hvd-dqn train` made."
+            ) from None
+
+    def note(self, **facts: Any) -> None:
+        """Adds to run.json: how the run went on and how it ended."""
+        self._save(self.about() | facts)
+
+    def _save(self, about: dict[str, Any]) -> None:
+        write(self.path / "run.json", (json.dumps(about, indent=1, default=str) + "\n").encode())
+
+
+def default_path(name: str) -> Path:
+    return Path("runs") / f"{name}-{datetime.datetime.now():%Y%m%d-%H%M%S}"
+
+
+def differing(old: Config, new: Config) -> list[str]:
+    """The dotted names of the settings in which the two differ."""
+    flat_old, flat_new = (_flat(yaml.safe_load(config.to_yaml())) for config in (old, new))
+    return [name for name in flat_new if flat_old[name] != flat_new[name]]
+
+
+def _flat(tree: dict[str, Any]) -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in tree.items():
+        if isinstance(value, dict) and name != "kwargs":
+            flat |= {f"{name}.{inner}": v for inner, v in value.items()}
+        else:
+            flat[name] = value
+    return flat
+
+
+def now() -> str:
+    return datetime.datetime.now().astimezone().isoformat(timespec="seconds")
+
+
+def versions() -> dict[str, str]:
+    """Of Python and of what is installed, without importing it."""
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found.setdefault(package.removesuffix("-cpu"), importlib.metadata.version(package))
+    return found

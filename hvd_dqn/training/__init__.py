@@ -1,0 +1,1 @@
+"""The training loop: what every rank does in which cycle, with what it owns."""

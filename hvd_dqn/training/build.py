@@ -1,0 +1,119 @@
+"""The parts of an agent, made from the settings."""
+
+import itertools
+import math
+from collections.abc import Callable
+
+import numpy as np
+
+from hvd_dqn.agent.learner import Learner
+from hvd_dqn.agent.networks import build_network
+from hvd_dqn.agent.preprocess import Normalizer, NullNormalizer
+from hvd_dqn.config import Config
+from hvd_dqn.envs.environments import Environments
+from hvd_dqn.errors import InputError
+from hvd_dqn.ranks.placement import compute_alone, compute_concurrently
+from hvd_dqn.ranks.world import World
+from hvd_dqn.storage.arrays import UNREADABLE
+from hvd_dqn.storage.checkpoint import Snapshot
+from hvd_dqn.training.evaluation import Evaluator
+
+# Multiplications of a minibatch by the MLP's kernels from which on a second thread pays. Batch 64: at 256-256 (4 million) an
+# update takes 327 us by one thread and 633 by two, at 512-512 (17) 1,039 and 1,167, at 1024-1024 (68) 4,656 and 3,870.
+SHARED_PRODUCTS = 32_000_000
+MOST_COPIES = 32  # that evaluate, on each rank: in processes of their own a thousand would be too many
+
+
+def make_environments(config: Config, world: World, copies: int, vectorization: str, restarts: int = 0) -> Environments:
+    env = config.env
+    return Environments(
+        env.id,
+        copies,
+        kwargs=env.kwargs,
+        vectorization=vectorization,
+        frame_stack=env.frame_stack,
+        reward_scale=env.reward_scale,
+        reward_clip=env.reward_clip,
+        first_index=world.rank * copies,
+        rank=world.rank,
+        restarts=restarts,
+    )
+
+
+def make_normalizer(config: Config, envs: Environments) -> Normalizer | NullNormalizer:
+    if not config.env.normalize_observation:
+        return NullNormalizer()
+    frames = envs.frames
+    if frames.categories is not None or frames.dtype != np.float32:
+        received = f"{frames.categories} states" if frames.categories else frames.dtype
+        raise InputError(
+            f"--env.normalize_observation is for observations of real numbers. Received: {received} from {config.env.id}. "
+            "Turn it off."
+        )
+    return Normalizer(frames.shape)
+
+
+def make_learner(
+    config: Config, envs: Environments, world: World, rng: np.random.Generator, planned: int = 0
+) -> Learner:
+    """`planned` updates are to be taken with it."""
+    agent, learner, frames = config.agent, config.learner, envs.frames
+    if agent.network == "mlp":
+        widths = [(frames.categories or 1) * math.prod(frames.observation_shape), *agent.hidden, envs.actions]
+        batch = learner.batch_size // (world.size if config.ranks.scaling == "strong" else 1)
+        if batch * sum(a * b for a, b in itertools.pairwise(widths)) < SHARED_PRODUCTS:
+            compute_alone()
+    elif learner.overlap:  # an MLP acts in NumPy; others would wait for the whole phase
+        compute_concurrently()
+    return Learner(
+        lambda: build_network(
+            agent.network,
+            frames.observation_shape,
+            frames.categories,
+            envs.actions,
+            hidden=agent.hidden,
+            dueling=agent.dueling,
+            rng=rng,
+        ),
+        world,
+        double=agent.double,
+        loss=agent.loss,
+        sync=config.ranks.sync,
+        compression=config.ranks.compression,
+        passes=config.ranks.backward_passes_per_step,
+        adam_epsilon=learner.adam_epsilon,
+        max_gradient_norm=learner.max_gradient_norm,
+        xla=learner.xla,
+        planned=planned,
+        overlap=learner.overlap,
+    )
+
+
+def restore_weights(learner: Learner, normalizer: Normalizer | NullNormalizer, snapshot: Snapshot) -> None:
+    """Raises InputError where the checkpoint was made by a network of another shape."""
+    try:
+        learner.load_state(snapshot.arrays)
+        normalizer.load_state(snapshot.state["normalizer"])
+    except UNREADABLE as error:
+        raise InputError(f"The checkpoint {snapshot.path} does not fit these settings: {error}.") from None
+
+
+def make_evaluator(
+    config: Config,
+    world: World,
+    q_values: Callable[[np.ndarray], np.ndarray],
+    stop: Callable[[], bool] = lambda: False,
+) -> Evaluator:
+    settings, copies = config.evaluation, min(-(-config.evaluation.episodes // world.size), MOST_COPIES)
+    # One by one, not the environment's own vector class: that takes one seed for all its copies.
+    mode = "async" if config.env.vectorization == "async" else "sync"
+    envs = make_environments(config, world, copies, mode)
+    return Evaluator(
+        envs,
+        q_values,
+        world,
+        epsilon=settings.epsilon,
+        seed=config.seed,
+        max_length=settings.max_episode_steps,
+        stop=stop,
+    )

@@ -1,0 +1,93 @@
+"""Measures a policy, with little or no exploration: episodes shared out over the ranks, reduced as (sum, count)."""
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+
+from hvd_dqn.envs.environments import Environments
+from hvd_dqn.ranks.world import World
+
+COLUMNS = ("total_steps", "seconds", "episodes", "return_mean", "return_std", "return_min", "return_max", "length_mean")
+
+
+class Evaluator:
+    """Plays episodes in environments of its own: actions of the highest of `q_values`, random with probability `epsilon`.
+
+    Episode i and its random actions are seeded by (seed, round, i) and by nothing else, so that the result depends neither
+    on the number of ranks nor on the number of copies. An episode that has not ended after `max_length` steps counts as it
+    is then: an environment without a time limit, and a policy that goes in circles, must not hold up all ranks for ever.
+    """
+
+    def __init__(
+        self,
+        envs: Environments,
+        q_values: Callable[[np.ndarray], np.ndarray],
+        world: World,
+        *,
+        epsilon: float,
+        seed: int,
+        max_length: int,
+        stop: Callable[[], bool] = lambda: False,
+    ) -> None:
+        self._envs, self._q_values, self._world, self._epsilon = envs, q_values, world, epsilon
+        self._seed, self._max_length, self._stop = seed, max_length, stop
+
+    def evaluate(self, episodes: int, round: int, first: int = 0) -> dict[str, float] | None:
+        """The statistics of `episodes` episodes over all ranks, without `total_steps` and `seconds`. A collective.
+
+        The episodes are `first`, first + 1, ... of this round.
+        None, on all ranks, where `stop()` became true on one of them, which broke off.
+        """
+        mine = range(first + self._world.rank, first + episodes, self._world.size)
+        played = [self._play(mine[i : i + self._envs.copies], round) for i in range(0, len(mine), self._envs.copies)]
+        returns = np.concatenate([r for r, _ in played]) if played else np.zeros(0)
+        lengths = np.concatenate([n for _, n in played]) if played else np.zeros(0)
+        count, total, length = self._world.sum(np.array([len(returns), returns.sum(), lengths.sum()]))
+        mean = total / max(count, 1)
+        (squares,) = self._world.sum(np.array([np.square(returns - mean).sum()]))
+        highest, lowest, stopped = self._world.max(
+            np.array([returns.max(initial=-np.inf), (-returns).max(initial=-np.inf), float(self._stop())])
+        )
+        if stopped:
+            return None
+        return {
+            "episodes": int(count),
+            "return_mean": mean,
+            "return_std": math.sqrt(squares / count),
+            "return_min": -lowest,
+            "return_max": highest,
+            "length_mean": length / count,
+        }
+
+    def _play(self, episodes: range, round: int) -> tuple[np.ndarray, np.ndarray]:
+        """The returns and lengths of these episodes, one in each of the first copies."""
+        keys = [*episodes] + [episodes[0]] * (self._envs.copies - len(episodes))  # copies without an episode idle along
+        streams = [np.random.SeedSequence(self._seed, spawn_key=(round, episode)) for episode in keys]
+        self._envs.reset([int(stream.generate_state(1)[0]) for stream in streams])
+        rngs = [np.random.default_rng(stream.spawn(1)[0]) for stream in streams]
+        running = np.arange(self._envs.copies) < len(episodes)
+        returns, lengths = np.zeros(self._envs.copies), np.zeros(self._envs.copies)
+        while running.any() and not self._stop():
+            transition, ended = self._envs.step(self._act(rngs))
+            lengths += running
+            # The results of a step come in the order of the copies that ended; a copy counts once.
+            done = np.flatnonzero(transition.terminated | transition.truncated)
+            first = running[done]
+            returns[done[first]] = ended.returns[first]
+            running[done] = False
+            cut = running & (lengths >= self._max_length)
+            returns[cut] = self._envs.returns[cut]
+            running[cut] = False
+        return returns[: len(episodes)], lengths[: len(episodes)]
+
+    def _act(self, rngs: list[np.random.Generator]) -> np.ndarray:
+        action = self._q_values(self._envs.observation).argmax(axis=1)
+        if self._epsilon > 0:
+            for i, rng in enumerate(rngs):
+                if rng.random() < self._epsilon:
+                    action[i] = rng.integers(self._envs.actions)
+        return action
+
+    def close(self) -> None:
+        self._envs.close()

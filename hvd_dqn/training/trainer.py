@@ -1,0 +1,245 @@
+"""The training loop: the same program on one rank and on many."""
+
+from collections.abc import Callable, Generator, Iterator
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import numpy as np
+
+from hvd_dqn.config import Config
+from hvd_dqn.errors import JobError, RanksChanged
+from hvd_dqn.ranks.lockstep import BroadcastHook, check_drift
+from hvd_dqn.ranks.watchdog import NullWatchdog, Watchdog, open_watchdog
+from hvd_dqn.ranks.world import World
+from hvd_dqn.storage.checkpoint import Checkpoints, Snapshot
+from hvd_dqn.training.ledger import Row
+from hvd_dqn.training.worker import Agent
+
+
+class Record(NamedTuple):
+    """One record of the run; equal on all ranks."""
+
+    kind: Literal["report", "evaluation", "message", "stopped", "result"]
+    row: Row
+    text: str = ""
+
+
+class Trainer:
+    """The loop of one rank: what it does when, and all that ranks do together. Raises InputError as `Agent` does.
+
+    `stop` tells whether this rank was asked to stop; the ranks vote on it at fixed cycles. `learned` is called after each
+    phase. A rank that `joins` the others takes over the weights and counters of their `snapshot`.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        world: World,
+        snapshot: Snapshot | None = None,
+        stop: Callable[[], bool] = lambda: False,
+        *,
+        joins: bool = False,
+        learned: Callable[[Agent], None] = lambda agent: None,
+    ) -> None:
+        self.config, self.world, self._stop, self._learned = config, world, stop, learned
+        self.agent = Agent(
+            config, world, snapshot, joins=joins, stop=stop, beat=lambda doing: self.watchdog.beat(doing)
+        )
+        self.watchdog: Watchdog | NullWatchdog = NullWatchdog()
+        self._broadcast = BroadcastHook(world, self.agent.learner.variables)
+        # The total steps of the last checkpoint to go on from.
+        self._saved_at = snapshot.total_steps if snapshot and snapshot.path.name else -1
+        self._began = False
+        self.committed: Snapshot | None = None  # what an elastic job goes on from when it loses ranks
+
+    def train(self, checkpoints: Checkpoints) -> Generator[Record, None, None]:
+        """Runs to the end, yielding a record per report and per evaluation and, last, the result or that it was stopped."""
+        agent, plan, world, ranks = self.agent, self.agent.plan, self.world, self.config.ranks
+        # An elastic job outlives its ranks: there Horovod finds out who is gone.
+        silence_seconds = None if world.elastic else ranks.silence_seconds
+        with open_watchdog(world, silence_seconds, ranks.stall_seconds) as self.watchdog:
+            self._broadcast()
+            agent.learner.refresh()
+            yield from self._begin()
+            cycle, outcome = plan.first_cycle - 1, None
+            self._commit(cycle)
+            if agent.evaluation_due:
+                agent.evaluation_due = False
+                outcome = yield from self._evaluate_at(cycle, checkpoints)
+            while outcome is None and cycle < plan.cycles - 1:
+                cycle += 1
+                self.watchdog.beat(f"cycle {cycle:,}")
+                agent.step(cycle)
+                votes, learns = plan.votes_at(cycle), plan.learns_at(cycle)
+                if votes or learns:
+                    self._settle()
+                stopping, changed = self._vote() if votes else (False, False)
+                if learns:
+                    agent.learn(cycle)
+                if plan.settles_at(cycle) or stopping:
+                    self._settle()
+                if plan.checks_drift_at(cycle):
+                    self._check_drift(f"after {plan.total_steps_after(cycle):,} total steps")
+                if plan.reports_at(cycle):
+                    yield Record("report", agent.report(cycle))
+                if plan.evaluates_at(cycle):
+                    outcome = yield from self._evaluate_at(cycle, checkpoints)
+                if plan.checkpoints_at(cycle) and outcome is None:
+                    yield from self._save(cycle, checkpoints)
+                if outcome is None and stopping:
+                    outcome = yield from self._stop_at(cycle, checkpoints)
+                elif outcome is None and votes:
+                    self._commit(cycle)
+                    if changed:
+                        raise RanksChanged
+            if outcome is None:
+                outcome = yield from self._evaluate_finally(cycle, checkpoints)
+            if outcome.kind == "result":
+                yield from self._save(cycle, checkpoints, finished=True)
+            yield outcome
+
+    def _begin(self) -> Iterator[Record]:
+        """Starts the episodes, and says how much of an earlier run was found again. A collective where a run goes on."""
+        for text in self.agent.news:
+            yield Record("message", {}, text)
+        self.agent.news.clear()
+        began, self._began = self._began, True
+        if began:  # in an earlier generation of this job, which may have come further than what this one goes on from
+            self._saved_at = -1
+            return
+        lost = self.agent.begin_episodes()
+        if lost is not None and (lost := int(self.world.sum(np.array([lost]))[0])):
+            envs = self.agent.plan.envs
+            yield Record("message", {}, f"{lost} of {envs} environments start new episodes: they cannot be saved.")
+
+    def _vote(self) -> tuple[bool, bool]:
+        """Whether one of the ranks was asked to stop, and whether the hosts have changed. A collective."""
+        with self.agent.ledger.exchange():
+            stops, changed = self.world.max(np.array([float(self._stop()), float(self.world.changed)]))
+        return bool(stops), bool(changed)
+
+    def _commit(self, cycle: int) -> None:
+        """Keeps in memory what the ranks share, for a job that goes on without those it loses. A collective."""
+        if self.world.elastic:
+            self._settle()
+            agent, total_steps = self.agent, self.agent.plan.total_steps_after(cycle)
+            state = agent.state(total_steps, finished=False)
+            self.committed = Snapshot(Path(), total_steps, self.world.size, False, state, agent.learner.state(), {})
+
+    def _check_drift(self, when: str) -> None:
+        check_drift(self.world, self.agent.learner.variables, when)
+
+    def _settle(self) -> None:
+        """Waits for the phase under way, if there is one; so there is on all ranks or on none. A collective.
+
+        Raises JobError, on all ranks, where an update could not be made and the setting is to stop.
+        """
+        phase = self.agent.settle()
+        if phase is None:
+            return
+        self._learned(self.agent)
+        if self.config.learner.on_nonfinite == "skip" or not phase.spoilt:
+            return
+        total_steps = self.agent.plan.total_steps_after(self.agent.learned_at)
+        culprits, skipped = np.array(self.world.gather((phase.culprits, phase.skipped))).T
+        what, ranks = ("loss", culprits) if culprits.any() else ("gradient", skipped)
+        raise JobError(
+            f"The {what} on rank {', '.join(map(str, np.flatnonzero(ranks)))} is not finite after {total_steps:,} total steps: "
+            f"{skipped.max()} of {phase.skipped + phase.updates} updates were not made, and the weights are sound. "
+            "Lower --learner.learning_rate or --env.reward_scale, or skip such updates with --learner.on_nonfinite skip."
+            + (
+                " Gradients above 65,504 do not fit --ranks.compression fp16."
+                if self.config.ranks.compression == "fp16"
+                else ""
+            )
+        )
+
+    def _evaluate_at(self, cycle: int, checkpoints: Checkpoints) -> Generator[Record, None, Record | None]:
+        """An evaluation, and a longer one to confirm that the target is reached. Returns how the run ends, if it does."""
+        row = self.agent.evaluate(cycle, self.config.evaluation.episodes)
+        if row is None:
+            return (yield from self._stop_at(cycle, checkpoints, evaluation_due=True))
+        yield Record("evaluation", row)
+        yield from self._remember(row, cycle, checkpoints)
+        if not self.world.any(self._reaches_target(row)):
+            return None
+        # Of other episodes than those that were the reason to look closer.
+        row = self.agent.evaluate(cycle, self.config.evaluation.final_episodes, first=self.config.evaluation.episodes)
+        if row is None:
+            return (yield from self._stop_at(cycle, checkpoints, evaluation_due=True))
+        yield Record("evaluation", row)
+        if not self.world.any(self._reaches_target(row)):
+            return None
+        self._check_drift("at the end of the run")
+        yield from self._remember(row, cycle, checkpoints)
+        return Record("result", row)
+
+    def _evaluate_finally(self, cycle: int, checkpoints: Checkpoints) -> Generator[Record, None, Record]:
+        self._check_drift("at the end of the run")
+        row = self.agent.evaluate(cycle, self.config.evaluation.final_episodes)
+        if row is None:
+            return (yield from self._stop_at(cycle, checkpoints))
+        yield Record("evaluation", row)
+        yield from self._remember(row, cycle, checkpoints)
+        return Record("result", row)
+
+    def _stop_at(
+        self, cycle: int, checkpoints: Checkpoints, evaluation_due: bool = False
+    ) -> Generator[Record, None, Record]:
+        total_steps = self.agent.plan.total_steps_after(cycle)
+        self.agent.evaluation_due = evaluation_due
+        if self._saved_at != total_steps and not (yield from self._save(cycle, checkpoints)):
+            raise JobError(
+                f"Asked to stop after {total_steps:,} total steps, and no checkpoint could be written: --resume goes on from "
+                "the one before, where there is one."
+            )
+        return Record("stopped", {"total_steps": total_steps, "seconds": self.agent.ledger.seconds})
+
+    def _reaches_target(self, row: Row) -> bool:
+        target = self.config.evaluation.target_return
+        return target is not None and row["return_mean"] >= target
+
+    def _remember(self, row: Row, cycle: int, checkpoints: Checkpoints) -> Iterator[Record]:
+        """Keeps the best evaluation and its weights; of equals the newer, which has learned longer."""
+        agent, before = self.agent, self.agent.best
+        if before is not None and row["return_mean"] < before[0]:
+            return
+        agent.best = (row["return_mean"], int(row["total_steps"]))
+        # A checkpoint to go on from, made before this evaluation, has the same weights, and must stay.
+        if self._saved_at != agent.plan.total_steps_after(cycle):
+            saved = yield from self._save(cycle, checkpoints, only_weights=True)
+            if not saved:
+                agent.best = before
+
+    def _save(
+        self, cycle: int, checkpoints: Checkpoints, *, only_weights: bool = False, finished: bool = False
+    ) -> Generator[Record, None, bool]:
+        """A checkpoint to go on from or, `only_weights`, to evaluate; returns whether it could be written. A collective."""
+        agent, total_steps = self.agent, self.agent.plan.total_steps_after(cycle)
+        self.watchdog.beat(f"a checkpoint at {total_steps:,} total steps")
+        part = agent.part() if self.config.checkpoint.save_replay and not only_weights else None
+        try:
+            with agent.ledger.timed("save"):
+                saved = checkpoints.save(
+                    total_steps,
+                    agent.learner.state(),
+                    agent.state(total_steps, finished),
+                    part=part,
+                    resumable=not only_weights,
+                    best=None if agent.best is None else agent.best[1],
+                )
+        except JobError as error:
+            if self.config.checkpoint.on_failure == "stop":
+                raise JobError(f"{error} Make room and go on with --resume.") from None
+            yield Record("message", {}, f"{error} The run goes on without it.")
+            if agent.best is not None and agent.best[1] == total_steps:
+                agent.best = None  # its weights made room for what could not be written
+            return False
+        if not only_weights:
+            self._saved_at = total_steps
+            size = f"{saved.bytes / 1e6:,.1f} MB in {saved.seconds:.2f} s"
+            yield Record("message", {}, f"checkpoint at {total_steps:,} total steps: {size}")
+        return True
+
+    def close(self) -> None:
+        self.agent.close()

@@ -1,0 +1,310 @@
+"""What one rank owns of a run: it acts, remembers, learns, and can be saved and put back."""
+
+import functools
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from time import perf_counter
+from typing import Any, Literal
+
+import numpy as np
+
+from hvd_dqn.agent.actor import Actor
+from hvd_dqn.agent.learner import Phase
+from hvd_dqn.agent.replay import Replay
+from hvd_dqn.config import Config
+from hvd_dqn.errors import InputError, RunError
+from hvd_dqn.ranks.world import World
+from hvd_dqn.storage.arrays import UNREADABLE
+from hvd_dqn.storage.checkpoint import Damaged, Snapshot, small
+from hvd_dqn.storage.resharding import deal, gather_state
+from hvd_dqn.training.build import make_environments, make_evaluator, make_learner, make_normalizer, restore_weights
+from hvd_dqn.training.ledger import Ledger, Row
+from hvd_dqn.training.plan import Plan
+
+# Random streams of a rank. A number, once given, stays: it is part of what a seed means.
+ACTING, SAMPLING, ENVIRONMENTS, WEIGHTS = range(4)
+
+
+class Agent:
+    """Environments, replay, networks and statistics of one rank, and how far they have come.
+
+    Goes on from `snapshot`: exactly where the layout is the same, else with its weights and transitions. One that `joins`
+    others that are training has only their weights and counters. Raises InputError where the settings cannot be carried
+    out or the snapshot does not fit. `stop` is asked, and `beat` called, in every step of an evaluation.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        world: World,
+        snapshot: Snapshot | None = None,
+        *,
+        joins: bool = False,
+        stop: Callable[[], bool] = lambda: False,
+        beat: Callable[[str], None] = lambda doing: None,
+    ) -> None:
+        self.config, self.world, self._beat = config, world, beat
+        resumed_at = snapshot.total_steps if snapshot else 0
+        empty: Literal["no", "all"] = "all" if snapshot and not snapshot.complete else "no"
+        self.plan = Plan(config, world.size, resumed_at, "joined" if joins else empty, _learns_from(snapshot))
+        _check_not_finished(self.plan, snapshot)
+        self.envs = make_environments(
+            config, world, self.plan.envs_per_rank, config.env.vectorization, config.env.restart_failed_envs
+        )
+        self.normalizer = make_normalizer(config, self.envs)
+        planned = self.plan.updates_after(self.plan.cycles - 1)
+        self.learner = make_learner(config, self.envs, world, self._rng(WEIGHTS), planned)
+        self.actor = Actor(self._acting_q_values, self.envs.actions, self._rng(ACTING), config.agent.epsilon_zeta)
+        # One that joins finds the memory of its neighbours taken already.
+        self.replay = self._make_replay(self.plan.slots_per_env, sharers=1 if joins else world.local_size)
+        self.ledger = Ledger(world)
+        self.evaluator = make_evaluator(config, world, self._evaluated_q_values, stop)
+        self._thread = ThreadPoolExecutor(1, "learner") if config.learner.overlap else None
+        self._phase: Callable[[], Phase] | None = None  # the one under way
+        self.learned_at = -1  # the cycle in which it began
+        self.updates = 0
+        self.best: tuple[float, int] | None = None  # (mean return, total steps) of the best evaluation
+        self.evaluation_due = False  # of the cycle before the first, where the run was stopped in it
+        self._restored: np.ndarray | None = None  # [E] the copies that stand where they stood
+        self.news: list[str] = []  # what was found again of an earlier run, for people
+        if config.checkpoint.save_replay:
+            self.envs.probe()
+        if snapshot:
+            self._restore(snapshot)
+
+    def _rng(self, stream: int) -> np.random.Generator:
+        # A resumed run that cannot go on exactly draws new numbers instead of the first ones again.
+        key = (self.world.rank, stream, *([self.plan.resumed_at] if self.plan.resumed_at else []))
+        return np.random.default_rng(np.random.SeedSequence(self.config.seed, spawn_key=key))
+
+    def _make_replay(self, slots: int, sharers: int = 1) -> Replay:
+        config = self.config
+        return Replay(
+            slots,
+            self.plan.envs_per_rank,
+            self.envs.frames.shape,
+            self.envs.frames.dtype,
+            self._rng(SAMPLING),
+            frame_stack=config.env.frame_stack,
+            n_step=config.agent.n_step,
+            gamma=config.agent.gamma,
+            sharers=sharers,
+        )
+
+    def _acting_q_values(self, observation: np.ndarray) -> np.ndarray:
+        return self.learner.acting.q_values(self.normalizer(observation))
+
+    def _evaluated_q_values(self, observation: np.ndarray) -> np.ndarray:
+        self._beat("evaluation")
+        return self.learner.online.q_values(self.normalizer(observation))
+
+    def begin_episodes(self) -> int | None:
+        """Starts the episodes, unless those of an earlier run go on: then returns how many of those do not."""
+        if self._restored is not None:
+            return int(np.count_nonzero(~self._restored))
+        self.envs.reset(self._rng(ENVIRONMENTS).integers(2**31, size=self.envs.copies).tolist())
+        return None
+
+    def step(self, cycle: int) -> None:
+        """One step in each environment."""
+        ledger = self.ledger
+        with ledger.timed("act"):
+            action = self.actor.act(self.envs.observation, self.plan.epsilons_at(cycle, self.world.rank))
+        with ledger.timed("env"):
+            transition, episodes = self.envs.step(action)
+        self.replay.add(transition)
+        self.normalizer.observe(transition.observation)
+        ledger.episodes(*episodes)
+
+    def learn(self, cycle: int) -> None:
+        """Begins a phase of updates, which `settle` ends; in between it goes on where it overlaps acting. A collective."""
+        plan, updates = self.plan, self.plan.updates_at(cycle)
+        with self.ledger.exchange():
+            self.normalizer.merge(self.world.sum)
+        with self.ledger.timed("sample"):
+            batch = self.replay.sample(updates, plan.batch_per_rank * plan.passes)
+            batch = batch._replace(
+                observation=self.normalizer(batch.observation), next_observation=self.normalizer(batch.next_observation)
+            )
+        work = batch, plan.learning_rate_at(cycle), plan.target_copies_at(cycle)
+        if self._thread is None:
+            self._phase = functools.partial(self.learner.update, *work)
+        else:
+            self.learner.freeze()
+            self._phase = self._thread.submit(self.learner.update, *work).result
+        self.updates, self.learned_at = self.updates + updates, cycle
+
+    def settle(self) -> Phase | None:
+        """What the phase under way has come to; None where there is none. A collective."""
+        if self._phase is None:
+            return None
+        update, self._phase = self._phase, None
+        began = perf_counter()
+        phase = update()
+        waited = perf_counter() - began
+        # Of a phase that overlaps acting only the end is waited for.
+        exchange = phase.exchange * min(1.0, waited / phase.seconds)
+        self.ledger.phase(phase.updates, phase.loss, phase.mean_q, phase.gradient_norm, phase.skipped, waited, exchange)
+        return phase
+
+    def report(self, cycle: int) -> Row:
+        """The row of metrics.csv. A collective."""
+        return self.ledger.report(
+            total_steps=self.plan.total_steps_after(cycle),
+            cycle=cycle,
+            updates=self.updates,
+            epsilon=self.plan.epsilon_at(cycle),
+            learning_rate=self.plan.learning_rate_at(cycle),
+            replay_size=len(self.replay),
+        )
+
+    def evaluate(self, cycle: int, episodes: int, first: int = 0) -> Row | None:
+        """The row of evaluations.csv; None where a rank was asked to stop. A collective."""
+        total_steps = self.plan.total_steps_after(cycle)
+        with self.ledger.timed("evaluate"):
+            row = self.evaluator.evaluate(episodes, round=total_steps, first=first)
+        return None if row is None else {"total_steps": total_steps, "seconds": self.ledger.seconds, **row}
+
+    def describe(self) -> dict[str, str]:
+        """The plan and what only the environment tells: for people."""
+        parameters = sum(int(np.prod(variable.shape)) for variable in self.learner.online.variables)
+        compiled = ", compiled by XLA" if self.learner.compiled else ""
+        rows = self.plan.describe()
+        rows["network"] = f"{self.config.agent.network}, {parameters:,} parameters{compiled}"
+        rows["replay"] += f", {self.replay.nbytes / 1e6:,.0f} MB"
+        if not self.config.checkpoint.save_replay:
+            rows["after a resume"] = "the replay is filled anew"
+        elif self.envs.restorable:
+            rows["after a resume"] = "the run goes on exactly"
+        else:
+            rows["after a resume"] = f"episodes begin anew: {self.config.env.id} cannot be saved"
+        return rows
+
+    def state(self, total_steps: int, finished: bool) -> dict[str, Any]:
+        """What all ranks share, besides the weights."""
+        return {
+            "total_steps": total_steps,
+            "updates": self.updates,
+            "best": self.best,
+            "evaluation_due": self.evaluation_due,
+            "finished": finished,
+            "learns_from": self.plan.learns_from,
+            "layout": self._layout(),
+            "ledger": self.ledger.state(),
+            "normalizer": self.normalizer.state(),
+        }
+
+    def part(self) -> dict[str, Any]:
+        """What this rank alone has."""
+        return {
+            "replay": self.replay.state(),
+            "envs": self.envs.state(),
+            "actor": self.actor.state(),
+            "window": self.ledger.window_state(),
+            "normalizer": self.normalizer.pending_state(),
+        }
+
+    def _layout(self) -> dict[str, int]:
+        """What must be as it was for a run to go on exactly."""
+        plan = self.plan
+        return {"ranks": plan.size, "envs_per_rank": plan.envs_per_rank, "capacity": self.config.replay.capacity}
+
+    def regroup(self, snapshot: Snapshot, joined: bool) -> None:
+        """Goes on from `snapshot` with the ranks that there are now; environments and replay stay."""
+        before, now = self.plan.size, self.world.size
+        empty: Literal["no", "joined"] = "joined" if joined else "no"
+        self.plan = Plan(self.config, now, snapshot.total_steps, empty, _learns_from(snapshot))
+        self._take_over(snapshot)
+        news = (
+            f"{before} rank{'s' * (before > 1)} before, {now} now. Going on from {snapshot.total_steps:,} total steps"
+        )
+        if now <= before:
+            news += f", and at most {len(self.replay):,} transitions of each rank that was lost are gone"
+        self.news.append(news + ("." if not joined else ". A rank that joined begins with an empty replay."))
+
+    def _restore(self, snapshot: Snapshot) -> None:
+        try:
+            self._take_over(snapshot)
+            if not snapshot.complete:
+                self.news.append("The replay was not saved: it is filled anew before learning goes on.")
+            elif snapshot.state["layout"] == self._layout():
+                self._restore_part(snapshot)
+            else:
+                self._deal_anew(snapshot)
+        except Damaged as damage:
+            raise InputError(f"The checkpoint {snapshot.path} cannot be taken over: {damage}.") from None
+        except (InputError, RunError):
+            raise
+        except UNREADABLE as error:
+            raise _unfit(snapshot, error) from error
+
+    def _take_over(self, snapshot: Snapshot) -> None:
+        """What all ranks share."""
+        restore_weights(self.learner, self.normalizer, snapshot)
+        state = snapshot.state
+        self.updates = int(state["updates"])
+        self.best = None if state["best"] is None else (float(state["best"][0]), int(state["best"][1]))
+        self.evaluation_due = bool(state["evaluation_due"])
+        self.ledger.load_state(state["ledger"])
+
+    def _restore_part(self, snapshot: Snapshot) -> None:
+        part = snapshot.part(self.world.rank)
+        replay = part.pop("replay")
+        slots = int(replay["slots"])
+        if slots != self.plan.slots_per_env:  # made for another number of ranks, or dealt out anew and larger since
+            self.replay = self._make_replay(slots)
+        self.replay.load_state(replay)
+        part = small(part)
+        self.actor.load_state(part["actor"])
+        self.ledger.load_window_state(part["window"])
+        self.normalizer.load_pending_state(part["normalizer"])
+        self._restored = self.envs.load_state(part["envs"])
+        self.replay.truncate_episodes(~self._restored)
+
+    def _deal_anew(self, snapshot: Snapshot) -> None:
+        """Takes its share of the transitions of other ranks, or of rings of another size."""
+        plan, capacity = self.plan, self.config.replay.capacity
+        shards = [snapshot.part(rank)["replay"] for rank in range(snapshot.ranks)]
+        dealt = deal(
+            (small({name: shard[name] for name in ("kinds", "ages", "heads", "slots")}) for shard in shards),
+            plan.envs,
+            plan.slots_per_env,
+            self.config.env.frame_stack,
+            limit=plan.slots_per_env if capacity < int(snapshot.state["layout"]["capacity"]) else None,
+        )
+        self.replay = self._make_replay(dealt.slots)
+        first, mine = self.world.rank * plan.envs_per_rank, self.replay.state()
+        rings = range(first, first + plan.envs_per_rank)
+        self.replay.load_state(gather_state(dealt, rings, shards, mine["rng"], into=self.replay.arrays()))
+        self.news.append(dealt.describe(plan.size) + ". Episodes begin anew.")
+
+    def close(self) -> None:
+        if self._thread is not None:
+            self._thread.shutdown(wait=False)  # of a phase under way when this rank failed, nobody tells the end
+        self.envs.close()
+        self.evaluator.close()
+
+
+def _learns_from(snapshot: Snapshot | None) -> int:
+    """The total steps from which on a run that is gone on with learns. Raises InputError."""
+    if snapshot is None:
+        return 0
+    try:
+        return int(snapshot.state["learns_from"])
+    except UNREADABLE as error:
+        raise _unfit(snapshot, error) from error
+
+
+def _unfit(snapshot: Snapshot, error: BaseException) -> InputError:
+    return InputError(
+        f"The checkpoint {snapshot.path} was not made by this version or for these settings: "
+        f"{type(error).__name__}: {error}."
+    )
+
+
+def _check_not_finished(plan: Plan, snapshot: Snapshot | None) -> None:
+    if snapshot is not None and plan.first_cycle >= plan.cycles and snapshot.state.get("finished", True):
+        raise InputError(
+            f"There is nothing left to train: the run has already taken {plan.resumed_at:,} total steps. "
+            f"Raise --total_steps above that. Received: {plan.config.total_steps:,}."
+        )

@@ -1,0 +1,164 @@
+"""Networks: shapes, the two ways of computing an MLP, dueling, and the user's own models."""
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from hvd_dqn.agent.networks import build_network
+from hvd_dqn.errors import InputError
+
+
+def make(name="mlp", shape=(4,), categories=None, actions=3, hidden=(8, 6), dueling=False, seed=0):
+    rng = np.random.default_rng(seed)
+    return build_network(name, shape, categories, actions, hidden=hidden, dueling=dueling, rng=rng)
+
+
+class Gain(tf.keras.layers.Layer):
+    """One weight without axes, for all features."""
+
+    def build(self, shape):
+        self.gain = self.add_weight(name="gain", shape=(), initializer="ones")
+
+    def call(self, features):
+        return features * self.gain
+
+
+def keras_model(observation_shape, actions):
+    return tf.keras.Sequential(
+        [tf.keras.Input(observation_shape), tf.keras.layers.Dense(5, "relu"), Gain(), tf.keras.layers.Dense(actions)]
+    )
+
+
+def keras_model_of_wrong_width(observation_shape, actions):
+    return keras_model(observation_shape, actions + 1)
+
+
+def keras_model_with_batch_statistics(observation_shape, actions):
+    layers = tf.keras.layers
+    return tf.keras.Sequential([tf.keras.Input(observation_shape), layers.BatchNormalization(), layers.Dense(actions)])
+
+
+def keras_model_with_embedding(observation_shape, actions):
+    layers = tf.keras.layers
+    inputs = tf.keras.Input(observation_shape)
+    numbers = tf.cast(tf.clip_by_value(tf.abs(inputs) * 3, 0, 7), tf.int32)
+    features = layers.Flatten()(layers.Embedding(8, 3)(numbers))
+    return tf.keras.Model(inputs, layers.Dense(actions)(layers.Dense(5, "relu")(inputs) + layers.Dense(5)(features)))
+
+
+def keras_model_with_a_regularizer(observation_shape, actions):
+    layers = tf.keras.layers
+    return tf.keras.Sequential([tf.keras.Input(observation_shape), layers.Dense(actions, kernel_regularizer="l2")])
+
+
+def not_a_model(observation_shape, actions):
+    return 3
+
+
+@pytest.mark.parametrize(
+    ("hidden", "dueling"), [((), False), ((8,), False), ((8, 6), False), ((8,), True), ((8, 6), True)]
+)
+@pytest.mark.parametrize("kind", ["float", "states", "stacked states", "bytes", "image"])
+def test_an_mlp_computes_the_same_in_numpy_and_in_tensorflow(kind, hidden, dueling):
+    rng = np.random.default_rng(1)
+    shape, categories, observation = {
+        "float": ((4,), None, rng.normal(size=(7, 4)).astype(np.float32)),
+        "states": ((1,), 5, rng.integers(5, size=(7, 1)).astype(np.int32)),
+        "stacked states": ((3,), 5, rng.integers(5, size=(7, 3)).astype(np.int32)),
+        "bytes": ((4,), None, rng.integers(256, size=(7, 4)).astype(np.uint8)),
+        "image": ((3, 3, 2), None, rng.normal(size=(7, 3, 3, 2)).astype(np.float32)),
+    }[kind]
+    network = make(shape=shape, categories=categories, hidden=hidden, dueling=dueling)
+    q = network(tf.constant(observation)).numpy()
+    assert q.shape == (7, 3)
+    np.testing.assert_allclose(network.q_values(observation), q, rtol=1e-5, atol=1e-6)
+
+
+def test_an_mlp_by_hand():
+    network = make(shape=(2,), actions=2, hidden=(2,))
+    #                       W1 [2, 2]             b1          W2 [2, 2]             b2
+    network.theta.assign([1.0, -1.0, 0.5, 2.0, 0.1, 0.0, 1.0, 0.0, 3.0, -1.0, 0.5, 0.0])
+    # x = (1, 2): hidden = relu(1 + 1 + 0.1, -1 + 4) = (2.1, 3); q = (2.1 + 9 + 0.5, -3)
+    assert network.q_values(np.array([[1.0, 2.0]], np.float32))[0] == pytest.approx([11.6, -3.0])
+
+
+def test_the_advantages_of_a_dueling_network_have_mean_zero():
+    network = make(hidden=(6,), dueling=True)
+    observation = np.random.default_rng(0).normal(size=(5, 4)).astype(np.float32)
+    before = network.q_values(observation)
+    theta = network.theta.numpy()
+    theta[-3:] += 5.0  # the same number on every advantage's bias: it must cancel out
+    network.theta.assign(theta)
+    network.refresh()
+    np.testing.assert_allclose(network.q_values(observation), before, rtol=1e-4, atol=1e-5)
+    theta[-3 - 6 * 3 - 1] += 2.0  # the value's bias moves all actions alike
+    network.theta.assign(theta)
+    network.refresh()
+    np.testing.assert_allclose(network.q_values(observation), before + 2.0, rtol=1e-4, atol=1e-5)
+    theta[-28:-21] = [0] * 6 + [2]  # the value's kernel and bias: the value is 2, and the mean of all actions'
+    network.theta.assign(theta)
+    network.refresh()
+    np.testing.assert_allclose(network.q_values(observation).mean(axis=1), 2.0, rtol=1e-4)
+
+
+def test_weights_and_biases_start_within_one_over_the_root_of_a_layers_inputs():
+    theta = make(hidden=(64, 32)).theta.numpy()
+    for inputs, outputs in [(4, 64), (64, 32), (32, 3)]:
+        for size in (inputs * outputs, outputs):
+            part, theta = theta[:size], theta[size:]
+            assert 0 < np.abs(part).max() <= 1 / np.sqrt(inputs)
+            assert size < 30 or np.abs(part).max() > 0.9 / np.sqrt(inputs)
+    assert not theta.size
+
+
+def test_the_nature_cnn_has_the_papers_size():
+    network = make("cnn", shape=(84, 84, 4), actions=6, hidden=(512,))
+    # 8*8*4*32+32 + 4*4*32*64+64 + 3*3*64*64+64 + 3136*512+512 + 512*6+6
+    assert network.theta.shape == (1_687_206,)
+    image = np.random.default_rng(0).integers(256, size=(2, 84, 84, 4)).astype(np.uint8)
+    assert network.q_values(image).shape == (2, 6)
+    bright = network.q_values(np.full_like(image, 255))
+    np.testing.assert_allclose(bright, network(tf.ones((2, 84, 84, 4))).numpy(), rtol=1e-4, atol=1e-5)
+
+
+def test_an_own_keras_model_is_used_with_its_variables_as_they_are():
+    network = make("tests.unit.agent.test_networks:keras_model")
+    assert len(network.variables) == 5
+    assert network.q_values(np.zeros((2, 4), np.float32)).shape == (2, 3)
+    states = make("tests.unit.agent.test_networks:keras_model", shape=(1,), categories=5)
+    assert states.q_values(np.array([[3]], np.int32)).shape == (1, 3)
+
+
+def test_each_of_stacked_states_counts():
+    for name in ("mlp", "tests.unit.agent.test_networks:keras_model"):
+        network = make(name, shape=(2,), categories=5)
+        q = network.q_values(np.array([[3, 1], [3, 2], [0, 2], [3, 1]], np.int32))
+        assert len(np.unique(q[:, 0])) == 3
+        assert np.array_equal(q[0], q[3])
+
+
+def test_one_seed_makes_one_network():
+    for name in ("mlp", "tests.unit.agent.test_networks:keras_model"):
+        first, second = make(name, seed=3), make(name, seed=3)
+        for a, b in zip(first.variables, second.variables, strict=True):
+            assert np.array_equal(a.numpy(), b.numpy())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"name": "rnn"}, r"mlp, cnn or module:function.*'rnn'"),
+        ({"name": "cnn"}, r"needs images.*\[4\].*mlp"),
+        ({"name": "cnn", "shape": (20, 20, 1)}, r"at least 36 x 36 pixels.*20 x 20"),
+        ({"name": "no_such_module:f"}, r"cannot be imported.*no_such_module"),
+        ({"name": "tests.unit.agent.test_networks:nothing"}, r"cannot be imported.*nothing"),
+        ({"name": "tests.unit.agent.test_networks:not_a_model"}, r"must return a keras.Model.*int"),
+        ({"name": "tests.unit.agent.test_networks:keras_model_of_wrong_width"}, r"\[B, 3\].*\(1, 4\)"),
+        ({"name": "tests.unit.agent.test_networks:keras_model_with_batch_statistics"}, r"LayerNormalization"),
+        ({"name": "tests.unit.agent.test_networks:keras_model_with_a_regularizer"}, r"losses of its own"),
+        ({"hidden": (), "dueling": True}, r"at least one hidden layer"),
+    ],
+)
+def test_a_network_that_cannot_be_made_is_refused(arguments, message):
+    with pytest.raises(InputError, match=message):
+        make(**arguments)

@@ -1,0 +1,126 @@
+from copy import deepcopy
+
+import numpy as np
+import pytest
+
+from hvd_dqn.agent.preprocess import Normalizer, NullNormalizer
+
+RNG = np.random.default_rng(0)
+# Elements of very different place and width; the last one never changes.
+DATA = RNG.normal([0, 5, -300, 1e4, 7], [1, 0.1, 40, 2, 0], size=(1200, 5)).astype(np.float32)
+
+
+def alone(pending: np.ndarray) -> np.ndarray:
+    """The sum over one rank."""
+    return pending
+
+
+def pending(normalizer: Normalizer) -> np.ndarray:
+    """What this rank would add to the sum."""
+    sent = []
+    deepcopy(normalizer).merge(lambda values: sent.append(values) or values)
+    return sent[0]
+
+
+def merge_all(ranks: list[Normalizer]) -> None:
+    reduced = sum(pending(rank) for rank in ranks)
+    for rank in ranks:
+        rank.merge(lambda _: reduced)
+
+
+@pytest.mark.parametrize("pieces", [1, 2, 7, 1200])
+def test_the_statistics_are_those_of_all_data_at_once_however_it_arrives(pieces):
+    normalizer = Normalizer((5,))
+    for piece in np.array_split(DATA, pieces):
+        normalizer.observe(piece)
+        normalizer.merge(alone)
+    data = DATA.astype(np.float64)
+    np.testing.assert_allclose(normalizer.mean, data.mean(0), rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(normalizer.scale[:4], 1 / data.std(0)[:4], rtol=1e-5)
+    assert np.isfinite(normalizer.scale).all()
+
+
+@pytest.mark.parametrize("size", [2, 3, 4])
+def test_ranks_that_share_the_data_hold_the_statistics_of_one_rank_bit_equal_among_themselves(size):
+    one = Normalizer((5,))
+    ranks = [Normalizer((5,)) for _ in range(size)]
+    for cycle in np.array_split(DATA, 10):
+        one.observe(cycle)
+        one.merge(alone)
+        # Unequal parts, and none for the second of several: ranks do not see equally many valid steps.
+        for rank, part in zip(ranks, np.split(cycle, [7, 7, 30][: size - 1]), strict=True):
+            rank.observe(part)
+        merge_all(ranks)
+    for rank in ranks:
+        np.testing.assert_allclose(rank.mean, one.mean, rtol=1e-6)
+        np.testing.assert_allclose(rank.scale[:4], one.scale[:4], rtol=1e-6)
+        for key, value in rank.state().items():
+            np.testing.assert_array_equal(value, ranks[0].state()[key])
+
+
+def test_several_observations_between_two_merges_count_once_each():
+    normalizer = Normalizer((1,))
+    for value in (1.0, 2.0, 6.0):
+        normalizer.observe(np.array([[value]]))
+    # count, sum, sum of squares, against the first mean, which is 0
+    np.testing.assert_array_equal(pending(normalizer), [3, 9, 41])
+    normalizer.merge(alone)
+    np.testing.assert_array_equal(pending(normalizer), [0, 0, 0])
+    assert normalizer.mean[0] == 3
+    assert normalizer.scale[0] == pytest.approx(1 / np.sqrt(14 / 3))
+
+
+def test_a_small_deviation_far_from_zero_is_not_lost():
+    normalizer = Normalizer((1,))
+    data = 1e8 + RNG.normal(size=(2000, 1))
+    for piece in np.array_split(data, 20):
+        normalizer.observe(piece)
+        normalizer.merge(alone)
+    # Only the first piece is summed against 0, where float64 resolves 1e16 to about 1.
+    assert normalizer.scale[0] == pytest.approx(1 / data.std(), rel=0.05)
+
+
+def test_merging_nothing_changes_nothing_and_before_any_merge_observations_stay_as_they_are():
+    frames = RNG.normal(size=(4, 2, 3)).astype(np.float32)
+    normalizer = Normalizer((2, 3))
+    normalizer.merge(alone)
+    np.testing.assert_allclose(normalizer(frames), frames, rtol=1e-6)
+    assert NullNormalizer()(frames) is frames
+
+
+def known() -> Normalizer:
+    """Mean 2 and 10, deviation 2 and 1."""
+    normalizer = Normalizer((2,))
+    normalizer.observe(np.array([[0, 9], [4, 11]]))
+    normalizer.merge(alone)
+    return normalizer
+
+
+def test_normalised_values_are_float32_and_end_at_ten_deviations():
+    for dtype in (np.float32, np.float64, np.uint8, np.int32):
+        result = known()(np.array([[0, 10], [6, 200]], dtype=dtype))
+        assert result.dtype == np.float32
+        np.testing.assert_allclose(result, [[-1, 0], [2, 10]], rtol=1e-6)
+    np.testing.assert_array_equal(known()(np.float32([-1e6, 1e6])), [-10, 10])
+
+
+def test_each_frame_of_a_stack_is_normalised_like_a_single_one():
+    frames = RNG.normal(size=(3, 4, 2)).astype(np.float32)  # [stack, batch, element]
+    single = [known()(frame) for frame in frames]
+    np.testing.assert_array_equal(known()(np.concatenate(frames, axis=-1)), np.concatenate(single, axis=-1))
+
+
+def test_a_restored_normalizer_continues_like_the_one_that_was_saved():
+    one, other = Normalizer((5,)), Normalizer((5,))
+    one.observe(DATA[:500])
+    one.merge(alone)
+    other.observe(DATA[:3])  # forgotten by load_state
+    other.load_state(one.state())
+    np.testing.assert_array_equal(other.mean, one.mean)
+    np.testing.assert_array_equal(other.scale, one.scale)
+    for normalizer in (one, other):
+        normalizer.observe(DATA[500:])
+        normalizer.merge(alone)
+    for key, value in one.state().items():
+        np.testing.assert_array_equal(value, other.state()[key])
+    np.testing.assert_allclose(one.mean, DATA.astype(np.float64).mean(0), rtol=1e-6, atol=1e-6)

@@ -1,0 +1,215 @@
+"""What the doctor finds, alone and in made-up reports of several ranks."""
+
+import json
+import re
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from hvd_dqn.commands import doctor
+from hvd_dqn.ranks.world import Solo
+
+VERSIONS = {"python": "3.11.7", "tensorflow": "2.15.1", "horovod": "0.28.1", "mpi4py": "4.1.2"}
+
+
+def rank(number=0, size=2, **differs):
+    """A healthy rank on a host of two cores, except for what `differs`."""
+    return {
+        "rank": number,
+        "size": size,
+        "local_rank": number,
+        "local_size": size,
+        "host": "one",
+        "launched": size,
+        "cores": [0, 1],
+        "threads": 1,
+        "gpus": [],
+        "versions": VERSIONS,
+        "horovod": {"mpi_built": True, "nccl_built": False},
+        "settings": {},
+        **differs,
+    }
+
+
+def without(package):
+    return {name: version for name, version in VERSIONS.items() if name != package}
+
+
+def shown(report, width=80):
+    console = Console(width=width)
+    with console.capture() as capture:
+        console.print(doctor.render(report))
+    return capture.get()
+
+
+def test_healthy_ranks_have_no_problem():
+    nccl = {"nccl_built": True}
+    for ranks in [
+        [rank(0, 1)],
+        [rank(0), rank(1)],
+        [rank(0, cores=[0]), rank(1, cores=[1])],  # bound
+        [rank(0, 1, threads=2, versions=VERSIONS)],
+        [rank(0, gpus=["0"], horovod=nccl), rank(1, gpus=["1"], horovod=nccl)],
+        [rank(0, gpus=["0"], horovod=nccl), rank(1, gpus=["0"], horovod=nccl, host="two")],
+        [rank(0, threads=2), rank(1, threads=2, host="two")],
+    ]:
+        assert doctor.problems(ranks) == []
+
+
+@pytest.mark.parametrize(
+    ("ranks", "complaint", "cure"),
+    [
+        ([rank(0, 1, launched=2)], "launcher started 2 ranks, but this one finds itself alone", "one mpirun on PATH"),
+        ([rank(0, 1, versions=without("horovod"))], "several ranks need horovod", "launch/setup.sh"),
+        ([rank(0, 1, versions=without("mpi4py"))], "several ranks need mpi4py", "launch/setup.sh"),
+        ([rank(0, 1, horovod={"horovod_error": "undefined symbol"})], "undefined symbol", "launch/setup.sh"),
+        ([rank(0, threads=2), rank(1, threads=2)], "2 ranks on one run 4 threads on 2 cores", "INTRAOP_THREADS to 1"),
+        ([rank(0, cores=[1]), rank(1, cores=[1])], "run 2 threads on 1 core ", "start fewer ranks"),
+        ([rank(0, threads=2), rank(1, threads=1)], "run 3 threads on 2 cores", "mpirun --bind-to none"),
+        (
+            [rank(0, threads=2), rank(1, threads=2, host="two"), rank(2)],  # dealt out host by host
+            "2 ranks on one run 3 threads on 2 cores",
+            "INTRAOP_THREADS to 1",
+        ),
+        (
+            [rank(i, gpus=["3"], horovod={"nccl_built": True}) for i in range(2)],
+            "Ranks 0, 1 share GPU 3 on one",
+            "one rank per GPU",
+        ),
+        ([rank(0, gpus=["0"]), rank(1, gpus=["1"])], "without NCCL", "launch/setup.sh --gpu"),
+        (
+            [rank(0), rank(1), rank(2, host="two", versions=VERSIONS | {"tensorflow": "2.15.0"})],
+            "different versions of tensorflow: 2.15.0 on two and 2.15.1 elsewhere",
+            "one .venv",
+        ),
+    ],
+)
+def test_each_problem_is_told_once_with_its_cure(ranks, complaint, cure):
+    found = doctor.problems(ranks)
+    assert len(found) == 1
+    assert complaint in found[0]
+    assert cure in found[0]
+    report = {"hvd_dqn": "0", "ranks": ranks, "allreduce": [], "problems": found}
+    assert complaint.split()[0] in shown(report)
+    assert "No problem" not in shown(report)
+
+
+def test_a_process_alone_is_examined_without_talking_to_anyone():
+    report = json.loads(json.dumps(doctor.examine(Solo())))
+    (only,) = report["ranks"]
+    assert (only["rank"], only["size"], only["launched"]) == (0, 1, 1)
+    assert len(only["cores"]) >= 1
+    assert only["versions"]["tensorflow"].startswith("2.15.")
+    assert report["allreduce"] == []
+    text = shown(report)
+    assert re.search(r"^0/1 .* CPU +none +none +none", text, re.MULTILINE)
+    assert f"tensorflow {only['versions']['tensorflow']}" in " ".join(text.split())
+
+
+def test_without_horovod_a_process_alone_is_told_what_several_would_need(monkeypatch):
+    class Bare(Solo):
+        def describe(self):
+            return {}
+
+    monkeypatch.setattr(doctor, "versions", lambda: {"python": "3.11.7", "tensorflow": "2.15.1"})
+    report = doctor.examine(Bare())
+    assert report["problems"] == ["One process works; several ranks need horovod and mpi4py: run launch/setup.sh."]
+    assert "not installed" in shown(report)
+
+
+def test_the_slowest_rank_counts_in_each_allreduce(monkeypatch):
+    class Pair(Solo):
+        size = 2
+
+        def gather(self, value):
+            return [value, {**value, "rank": 1}]
+
+        def max(self, values):
+            return np.full(values.shape, 3e-4)
+
+    monkeypatch.setattr(doctor, "FLOATS", (10, 1500))
+    rows = doctor.examine(Pair())["allreduce"]
+    assert [row["bytes"] for row in rows] == [40, 6000]
+    assert all(row["low"] == row["median"] == row["high"] == pytest.approx(300) for row in rows)
+    assert rows[1]["megabytes_per_second"] == pytest.approx(20)  # 6,000 B in 300 µs
+
+
+MPI = {"mpi_built": True, "nccl_built": False, "mpi_enabled": True, "gloo_enabled": False}
+MPI |= {"mpi_library": "Open MPI v4.1.4", "mpi_thread_level": "MULTIPLE"}
+GLOO = {"mpi_built": True, "nccl_built": False, "mpi_enabled": False, "gloo_enabled": True}
+SMALL = {"bytes": 18_440, "median": 129.4, "low": 124.0, "high": 155.0, "megabytes_per_second": 142.5}
+LARGE = {"bytes": 6_748_824, "median": 18_423.0, "low": 18_384.0, "high": 18_462.0, "megabytes_per_second": 366.3}
+
+
+def test_people_see_a_row_per_rank_and_every_allreduce():
+    report = {
+        "hvd_dqn": "0",
+        "ranks": [rank(i, 3, cores=[0, 1, 2, 5], horovod=MPI, gpus=["7"][i:]) for i in range(3)],
+        "allreduce": [SMALL, LARGE],
+        "problems": [],
+    }
+    text = shown(report, width=100)
+    for i, device in enumerate(["GPU 7", "CPU", "CPU"]):
+        row = f"{i}/3 +one +{i}/3 +0-2, 5 +1 +{device} +Open MPI v4.1.4 +MULTIPLE +MPI *$"
+        assert re.search(row, text, re.MULTILINE), text
+    assert "18 kB in 129 µs (quartiles 124 and 155): 142 MB/s" in text
+    assert "6,749 kB in 18,423 µs (quartiles 18,384 and 18,462): 366 MB/s" in text
+    assert "mpi built yes, nccl built no" in text
+    assert "No problem found." in text
+
+
+@pytest.mark.parametrize("width", [80, 100, 140])
+def test_nothing_is_cut_off_in_a_narrow_terminal(width):
+    long = {
+        "host": "W" * 34,
+        "gpus": ["Z" * 12],
+        "horovod": {**MPI, "mpi_library": "Y" * 25},
+        "cores": [*range(0, 64, 2)],
+        "settings": {"OMPI_MCA_mca_base_component_path": "Q" * 200},
+    }
+    report = {"hvd_dqn": "0", "ranks": [rank(7, 1024, **long)], "allreduce": [LARGE], "problems": ["X" * 300]}
+    text = shown(report, width)
+    assert all(len(line) <= width for line in text.splitlines())
+    assert [text.count(letter) for letter in "WZYXQ"] == [34, 12, 25, 300, 200]
+    assert {"7/1024", "62", "MULTIPLE", "MPI", "controller"} <= set(text.split())
+
+
+def test_under_gloo_there_is_no_mpi_to_name():
+    text = shown({"hvd_dqn": "0", "ranks": [rank(0, horovod=GLOO)], "allreduce": [], "problems": []}, width=100)
+    assert re.search(r"^0/2 .* CPU +none +none +Gloo *$", text, re.MULTILINE), text
+
+
+def test_a_gpu_is_known_by_its_number_on_the_host():
+    device = "/physical_device:GPU:{}".format
+    for names, visible, expected in [
+        ([], None, []),
+        ([device(1)], None, ["1"]),
+        ([device(0)], "3", ["3"]),
+        ([device(1)], "4,6", ["6"]),
+        ([device(0)], "GPU-8f2e, GPU-11aa", ["GPU-8f2e"]),
+    ]:
+        environ = {} if visible is None else {"CUDA_VISIBLE_DEVICES": visible}
+        assert doctor.gpus(names, environ) == expected
+
+
+def test_settings_in_force_leave_out_what_launchers_tell_their_own():
+    set_by_people = {"HOROVOD_CYCLE_TIME": "0.05", "OMPI_MCA_pml": "ob1", "OMP_NUM_THREADS": "1", "TF_CPP_X": "2"}
+    internal = {
+        "HOROVOD_GLOO_RENDEZVOUS_ADDR": "10.0.0.1",
+        "HOROVOD_SECRET_KEY": "s",
+        "OMPI_MCA_orte_hnp_uri": "u",
+        "OMPI_COMM_WORLD_SIZE": "2",
+        "PATH": "/bin",
+    }
+    assert doctor.settings(set_by_people | internal) == set_by_people
+
+
+def test_every_launcher_says_how_many_it_started():
+    for environ, expected in [
+        ({}, 1),
+        ({"OMPI_COMM_WORLD_SIZE": "4", "SLURM_STEP_NUM_TASKS": "1"}, 4),  # mpirun inside an srun of its daemons
+        ({"HOROVOD_SIZE": "2"}, 2),
+        ({"SLURM_STEP_NUM_TASKS": "8"}, 8),
+    ]:
+        assert doctor.launched(environ) == expected

@@ -1,0 +1,276 @@
+"""What a person sets reaches the part that it is meant for, and what a part says reaches the metrics."""
+
+import inspect
+import os
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+import hvd_dqn.training.build
+import hvd_dqn.training.worker
+from hvd_dqn.agent.learner import Phase
+from hvd_dqn.config import Config
+from hvd_dqn.ranks.world import Solo
+from hvd_dqn.training.build import make_environments, make_learner
+from hvd_dqn.training.worker import Agent
+
+# Every value is another than the default.
+SETTINGS = {
+    "total_steps": 1_200,
+    "env": {
+        "id": "CartPole-v1",
+        "kwargs": {"sutton_barto_reward": True},
+        "envs_per_rank": 3,
+        "vectorization": "async",
+        "frame_stack": 2,
+        "reward_scale": 0.5,
+        "reward_clip": 2.0,
+        "restart_failed_envs": 4,
+        "normalize_observation": True,
+    },
+    "agent": {
+        "hidden": [5],
+        "dueling": True,
+        "double": False,
+        "n_step": 2,
+        "gamma": 0.9,
+        "loss": "squared",
+        "epsilon_steps": 600,
+        "epsilon_zeta": 2.5,
+        "epsilon_ladder": 7.0,
+    },
+    "learner": {
+        "batch_size": 4,
+        "replay_ratio": 2,
+        "learn_start": 60,
+        "train_period": 12,
+        "target_period": 24,
+        "learning_rate": 0.02,
+        "learning_rate_end": 0.1,
+        "adam_epsilon": 1e-3,
+        "max_gradient_norm": 3.0,
+        "xla": False,
+        "overlap": True,
+    },
+    "ranks": {
+        "sync": "parameters",
+        "backward_passes_per_step": 2,
+        "learning_rate_scaling": "linear",
+        "warmup_steps": 300,
+        "vote_period": 12,
+    },
+    "evaluation": {"episodes": 6, "max_episode_steps": 9, "epsilon": 0.25},
+}
+
+
+class SecondOfTwo(Solo):
+    """A rank of two without the other one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rank, self.size, self.local_size = 1, 2, 2
+
+
+@pytest.fixture
+def made(monkeypatch):
+    """An agent of rank 1 of 2, and the arguments with which each part was made, by their names."""
+    calls = {}
+
+    def spy(module, name):
+        part = getattr(module, name)
+
+        def make(*values, **named):
+            calls.setdefault(name, []).append(inspect.signature(part).bind(*values, **named).arguments)
+            return part(*values, **named)
+
+        monkeypatch.setattr(module, name, make)
+
+    for name in ("Environments", "Learner", "build_network", "Evaluator"):
+        spy(hvd_dqn.training.build, name)
+    for name in ("Replay", "Actor"):
+        spy(hvd_dqn.training.worker, name)
+    agent = Agent(Config.model_validate(SETTINGS), SecondOfTwo())
+    yield agent, calls
+    agent.close()
+
+
+def test_every_setting_reaches_its_part(made):
+    agent, calls = made
+    env, learner = SETTINGS["env"], SETTINGS["learner"]
+    trained, evaluated = calls["Environments"]
+    shared = {
+        name: env[name] for name in ("id", "kwargs", "vectorization", "frame_stack", "reward_scale", "reward_clip")
+    }
+    assert trained == {**shared, "copies": 3, "first_index": 3, "rank": 1, "restarts": 4}
+    assert evaluated == {**shared, "copies": 3, "first_index": 3, "rank": 1, "restarts": 0}
+
+    (replay,) = calls["Replay"]
+    expected = {"n_step": 2, "gamma": 0.9, "frame_stack": 2, "sharers": 2}
+    assert {name: replay[name] for name in expected} == expected
+
+    (actor,) = calls["Actor"]
+    assert 2.5 in actor.values()
+
+    (made_learner,) = calls["Learner"]
+    expected = {name: learner[name] for name in ("adam_epsilon", "max_gradient_norm", "xla", "overlap")}
+    expected |= {"double": False, "loss": "squared", "sync": "parameters", "compression": "none", "passes": 2}
+    expected["planned"] = agent.plan.updates_after(agent.plan.cycles - 1)
+    assert expected["planned"] > 100
+    assert {name: made_learner[name] for name in expected} == expected
+
+    assert len(calls["build_network"]) == 3  # online, target, and the one that acts while the others learn
+    for network in calls["build_network"]:
+        assert (network["hidden"], network["dueling"]) == ((5,), True)
+
+    (evaluator,) = calls["Evaluator"]
+    assert (evaluator["epsilon"], evaluator["max_length"]) == (0.25, 9)
+
+
+def test_fp16_reaches_the_learner(monkeypatch):
+    asked = []
+    world = SecondOfTwo()
+    world.wrap = lambda optimizer, compression: asked.append(compression) or optimizer
+    config = Config.model_validate({"env": {"envs_per_rank": 1}, "ranks": {"compression": "fp16"}})
+    Agent(config, world).close()
+    assert asked == ["fp16"]
+
+
+def test_a_rank_acts_with_its_own_part_of_the_ladder(made):
+    agent, _ = made
+    agent.begin_episodes()
+    given, act = [], agent.actor.act
+    agent.actor.act = lambda observation, epsilons: given.append(epsilons) or act(observation, epsilons)
+    for cycle in (0, 30):
+        agent.step(cycle)
+        assert np.array_equal(given[-1], agent.plan.epsilons_at(cycle, 1))
+    assert not np.array_equal(given[1], given[0])
+    assert not np.array_equal(given[1], agent.plan.epsilons_at(30, 0))
+
+
+def test_who_acts_and_who_learns_sees_normalised_observations(made):
+    agent, _ = made
+    agent.begin_episodes()
+    q_values, sample = agent.learner.acting.q_values, agent.replay.sample
+    seen, drawn, given = [], [], []
+    agent.learner.acting.q_values = lambda observation: seen.append(observation) or q_values(observation)
+    agent.replay.sample = lambda *size: drawn.append(sample(*size)) or drawn[-1]
+    agent.learner.update = lambda batch, *_: given.append(batch) or Phase(1, 0.0, 0.0, 0.0, 0, 0, False, 1.0, 0.0)
+    acted = 0
+    for cycle in range(60):
+        raw = agent.envs.observation
+        expected = agent.normalizer(raw)
+        agent.step(cycle)
+        if seen:  # not where all actions are random
+            acted += not np.array_equal(expected, raw)
+            assert np.array_equal(seen.pop(), expected)
+        if agent.plan.learns_at(cycle):
+            agent.learn(cycle)
+            agent.settle()
+            for part in ("observation", "next_observation"):
+                before, after = getattr(drawn[-1], part), getattr(given[-1], part)
+                assert not np.array_equal(after, before)
+                assert np.array_equal(after, agent.normalizer(before))
+    assert acted > 10 < len(given)
+
+
+def test_a_phase_gets_what_is_planned_and_what_it_says_is_reported(made):
+    agent, _ = made
+    agent.begin_episodes()
+    given = []
+
+    def update(batch, learning_rate, copies):
+        given.append((batch.reward.shape, learning_rate, copies.tolist()))
+        n = len(copies)
+        return Phase(n, 2.0 * n, 3.0 * n, 4.0 * n, 6, 0, False, 1.0, 0.0)
+
+    agent.learner.update = update
+    expected = []
+    for cycle in range(agent.plan.cycles):
+        agent.step(cycle)
+        if agent.plan.learns_at(cycle):
+            agent.learn(cycle)
+            agent.settle()
+            updates = agent.plan.updates_at(cycle)
+            shape = (updates, agent.plan.batch_per_rank * 2)
+            expected.append((shape, agent.plan.learning_rate_at(cycle), agent.plan.target_copies_at(cycle).tolist()))
+            row = agent.report(cycle)
+            assert (row["epsilon"], row["learning_rate"]) == (agent.plan.epsilon_at(cycle), expected[-1][1])
+            assert (row["updates"], row["replay_size"]) == (agent.plan.updates_after(cycle), len(agent.replay))
+    assert given == expected
+    rates = [rate for _, rate, _ in given]
+    assert rates[0] < 0.025 < max(rates) <= 0.08  # warm-up to that of four batches
+    assert rates[-1] < 0.3 * max(rates)
+    assert (row["loss"], row["mean_q"], row["gradient_norm"]) == (2.0, 3.0, 4.0)
+    assert row["skipped_updates"] == 3  # the mean of two ranks, of which one is there
+
+
+def threads_of_an_agent(settings: dict, kind: str, said: dict[str, str]) -> str:
+    """TensorFlow's number of threads inside operations ("intra") or for them ("inter"), and what the environment says."""
+    name = f"TF_NUM_{kind.upper()}OP_THREADS"
+    code = f"""
+import os
+from hvd_dqn.ranks import placement
+os.environ.setdefault("{name}", "3")  # as set_thread_defaults may
+import tensorflow as tf
+from hvd_dqn.training.worker import Agent
+from hvd_dqn.config import Config
+from hvd_dqn.ranks.world import Solo
+Agent(Config.model_validate({settings}), Solo()).close()
+print(tf.config.threading.get_{kind}_op_parallelism_threads(), os.environ["{name}"])
+"""
+    clean = {key: value for key, value in os.environ.items() if key != name}
+    done = subprocess.run([sys.executable, "-c", code], env=clean | said, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+@pytest.mark.parametrize(
+    ("said", "hidden", "threads"),
+    [({}, (64, 64), "1 1"), ({}, (1024, 1024), "0 3"), ({"TF_NUM_INTRAOP_THREADS": "2"}, (64, 64), "0 2")],
+)
+def test_small_products_are_one_threads_unless_the_environment_says_otherwise(said, hidden, threads):
+    settings = {"env": {"id": "CartPole-v1"}, "agent": {"hidden": hidden}}
+    assert threads_of_an_agent(settings, "intra", said) == threads
+
+
+@pytest.mark.parametrize(
+    ("said", "network", "overlap", "threads"),
+    [
+        ({}, "mlp", True, "0 3"),
+        ({}, "tests.unit.agent.test_networks:keras_model", False, "0 3"),
+        ({}, "tests.unit.agent.test_networks:keras_model", True, "2 2"),
+        ({"TF_NUM_INTEROP_THREADS": "1"}, "tests.unit.agent.test_networks:keras_model", True, "0 1"),
+    ],
+)
+def test_a_network_that_acts_by_tensorflow_need_not_wait_for_the_phase_under_way(said, network, overlap, threads):
+    settings = {"env": {"id": "CartPole-v1"}, "agent": {"network": network}, "learner": {"overlap": overlap}}
+    assert threads_of_an_agent(settings, "inter", said) == threads
+
+
+def test_what_counts_under_strong_scaling_is_a_ranks_own_batch(monkeypatch):
+    alone = []
+    monkeypatch.setattr("hvd_dqn.training.build.compute_alone", lambda: alone.append(True))
+    for size in (1, 8):
+        world = Solo()
+        world.size = size
+        settings = {"agent": {"hidden": (256, 256)}, "learner": {"batch_size": 512, "learn_start": 2_000}}
+        config = Config.model_validate({"env": {"id": "CartPole-v1"}, "ranks": {"scaling": "strong"}, **settings})
+        envs = make_environments(config, world, 1, "sync")
+        make_learner(config, envs, world, np.random.default_rng(0))
+        envs.close()
+        assert alone == [True] * (size == 8)
+
+
+def test_waiting_for_the_statistics_of_observations_counts_as_exchange(made):
+    agent, _ = made
+    agent.begin_episodes()
+    agent.normalizer.merge = lambda reduce: time.sleep(0.05)
+    for cycle in range(60):
+        agent.step(cycle)
+        if agent.plan.learns_at(cycle):
+            agent.learn(cycle)
+            break
+    assert agent.ledger.spent["communicate"] >= 0.05

@@ -1,0 +1,133 @@
+"""Evaluation: each episode counts once, with a seed of its own, however many ranks and copies share them."""
+
+import numpy as np
+import pytest
+
+from hvd_dqn.config import Config
+from hvd_dqn.envs.environments import Environments
+from hvd_dqn.errors import RunError
+from hvd_dqn.ranks.world import Solo
+from hvd_dqn.training.build import make_evaluator
+from hvd_dqn.training.evaluation import Evaluator
+
+
+class OneOf(Solo):
+    """A rank of several whose sums are collected and added up by hand."""
+
+    def __init__(self, rank, size):
+        super().__init__()
+        self.rank, self.size = rank, size
+
+
+def lean(observation):
+    """A policy whose episodes have very different lengths: pushes the cart towards the side the pole leans to."""
+    return (observation[:, 2] > 0).astype(np.int64)
+
+
+def evaluator(copies, world=None, max_length=1_000, id="CartPole-v1", act=lean, stop=lambda: False, epsilon=0.0):
+    envs = Environments(id, copies, vectorization="sync")
+    return Evaluator(
+        envs, lambda o: np.eye(envs.actions)[act(o)], world or Solo(),
+        epsilon=epsilon, seed=7, max_length=max_length, stop=stop,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("epsilon", [0.0, 0.1])
+def test_the_result_does_not_depend_on_the_number_of_copies(epsilon):
+    results = []
+    for copies in (1, 3, 10):
+        one, played = evaluator(copies, epsilon=epsilon), []
+        play = one._play
+        one._play = lambda *episodes, play=play, played=played: played.append(play(*episodes)) or played[-1]
+        results.append(one.evaluate(10, round=4))
+        one.close()
+    returns = np.concatenate([returns for returns, _ in played])
+    assert results[0]["return_std"] == pytest.approx(np.std(returns)) != 0
+    assert (results[0]["return_min"], results[0]["return_max"]) == (returns.min(), returns.max())
+    for result in results[1:]:
+        assert result == pytest.approx(results[0])
+    assert results[0]["episodes"] == 10
+    assert results[0]["return_min"] < results[0]["return_mean"] < results[0]["return_max"]
+    assert results[0]["length_mean"] == pytest.approx(results[0]["return_mean"])  # a reward of 1 per step
+
+
+@pytest.mark.parametrize("epsilon", [0.0, 0.1])
+@pytest.mark.parametrize("size", [2, 3, 4])
+def test_episodes_are_shared_out_without_loss_even_to_a_rank_that_gets_none(size, epsilon):
+    alone = evaluator(3, epsilon=epsilon).evaluate(3, round=0)
+    played = []
+    for rank in range(size):
+        one = evaluator(2, OneOf(rank, size), epsilon=epsilon)
+        world, vectors = one._world, []
+        world.sum = lambda values, kept=vectors: (kept.append(values), np.array([1.0, 0, 0][: len(values)]))[1]
+        one.evaluate(3, round=0)
+        played.append(vectors[0])  # count, sum of returns, sum of lengths
+    count, total, length = np.sum(played, axis=0)
+    assert count == 3
+    assert total / count == pytest.approx(alone["return_mean"])
+    assert length / count == pytest.approx(alone["length_mean"])
+
+
+@pytest.mark.parametrize(("episodes", "size", "copies"), [(20, 1, 20), (20, 3, 7), (2, 3, 1), (1_000, 2, 32)])
+def test_a_rank_has_a_copy_per_episode_but_never_more_than_it_can_hold(episodes, size, copies):
+    config = Config.model_validate({"env": {"id": "CartPole-v1"}, "evaluation": {"episodes": episodes}})
+    one = make_evaluator(config, OneOf(0, size), lambda o: np.zeros((len(o), 2)))
+    assert one._envs.copies == copies
+    one.close()
+
+
+def test_an_environment_that_fails_in_an_evaluation_is_to_be_mended():
+    config = Config.model_validate({"env": {"id": "CartPole-v1", "restart_failed_envs": 5}})
+    one = make_evaluator(config, Solo(), lambda o: np.zeros((len(o), 2)))
+    one._envs._vector.step = lambda action: 1 / 0
+    with pytest.raises(
+        RunError, match=r"in step 1: ZeroDivisionError.*Mend it, or have the copies that are trained with"
+    ):
+        one.evaluate(3, round=0)
+
+
+def test_an_evaluation_may_begin_after_the_episodes_of_another():
+    for size in (1, 2):
+        one, played = evaluator(2, OneOf(size - 1, size)), []
+        one._play = lambda episodes, round, played=played: played.append(list(episodes)) or (np.ones(1), np.ones(1))
+        one.evaluate(5, round=0, first=3)
+        one.close()
+        assert played == [[[3, 4], [5, 6], [7]], [[4, 6]]][size - 1]
+
+
+def test_another_round_has_other_episodes_and_the_same_round_the_same():
+    one = evaluator(5)
+    first, again, other = (one.evaluate(5, round=round) for round in (1, 1, 2))
+    assert first == again
+    assert first != other
+
+
+def test_as_many_actions_are_random_as_it_is_told():
+    chosen, one = [], evaluator(10, epsilon=0.25)
+    step = one._envs.step
+    one._q_values = lambda o: np.tile([0.0, 1.0], (len(o), 1))
+    one._envs.step = lambda action: (chosen.append(action.copy()), step(action))[1]
+    for round in range(20):
+        one.evaluate(10, round)
+    actions = np.concatenate(chosen)
+    assert len(actions) > 1_000
+    # Half of the random ones are the greedy one too; four standard deviations.
+    assert abs(np.mean(actions == 0) - 0.125) < 4 * np.sqrt(0.125 * 0.875 / len(actions))
+
+
+def test_an_episode_without_end_counts_as_it_is_at_the_longest_length():
+    result = evaluator(2, max_length=30, id="MountainCar-v0", act=lambda o: np.ones(len(o), np.int64)).evaluate(
+        4, round=0
+    )
+    assert result["length_mean"] == 30
+    assert result["return_mean"] == -30
+
+
+def test_all_ranks_break_off_when_one_of_them_is_to_stop():
+    steps = []
+    asked = evaluator(2, act=lambda o: (steps.append(1), lean(o))[1], stop=lambda: len(steps) >= 5)
+    assert asked.evaluate(4, round=0) is None
+    assert len(steps) == 5
+    other = evaluator(2)
+    other._world.max = lambda values: np.maximum(values, [0, 0, 1])  # another rank's wish
+    assert other.evaluate(4, round=0) is None
