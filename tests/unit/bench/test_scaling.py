@@ -174,7 +174,7 @@ def test_one_that_dies_is_told_of_and_the_others_are_ended(monkeypatch):
 
 
 def test_whoever_ends_the_benchmark_ends_what_it_started():
-    script = f"from hvd_dqn import bench_jobs; bench_jobs.HVD_DQN = {SLEEPER}; bench_jobs.apart(2, [])"
+    script = f"from hvd_dqn.bench import jobs; jobs.HVD_DQN = {SLEEPER}; jobs.apart(2, [])"
     benchmark = subprocess.Popen([sys.executable, "-c", script])
     try:
         # The third may be a copy of the benchmark that is about to become what it starts: ended then, too, all end.
