@@ -15,7 +15,14 @@ from hvd_dqn.ranks.world import World
 from hvd_dqn.reporting.session import Session, open_session
 from hvd_dqn.storage.checkpoint import Checkpoints, Snapshot
 from hvd_dqn.storage.run_directory import Run
-from hvd_dqn.training.build import make_environments, make_evaluator, make_learner, make_normalizer, restore_weights
+from hvd_dqn.training.build import (
+    make_environments,
+    make_evaluator,
+    make_learner,
+    make_preprocess,
+    make_statistics,
+    restore_weights,
+)
 from hvd_dqn.training.evaluation import Evaluator
 from hvd_dqn.training.ledger import Row
 from hvd_dqn.training.trainer import Trainer
@@ -103,10 +110,10 @@ def evaluate(config: Config, world: World, snapshot: Snapshot) -> Row:
 
     def build() -> tuple[Learner, Evaluator]:
         with contextlib.closing(make_environments(config, world, 1, "sync")) as envs:
-            normalizer = make_normalizer(config, envs)
-            learner = make_learner(config, envs, world, rng)
-        restore_weights(learner, normalizer, snapshot)
-        return learner, make_evaluator(config, world, lambda o: learner.online.q_values(normalizer(o)))
+            statistics, preprocess = make_statistics(config, envs), make_preprocess(config, envs)
+            learner = make_learner(config, envs, preprocess, world, rng)
+        restore_weights(learner, preprocess, statistics, snapshot)
+        return learner, make_evaluator(config, world, learner.online.q_values)
 
     learner, evaluator = in_step(world, build)
     BroadcastHook(world, learner.variables)()

@@ -8,14 +8,14 @@ from typing import Any, NamedTuple
 import numpy as np
 import tensorflow as tf
 
-from hvd_dqn.agent.losses import chosen, double_q_target, huber, q_target, squared
-from hvd_dqn.agent.networks import Mlp, Network
+from hvd_dqn.agent.networks import Network, NumpyMlp
+from hvd_dqn.agent.objectives import Evaluated, Objective
 from hvd_dqn.agent.optimizer import Adam
+from hvd_dqn.agent.preprocess import Preprocess
 from hvd_dqn.agent.transition import Batch
 from hvd_dqn.graphs import DenseTape, Graph, StampedTape, fold, global_norm, time_after
 from hvd_dqn.ranks.world import World
 
-LOSSES = {"huber": huber, "squared": squared}
 # Next observations that the target network values in one go: of small ones a product of many rows is the faster one (an
 # update at 64-64 takes 165 us instead of 187), of images each minibatch is large enough.
 AHEAD_BYTES = 1 << 16
@@ -24,13 +24,32 @@ AHEAD_BYTES = 1 << 16
 XLA_PARAMETERS = 30_000
 XLA_UPDATES = 50_000
 
+Results = tuple[
+    Any, ...
+]  # of the updates so far: their sums as one vector and, of a weighted batch, an array of priorities
+
+
+class Sums(NamedTuple):
+    """What a phase adds up over its updates inside the graph, [] float32 each.
+
+    An update that is skipped adds no loss, q or norm.
+    """
+
+    loss: tf.Tensor
+    mean_q: tf.Tensor
+    gradient_norm: tf.Tensor
+    skipped: tf.Tensor
+    nonfinite: tf.Tensor  # skipped updates whose loss on this rank was not finite
+    allreduce_seconds: tf.Tensor
+
 
 class Phase(NamedTuple):
     """Sums over the updates of one phase, of this rank's minibatches; the gradient's is of the averaged gradient.
 
-    Updates whose averaged gradient is not finite are skipped, and only counted; `culprits` of them had a loss
-    on this rank that was not finite. `spoilt` says whether any rank skipped one. `exchange` is the part of its `seconds`
-    that went into averaging over ranks, waiting for them included.
+    Updates whose averaged gradient is not finite are skipped and only counted. `nonfinite` counts those whose loss was not
+    finite on this rank; `any_skipped` says whether any rank skipped one. `allreduce_seconds` is the part of `seconds` that
+    went into averaging over ranks, waiting for them included. `priority` [K, B] is what the objective says of each
+    transition of a weighted batch, None of others.
     """
 
     updates: int
@@ -38,29 +57,30 @@ class Phase(NamedTuple):
     mean_q: float
     gradient_norm: float
     skipped: int
-    culprits: int
-    spoilt: bool
+    nonfinite: int
+    any_skipped: bool
     seconds: float
-    exchange: float
+    allreduce_seconds: float
+    priority: np.ndarray | None
 
 
 class Learner:
-    """Fits `online` to bootstrapped targets by phases of K updates per call.
+    """Fits `online` to the targets of an objective by phases of K updates per call.
 
     With `sync` "gradients" every update averages the gradient over the ranks of `world`; with "parameters" each rank takes
     the phase's updates alone and then parameters and optimizer slots are averaged (McMahan et al. 2017, arXiv:1602.05629),
-    which is another algorithm: for one rank both are the same. `passes` minibatches make one update. With an `xla` of None
-    phases are compiled where that pays for `planned` updates. With `overlap` there is a third network, `acting`, to choose
-    actions by while a phase goes on.
+    which is another algorithm: for one rank both are the same. `passes` minibatches make one update (gradient accumulation).
+    With an `xla` of None phases are compiled where that pays for `planned` updates. With `overlap` there is a third network,
+    `acting`, to choose actions by while a phase goes on.
     """
 
     def __init__(
         self,
         make_network: Callable[[], Network],
+        preprocess: Preprocess,
+        objective: Objective,
         world: World,
         *,
-        double: bool,
-        loss: str,
         sync: str = "gradients",
         compression: str = "none",
         passes: int = 1,
@@ -70,13 +90,14 @@ class Learner:
         planned: int = 0,
         overlap: bool = False,
     ) -> None:
+        self._preprocess, self._objective = preprocess, objective
         self.online, self.target = make_network(), make_network()
         self._copy_target()
         self.acting = make_network() if overlap else self.online
-        self._freeze = Graph(lambda: [*_copy(self.online, self.acting), *self.acting.kept()])
+        self._sync_acting = Graph(lambda: [*_copy(self.online, self.acting), *self.acting.numpy_weights()])
         if overlap:
-            self.freeze()
-        self._world, self._double, self._loss, self._passes = world, double, LOSSES[loss], passes
+            self.sync_acting_weights()
+        self._world, self._passes = world, passes
         self._averages_parameters = sync == "parameters"
         self._max_gradient_norm = max_gradient_norm
         optimizer = Adam(epsilon=adam_epsilon, jit_compile=False)
@@ -85,12 +106,12 @@ class Learner:
         self.optimizer.build(self.online.variables)
         if xla is None:
             parameters = sum(math.prod(variable.shape) for variable in self.online.variables)
-            xla = isinstance(self.online, Mlp) and parameters <= XLA_PARAMETERS and planned >= XLA_UPDATES
+            xla = isinstance(self.online, NumpyMlp) and parameters <= XLA_PARAMETERS and planned >= XLA_UPDATES
         # Horovod: XLA cannot compile a phase inside which ranks talk, or may do so when others have joined.
         self.compiled = xla and (self._averages_parameters or (world.size == 1 and not world.elastic))
         self._is_timed = not self._averages_parameters and (world.size > 1 or world.elastic)
-        # K may differ from phase to phase: one graph serves them all.
-        self._updates = Graph(self._take_updates, compiled=self.compiled)
+        # K may differ from phase to phase: one graph serves them all. Weighted batches, which have a field more, have another.
+        self._updates = {weighted: Graph(self._take_updates, compiled=self.compiled) for weighted in (False, True)}
         self._average = Graph(self._average_parameters)
 
     @property
@@ -106,89 +127,126 @@ class Learner:
         return {f"{part}/{i}": variable for part, variables in parts.items() for i, variable in enumerate(variables)}
 
     def update(self, batch: Batch, learning_rate: float, target_copies: np.ndarray) -> Phase:
-        """Takes K updates from a batch of leading dimensions [K, passes * B]; `target_copies` is [K] bool."""
+        """Takes K updates from a batch of leading dimensions [K, passes * B]; `target_copies` is [K] bool.
+
+        Observations are those of the replay, not preprocessed.
+        """
         began = perf_counter()
         # Parameters are averaged after the phase, and only then may they become the target of all ranks.
         copies = np.zeros_like(target_copies) if self._averages_parameters else target_copies
         # XLA compiles anew for every number of them, and has no use for any.
         ends = np.zeros(0, np.int32) if self.compiled else _ends(copies, batch.next_observation[0].nbytes)
-        sums, *kept = self._updates(*batch, np.float32(learning_rate), copies, ends)
-        loss, mean_q, gradient_norm, skipped, culprits, exchange = sums.tolist()
-        spoilt = skipped > 0  # ranks that average gradients skip the same updates
+        is_weighted = batch.weight is not None
+        arrays = [array for array in batch if array is not None]
+        results = self._updates[is_weighted](np.float32(learning_rate), copies, ends, *arrays)
+        sums, priority, numpy_weights = (
+            Sums(*results[0]),
+            results[1] if is_weighted else None,
+            results[1 + is_weighted :],
+        )
+        allreduce_seconds, any_skipped = float(sums.allreduce_seconds), bool(sums.skipped > 0)
         if self._averages_parameters:
             learned = perf_counter()
-            mean_skipped, *kept = self._average(sums[3])
-            spoilt = bool(mean_skipped > 0)
-            exchange = perf_counter() - learned
+            mean_skipped, *numpy_weights = self._average(sums.skipped)
+            any_skipped = bool(mean_skipped > 0)  # ranks that average gradients skip the same updates
+            allreduce_seconds = perf_counter() - learned
             if target_copies.any():
                 self._copy_target()
-        self.online.refresh(kept)
+        self.online.refresh(numpy_weights)
         self.target.refresh()
-        updates, seconds = len(target_copies) - round(skipped), perf_counter() - began
-        return Phase(updates, loss, mean_q, gradient_norm, round(skipped), round(culprits), spoilt, seconds, exchange)
+        skipped = round(float(sums.skipped))
+        return Phase(
+            updates=len(target_copies) - skipped,
+            loss=float(sums.loss),
+            mean_q=float(sums.mean_q),
+            gradient_norm=float(sums.gradient_norm),
+            skipped=skipped,
+            nonfinite=round(float(sums.nonfinite)),
+            any_skipped=any_skipped,
+            seconds=perf_counter() - began,
+            allreduce_seconds=allreduce_seconds,
+            priority=priority,
+        )
 
-    def freeze(self) -> None:
+    def sync_acting_weights(self) -> None:
         """From now on `acting` has the weights that `online` has now."""
-        self.acting.refresh(self._freeze())
+        self.acting.refresh(self._sync_acting())
 
     def _take_updates(
         self,
-        observation: tf.Tensor,  # [K, P * B, ...]
-        action: tf.Tensor,  # [K, P * B]
-        reward: tf.Tensor,
-        discount: tf.Tensor,
-        next_observation: tf.Tensor,
         learning_rate: tf.Tensor,  # []
         copies: tf.Tensor,  # [K]
         ends: tf.Tensor,  # [S]
+        *fields: tf.Tensor,  # of the batch, [K, P * B, ...] each
     ) -> list[tf.Tensor]:
+        """The phase in the graph. Returns sums, priorities [K, P * B] if the batch is weighted, and weights for NumPy."""
         self.optimizer.learning_rate.assign(learning_rate)
-        batch = Batch(observation, action, reward, discount, next_observation)
+        batch = Batch(*fields)
+        results: Results = (tf.zeros([len(Sums._fields)]),)
+        if batch.weight is not None:
+            results += (tf.TensorArray(tf.float32, tf.shape(copies)[0], element_shape=[batch.weight.shape[1]]),)
 
-        def update(k: tf.Tensor, sums: tf.Tensor) -> tf.Tensor:
-            minibatch = Batch(*(x[k] for x in batch))
-            sums += self._take_update(minibatch, self.target(minibatch.next_observation))
+        def take(k: tf.Tensor, results: Results, next_inputs: tf.Tensor, next_outputs: tf.Tensor) -> Results:
+            minibatch = Batch(*(field[k] for field in fields))
+            minibatch = minibatch._replace(
+                observation=self._preprocess(minibatch.observation), next_observation=next_inputs
+            )
+            sums, priority = self._take_update(minibatch, next_outputs)
+            total, *priorities = results
+            return (total + sums, *(written.write(k, priority) for written in priorities))
+
+        def take_one(k: tf.Tensor, results: Results) -> Results:
+            next_inputs = self._preprocess(batch.next_observation[k])
+            results = take(k, results, next_inputs, self.target(next_inputs))
             tf.cond(copies[k], self._copy_target, list)
-            return sums
+            return results
 
-        def updates_ahead(s: tf.Tensor, sums: tf.Tensor) -> tf.Tensor:
+        def take_several(s: tf.Tensor, results: Results) -> Results:
             begin, end = begins[s], ends[s]
-            q_next_target = self._values_ahead(next_observation[begin:end])
-            sums = fold(
-                lambda k, sums: sums + self._take_update(Batch(*(x[k] for x in batch)), q_next_target[k - begin]),
-                sums, begin, end,
-            )  # fmt: skip
+            next_inputs, next_outputs = self._look_ahead(batch.next_observation[begin:end])
+            results = fold(
+                lambda k, results: take(k, results, next_inputs[k - begin], next_outputs[k - begin]),
+                results,
+                begin,
+                end,
+            )
             tf.cond(copies[end - 1], self._copy_target, list)
-            return sums
+            return results
 
-        if self.compiled:  # XLA wants all shapes beforehand, and has nothing to gain from larger ones
-            return [fold(update, tf.zeros([6]), 0, tf.shape(action)[0]), *self.online.kept()]
-        begins = tf.concat([[0], ends[:-1]], axis=0)
-        return [fold(updates_ahead, tf.zeros([6]), 0, tf.shape(ends)[0]), *self.online.kept()]
+        # Two loops around one update. The second has the target network value the next observations of many updates in
+        # one product (an update at 64-64 takes 165 us instead of 187), whose number XLA would have to know beforehand.
+        if self.compiled:
+            results = fold(take_one, results, 0, tf.shape(copies)[0])
+        else:
+            begins = tf.concat([[0], ends[:-1]], axis=0)
+            results = fold(take_several, results, 0, tf.shape(ends)[0])
+        total, *priorities = results
+        return [total, *(written.stack() for written in priorities), *self.online.numpy_weights()]
 
-    def _values_ahead(self, next_observation: tf.Tensor) -> tf.Tensor:
-        """The target network's values [S, B, A] of several minibatches [S, B, ...]."""
+    def _look_ahead(self, next_observation: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+        """The inputs [S, B, ...] and the target network's outputs [S, B, ...] for several minibatches [S, B, ...]."""
         _, size, *shape = next_observation.shape
-        values = self.target(tf.reshape(next_observation, [-1, *shape]))
-        return tf.reshape(values, [-1, size, values.shape[-1]])
+        inputs = self._preprocess(tf.reshape(next_observation, [-1, *shape]))
+        outputs = self.target(inputs)
+        return tuple(tf.reshape(x, [-1, size, *x.shape[1:]]) for x in (inputs, outputs))
 
-    def _take_update(self, minibatch: Batch, q_next_target: tf.Tensor) -> tf.Tensor:
-        """Returns [loss, mean q, gradient norm, whether it was skipped, whether this rank was the reason, exchange]."""
+    def _take_update(self, minibatch: Batch, next_outputs: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+        """One update; `next_outputs` [B, ...] are the target network's. Returns its `Sums` as a vector, and priorities [B]."""
         variables = self.online.variables
         if self._passes == 1:
-            target = self._bootstrap(minibatch, q_next_target)
+            target = self._target(minibatch, next_outputs)
             with self._tape() as tape:
-                loss, mean_q = self._evaluate(minibatch, target)
-                objective = _spoilt_unless_finite(loss)
+                loss, mean_q, priority = self._evaluate(minibatch, target)
+                objective = _nan_unless_finite(loss)
         else:
-            gradients, loss, mean_q = self._accumulate(minibatch, q_next_target)
+            gradients, loss, mean_q, priority = self._accumulate(minibatch, next_outputs)
             with self._tape() as tape:
                 # The gradient of sum(g * v) by v is g: so the mean of the passes goes the way of any other gradient.
                 objective = tf.add_n([tf.reduce_sum(g * v) for g, v in zip(gradients, variables, strict=True)])
         # These two calls are the body of `minimize`. Horovod: the first one averages. `tape.gradient` followed by
         # `apply_gradients` would average nothing, silently.
         averaged = self.optimizer.compute_gradients(objective, variables, tape)
-        exchange = self._exchange(tape, [gradient for gradient, _ in averaged])
+        seconds = self._allreduce_seconds(tape, [gradient for gradient, _ in averaged])
         norm = global_norm([gradient for gradient, _ in averaged])
         if self._max_gradient_norm is not None:
             # Average first, then clip: only so are N ranks x batch b one rank x batch N * b.
@@ -196,60 +254,69 @@ class Learner:
             averaged = [(gradient * shrink, variable) for gradient, variable in averaged]
         # Horovod: the average has the same norm on all ranks, so all of them apply it or none does: no vote is needed.
 
+        def sums(**values: tf.Tensor | float) -> tf.Tensor:
+            # As one vector: every value that a branch or a loop hands on costs about a microsecond.
+            return tf.stack(Sums(*(0.0,) * len(Sums._fields))._replace(allreduce_seconds=seconds, **values))
+
         def apply() -> tf.Tensor:
             self.optimizer.apply_gradients(averaged)
-            return tf.stack([loss, mean_q, norm, 0.0, 0.0, exchange])
+            return sums(loss=loss, mean_q=mean_q, gradient_norm=norm)
 
         def skip() -> tf.Tensor:
             if self._averages_parameters:
                 # Horovod: here each rank skips for itself, and the number of steps, which is not averaged, must stay equal.
                 self.optimizer.iterations.assign_add(1)
-            return tf.stack([0.0, 0.0, 0.0, 1.0, tf.cast(~tf.math.is_finite(loss), tf.float32), exchange])
+            return sums(skipped=1.0, nonfinite=tf.cast(~tf.math.is_finite(loss), tf.float32))
 
-        return tf.cond(tf.math.is_finite(norm), apply, skip)
+        return tf.cond(tf.math.is_finite(norm), apply, skip), priority
 
     def _tape(self) -> tf.GradientTape:
         return StampedTape() if self._is_timed else DenseTape()
 
-    def _exchange(self, tape: tf.GradientTape, averaged: list[tf.Tensor]) -> tf.Tensor:
-        """Seconds [] from this rank's gradient to the average of all."""
+    def _allreduce_seconds(self, tape: tf.GradientTape, averaged: list[tf.Tensor]) -> tf.Tensor:
+        """From this rank's gradient to the average of all, []."""
         if not isinstance(tape, StampedTape):
             return tf.constant(0.0)
         return tf.cast(time_after(averaged) - tape.ready, tf.float32)
 
-    def _accumulate(self, minibatch: Batch, q_next_target: tf.Tensor) -> tuple[list[tf.Tensor], tf.Tensor, tf.Tensor]:
-        """The mean gradient, loss and q of `passes` minibatches, one after the other to save memory.
+    def _accumulate(
+        self, minibatch: Batch, next_outputs: tf.Tensor
+    ) -> tuple[list[tf.Tensor], tf.Tensor, tf.Tensor, tf.Tensor]:
+        """The mean gradient, loss and q of `passes` minibatches, one after the other to save memory, and their priorities.
 
         Horovod's own accumulation is not used: it counts every pass as a step of Adam, which weakens the bias correction.
         """
         variables, share = self.online.variables, 1.0 / self._passes
-        *parts, values = (tf.stack(tf.split(x, self._passes)) for x in (*minibatch, q_next_target))
+        fields = [field for field in minibatch if field is not None]
+        *parts, outputs = (tf.stack(tf.split(x, self._passes)) for x in (*fields, next_outputs))
 
-        def add(p: tf.Tensor, means: tuple[list[tf.Tensor], tf.Tensor, tf.Tensor]) -> Any:
-            gradients, loss, mean_q = means
+        def add(p: tf.Tensor, means: tuple[Any, ...]) -> tuple[Any, ...]:
+            gradients, loss, mean_q, priorities = means
             part = Batch(*(x[p] for x in parts))
-            target = self._bootstrap(part, values[p])
+            target = self._target(part, outputs[p])
             with DenseTape() as tape:
-                part_loss, part_q = self._evaluate(part, target)
-                part_objective = _spoilt_unless_finite(part_loss)
+                part_loss, part_q, priority = self._evaluate(part, target)
+                part_objective = _nan_unless_finite(part_loss)
             part_gradients = tape.gradient(part_objective, variables)
             gradients = [total + share * g for total, g in zip(gradients, part_gradients, strict=True)]
-            return gradients, loss + share * part_loss, mean_q + share * part_q
+            return gradients, loss + share * part_loss, mean_q + share * part_q, priorities.write(p, priority)
 
-        zeros = [tf.zeros_like(v) for v in variables], tf.constant(0.0), tf.constant(0.0)
-        return fold(add, zeros, 0, self._passes)
+        priorities = tf.TensorArray(tf.float32, self._passes, element_shape=[minibatch.action.shape[0] // self._passes])
+        zeros = [tf.zeros_like(v) for v in variables], tf.constant(0.0), tf.constant(0.0), priorities
+        gradients, loss, mean_q, priorities = fold(add, zeros, 0, self._passes)
+        return gradients, loss, mean_q, priorities.concat()
 
-    def _bootstrap(self, minibatch: Batch, q_next_target: tf.Tensor) -> tf.Tensor:
-        """The targets [B] of the temporal-difference errors; `q_next_target` is [B, A]."""
-        if not self._double:
-            return q_target(minibatch.reward, minibatch.discount, q_next_target)
-        q_next_online = self.online(minibatch.next_observation)  # [B, A]
-        return double_q_target(minibatch.reward, minibatch.discount, q_next_online, q_next_target)
+    def _target(self, minibatch: Batch, next_outputs: tf.Tensor) -> tf.Tensor:
+        def target(inputs: tf.Tensor) -> tf.Tensor:
+            return next_outputs if inputs is minibatch.next_observation else self.target(inputs)
 
-    def _evaluate(self, minibatch: Batch, target: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-        """The mean loss and the mean value of the actions taken."""
-        q = chosen(self.online(minibatch.observation), minibatch.action)  # [B]
-        return tf.reduce_mean(self._loss(q - target)), tf.reduce_mean(q)
+        return self._objective.target(minibatch, self.online, target)
+
+    def _evaluate(self, minibatch: Batch, target: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
+        """The mean loss [], the mean value of the actions taken [], and the priorities [B]."""
+        found: Evaluated = self._objective.loss(self.online(minibatch.observation), minibatch.action, target)
+        loss = found.loss if minibatch.weight is None else minibatch.weight * found.loss
+        return tf.reduce_mean(loss), tf.reduce_mean(found.q), found.priority
 
     def _copy_target(self) -> list[tf.Tensor]:
         return _copy(self.online, self.target)
@@ -266,7 +333,7 @@ class Learner:
         mean_skipped, *means = self._world.average([skipped, *variables])
         for variable, mean in zip(variables, means, strict=True):
             variable.assign(mean)
-        return [mean_skipped, *self.online.kept()]
+        return [mean_skipped, *self.online.numpy_weights()]
 
     def state(self) -> dict[str, np.ndarray]:
         return {name: variable.numpy() for name, variable in self.variables.items()}
@@ -302,6 +369,6 @@ def _ends(copies: np.ndarray, minibatch_bytes: int) -> np.ndarray:
     return updates[copies | (since_copy % at_once == 0) | (updates == len(copies))].astype(np.int32)
 
 
-def _spoilt_unless_finite(loss: tf.Tensor) -> tf.Tensor:
+def _nan_unless_finite(loss: tf.Tensor) -> tf.Tensor:
     """The loss, such that its gradient is not finite either where it is not: an infinite Huber loss has a finite one."""
     return loss * tf.where(tf.math.is_finite(loss), 1.0, math.nan)

@@ -1,21 +1,79 @@
-"""Running mean and deviation of observations, summed over all ranks, and what is made of an observation with them."""
+"""From stored observations to network inputs, and the running statistics by which observations are normalised."""
 
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+import tensorflow as tf
+
+from hvd_dqn.graphs import Graph
 
 # Added to the variance. Source: Stable-Baselines3, VecNormalize.
 EPSILON = 1e-8
-# Normalised values end here, in deviations. Source: OpenAI Baselines, VecNormalize.
+# Normalised values are clipped here, in deviations. Source: OpenAI Baselines, VecNormalize.
 LIMIT = 10.0
+BYTE = np.float32(1 / 255)
 
 
-class Normalizer:
-    """The statistics of everything observed so far, one mean and one deviation per element of `shape`.
+class Preprocess:
+    """Makes network inputs [B, *input_shape] float32 of observations [B, *shape], as the replay stores them.
+
+    Training, acting, evaluation and export all call the same object. Numbers of states become one-hot vectors (`categories`
+    of them, for each of stacked states), bytes are scaled to [0, 1], and where it `normalizes`, observations are measured in
+    deviations from the mean that `set_statistics` was given. `array` does in NumPy what a call does in a graph, to the bit:
+    an MLP acts in NumPy, where a small batch costs a twentieth of a TensorFlow call.
+    """
+
+    def __init__(self, shape: tuple[int, ...], *, categories: int | None = None, normalizes: bool = False) -> None:
+        self.shape, self._categories, self._normalizes = shape, categories, normalizes
+        self.input_shape = shape if categories is None else (int(np.prod(shape)) * categories,)
+        if normalizes:
+            self._mean, self._scale = np.zeros(shape, np.float32), np.ones(shape, np.float32)
+            self._variables = tf.Variable(self._mean, trainable=False), tf.Variable(self._scale, trainable=False)
+            self._assign = Graph(self._take_statistics)
+
+    def __call__(self, observation: tf.Tensor) -> tf.Tensor:
+        if self._categories is not None:
+            return tf.reshape(tf.one_hot(observation, self._categories), [-1, *self.input_shape])
+        if observation.dtype == tf.uint8:
+            return tf.cast(observation, tf.float32) * BYTE
+        inputs = tf.cast(observation, tf.float32)
+        if self._normalizes:
+            mean, scale = self._variables
+            inputs = tf.clip_by_value((inputs - mean) * scale, -LIMIT, LIMIT)
+        return inputs
+
+    def array(self, observation: np.ndarray) -> np.ndarray:
+        if self._categories is not None:
+            inputs = np.zeros((observation.size, self._categories), np.float32)
+            inputs[np.arange(observation.size), observation.reshape(-1)] = 1.0
+            return inputs.reshape(-1, *self.input_shape)
+        if observation.dtype == np.uint8:
+            return observation * BYTE
+        inputs = observation.astype(np.float32, copy=False)
+        if self._normalizes:
+            inputs = np.minimum(np.maximum((inputs - self._mean) * self._scale, -LIMIT), LIMIT)
+        return inputs
+
+    def set_statistics(self, mean: np.ndarray, scale: np.ndarray) -> None:
+        """Takes the mean and 1 / deviation of single frames; those of stacked frames are repeated along the last axis."""
+        if self._normalizes:
+            stack = self.shape[-1] // mean.shape[-1]
+            self._mean, self._scale = (np.concatenate([x] * stack, axis=-1) for x in (mean, scale))
+            # A graph with the arrays as arguments: see `Graph` for why no eager tensor is made of them.
+            self._assign(self._mean, self._scale)
+
+    def _take_statistics(self, mean: tf.Tensor, scale: tf.Tensor) -> list[tf.Tensor]:
+        for variable, value in zip(self._variables, (mean, scale), strict=True):
+            variable.assign(tf.ensure_shape(value, variable.shape))
+        return []
+
+
+class RunningStatistics:
+    """Mean and deviation of everything observed so far, one of each per element of `shape`.
 
     Each rank collects sums of its own (`observe`). At a learning cycle all ranks add theirs up and take in the result:
-    `normalizer.merge(world.sum)`. Ranks that merged the same sums hold bit-equal statistics.
+    `statistics.merge(world.sum)`. Ranks that merged the same sums hold bit-equal statistics.
     Until the first merge the mean is 0 and the scale 1.
     """
 
@@ -36,16 +94,6 @@ class Normalizer:
         self.mean = self._mean.astype(np.float32)
         variance = self._squares / self._count if self._count else np.ones(self.shape)
         self.scale = (1 / np.sqrt(variance + EPSILON)).astype(np.float32)
-
-    def __call__(self, observation: np.ndarray) -> np.ndarray:
-        """Observations [..., *shape], or stacks of them along the last axis, in deviations from the mean.
-
-        float32, and never further from 0 than LIMIT.
-        """
-        stack = observation.shape[-1] // self.shape[-1]
-        mean, scale = (np.concatenate([x] * stack, axis=-1) for x in (self.mean, self.scale))
-        deviation = ((observation - mean) * scale).astype(np.float32, copy=False)
-        return np.minimum(np.maximum(deviation, -LIMIT), LIMIT)
 
     def observe(self, frames: np.ndarray) -> None:
         """Adds [N, *shape] to this rank's sums."""
@@ -93,11 +141,10 @@ class Normalizer:
         self._start()
 
 
-class NullNormalizer:
-    """Leaves observations as they are."""
+class NoStatistics:
+    """Of observations that are not normalised."""
 
-    def __call__(self, observation: np.ndarray) -> np.ndarray:
-        return observation
+    mean, scale = np.zeros(1, np.float32), np.ones(1, np.float32)
 
     def observe(self, frames: np.ndarray) -> None:
         pass

@@ -1,7 +1,7 @@
-"""A rank's memory of past transitions: one ring of single observations per environment, sampled uniformly."""
+"""A rank's memory of past transitions: one ring of single observations per environment, drawn from uniformly."""
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import psutil
@@ -17,6 +17,23 @@ NOTHING, GOES_ON, TERMINATED, TRUNCATED = np.arange(4, dtype=np.uint8)
 # so many rounds, (3/4)^64 = 1e-8 of them, is drawn from the list of all starts: exact, too, but as slow as the ring is
 # long.
 ROUNDS = 64
+
+
+class Draw(NamedTuple):
+    """K x B transitions that were drawn, [K, B] each: all about them but their observations.
+
+    `start` and `end` are the slots of the first observation and of the one after the last step, as indices into the
+    flattened rings. `generation` tells apart the transitions that follow each other in a slot. `weight` is None where all
+    were equally likely.
+    """
+
+    start: np.ndarray  # int64
+    end: np.ndarray  # int64
+    action: np.ndarray  # int64
+    reward: np.ndarray  # float32, summed over the steps
+    discount: np.ndarray  # float32
+    generation: np.ndarray  # int64
+    weight: np.ndarray | None = None  # float32
 
 
 class Replay:
@@ -146,13 +163,13 @@ class Replay:
         self._ages.reshape(-1)[at] = age
         return at
 
-    def sample(self, updates: int, batch_size: int) -> Batch:
-        """Draws K = `updates` minibatches of B = `batch_size`.
+    def draw(self, updates: int, batch_size: int) -> Draw:
+        """Draws K = `updates` minibatches of B = `batch_size` transitions.
 
         Every draw is uniform over the starts of all environments, independently of the others (with replacement).
         Raises ValueError where there is no start.
         """
-        start = self._draw(updates * batch_size)  # [K * B], as everything below
+        start, generation = self._draw(updates * batch_size)  # [K * B], as everything below
         end = start
         kinds, rewards = self._kinds.reshape(-1), self._rewards.reshape(-1)
         reward = rewards[start].astype(np.float64)
@@ -164,47 +181,65 @@ class Replay:
             discount = np.where(goes_on, discount * self._gamma, discount)
         discount = np.where(kinds[end] == TERMINATED, 0, discount)
         shape = (updates, batch_size)
-        return Batch(
-            observation=self._stacks(start, shape),
+        return Draw(
+            start=start.reshape(shape),
+            end=self._moved(end, 1).reshape(shape),
             action=self._actions.reshape(-1)[start].reshape(shape),
             reward=reward.astype(np.float32).reshape(shape),
             discount=discount.astype(np.float32).reshape(shape),
-            next_observation=self._stacks(self._moved(end, 1), shape),
+            generation=generation.reshape(shape),
         )
 
-    def _draw(self, size: int) -> np.ndarray:
-        """[size]: independent uniform draws from the starts, as indices into the flattened rings."""
+    def gather(self, draw: Draw) -> Batch:
+        """Stacks the observations of what was drawn. Must come before the next `add`."""
+        return Batch(
+            observation=self._stacks(draw.start),
+            action=draw.action,
+            reward=draw.reward,
+            discount=draw.discount,
+            next_observation=self._stacks(draw.end),
+            weight=draw.weight,
+        )
+
+    def is_held(self, draw: Draw) -> np.ndarray:
+        """[K, B] bool: whether the transition that was drawn is still there, and no younger one in its slot."""
+        return self._heads[draw.start // self._slots] - draw.generation < self._slots
+
+    def _draw(self, size: int) -> tuple[np.ndarray, np.ndarray]:
+        """[size] each: independent uniform draws from the starts, as flat indices and as generations."""
         oldest, candidates = self._candidates()
         bounds = np.cumsum(candidates)
         kinds, ages = self._kinds.reshape(-1), self._ages.reshape(-1)
-        drawn = np.empty(size, np.int64)
+        drawn, generation = np.empty(size, np.int64), np.empty(size, np.int64)
         missing = np.arange(size)
         for _ in range(ROUNDS if bounds[-1] else 0):
             place = self._rng.integers(bounds[-1], size=len(missing))
             env = np.searchsorted(bounds, place, side="right")
             place -= (bounds - candidates)[env]  # from here on counted from the environment's oldest slot
-            at = env * self._slots + (oldest[env] + place) % self._slots
-            drawn[missing] = at
+            generation[missing] = unreduced = oldest[env] + place
+            drawn[missing] = at = env * self._slots + unreduced % self._slots
             is_start = kinds[at] != NOTHING
             if self._frame_stack > 1:
                 is_start &= np.minimum(ages[at], self._frame_stack - 1) <= place
             missing = missing[~is_start]
             if len(missing) == 0:
-                return drawn
+                return drawn, generation
         starts = self._starts()
         if len(starts) == 0:
             raise ValueError("The replay holds no transition that can be sampled yet.")
         # Rejected draws are replaced by uniform ones whatever they were, so all stay uniform.
-        drawn[missing] = self._rng.choice(starts, len(missing))
-        return drawn
+        drawn[missing] = at = self._rng.choice(starts, len(missing))
+        env = at // self._slots
+        generation[missing] = oldest[env] + (at - oldest[env]) % self._slots
+        return drawn, generation
 
     def _candidates(self) -> tuple[np.ndarray, np.ndarray]:
-        """The slots [E] of the oldest observations, and how many [E] from there on have a complete window."""
+        """The oldest observations [E], as unreduced as `_heads`, and how many [E] from there on have a complete window."""
         held = np.minimum(self._heads, self._slots - 1)  # without the head itself
         # An ended episode's windows are complete; of the one under way the newest n - 1 are not.
         under_way = self._ages[np.arange(self._envs), self._heads % self._slots]
         incomplete = np.minimum(under_way, self._n_step - 1)
-        return (self._heads - held) % self._slots, held - incomplete
+        return self._heads - held, held - incomplete
 
     def _starts(self) -> np.ndarray:
         """All starts, as indices into the flattened rings."""
@@ -218,18 +253,18 @@ class Replay:
         slot = at % self._slots
         return at - slot + (slot + by) % self._slots
 
-    def _stacks(self, at: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
-        """The observations [*shape, *observation] at the flat indices `at`, stacked."""
+    def _stacks(self, at: np.ndarray) -> np.ndarray:
+        """The observations [K, B, *observation] at the flat indices `at` [K, B], stacked."""
         frames = self._frames.reshape(-1, *self._frames.shape[2:])
         if self._frame_stack == 1:
-            return frames.take(at, axis=0).reshape(*shape, *frames.shape[1:])
+            return frames.take(at, axis=0)
         age = self._ages.reshape(-1)[at]
         depth = frames.shape[-1]
-        stacks = np.empty((len(at), *frames.shape[1:-1], self._frame_stack * depth), frames.dtype)
+        stacks = np.empty((*at.shape, *frames.shape[1:-1], self._frame_stack * depth), frames.dtype)
         for i in range(self._frame_stack):
             back = np.minimum(self._frame_stack - 1 - i, age)  # never beyond the episode's first frame
             stacks[..., i * depth : (i + 1) * depth] = frames.take(self._moved(at, -back), axis=0)
-        return stacks.reshape(*shape, *stacks.shape[1:])
+        return stacks
 
     def arrays(self) -> dict[str, np.ndarray]:
         """The rings themselves, [E, slots, ...] each."""

@@ -27,7 +27,7 @@ class Batch(NamedTuple):
     """K stacked minibatches of B n-step transitions.
 
     `reward` is the discounted sum of up to n rewards; `discount` multiplies the bootstrap value: 0 at terminal states
-    and gamma**m after m steps elsewhere.
+    and gamma**m after m steps elsewhere. `weight` multiplies the loss of each; None where all count the same.
     """
 
     observation: np.ndarray  # [K, B, *observation]
@@ -35,3 +35,4 @@ class Batch(NamedTuple):
     reward: np.ndarray  # [K, B] float32
     discount: np.ndarray  # [K, B] float32
     next_observation: np.ndarray  # [K, B, *observation]
+    weight: np.ndarray | None = None  # [K, B] float32

@@ -9,6 +9,8 @@ from rich.table import Table
 
 from hvd_dqn.agent.learner import Learner
 from hvd_dqn.agent.networks import build_network
+from hvd_dqn.agent.objectives import Dqn
+from hvd_dqn.agent.preprocess import Preprocess
 from hvd_dqn.agent.replay import Replay
 from hvd_dqn.agent.transition import Batch, Transition
 from hvd_dqn.bench.results import made_table, provenance, rate, seconds_of, spread, with_spread
@@ -71,26 +73,22 @@ def learner(world: World, networks: Sequence[str] = tuple(CASES), repeats: int =
 
 def _jobs(case: Case, world: World) -> Iterator[Callable[[], None]]:
     """Two jobs, warmed up: the case's phases with one batch, and the same with every batch drawn."""
+    preprocess, objective = Preprocess(case.observation), Dqn(double=False, loss="huber")
+    rng = np.random.default_rng(0)
     agent = Learner(
         lambda: build_network(
-            case.network,
-            case.observation,
-            None,
-            case.actions,
-            hidden=case.hidden,
-            dueling=False,
-            rng=np.random.default_rng(0),
+            case.network, preprocess, case.actions, objective, hidden=case.hidden, dueling=False, rng=rng
         ),
+        preprocess,
+        objective,
         world,
-        double=False,
-        loss="huber",
         max_gradient_norm=10.0,
         xla=None,
         planned=10**9,  # compiled, where a long run's would be
     )
     BroadcastHook(world, agent.variables)()
     replay = filled_replay(case, world.rank)
-    batch = replay.sample(case.updates, case.batch)
+    batch = replay.gather(replay.draw(case.updates, case.batch))
     copies = np.arange(case.updates) == case.updates - 1
 
     def update(batch: Batch) -> None:
@@ -103,7 +101,7 @@ def _jobs(case: Case, world: World) -> Iterator[Callable[[], None]]:
 
     def sample_and_train() -> None:
         for _ in range(case.phases):
-            update(replay.sample(case.updates, case.batch))
+            update(replay.gather(replay.draw(case.updates, case.batch)))
 
     train()  # traces the phase, and lets the allocator and the caches settle
     yield train

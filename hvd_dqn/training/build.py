@@ -8,7 +8,8 @@ import numpy as np
 
 from hvd_dqn.agent.learner import Learner
 from hvd_dqn.agent.networks import build_network
-from hvd_dqn.agent.preprocess import Normalizer, NullNormalizer
+from hvd_dqn.agent.objectives import Dqn, Objective
+from hvd_dqn.agent.preprocess import NoStatistics, Preprocess, RunningStatistics
 from hvd_dqn.config import Config
 from hvd_dqn.envs.environments import Environments
 from hvd_dqn.errors import InputError
@@ -40,9 +41,9 @@ def make_environments(config: Config, world: World, copies: int, vectorization: 
     )
 
 
-def make_normalizer(config: Config, envs: Environments) -> Normalizer | NullNormalizer:
+def make_statistics(config: Config, envs: Environments) -> RunningStatistics | NoStatistics:
     if not config.env.normalize_observation:
-        return NullNormalizer()
+        return NoStatistics()
     frames = envs.frames
     if frames.categories is not None or frames.dtype != np.float32:
         received = f"{frames.categories} states" if frames.categories else frames.dtype
@@ -50,16 +51,32 @@ def make_normalizer(config: Config, envs: Environments) -> Normalizer | NullNorm
             f"--env.normalize_observation is for observations of real numbers. Received: {received} from {config.env.id}. "
             "Turn it off."
         )
-    return Normalizer(frames.shape)
+    return RunningStatistics(frames.shape)
+
+
+def make_preprocess(config: Config, envs: Environments) -> Preprocess:
+    frames = envs.frames
+    return Preprocess(
+        frames.observation_shape, categories=frames.categories, normalizes=config.env.normalize_observation
+    )
+
+
+def make_objective(config: Config) -> Objective:
+    return Dqn(double=config.agent.double, loss=config.agent.loss)
 
 
 def make_learner(
-    config: Config, envs: Environments, world: World, rng: np.random.Generator, planned: int = 0
+    config: Config,
+    envs: Environments,
+    preprocess: Preprocess,
+    world: World,
+    rng: np.random.Generator,
+    planned: int = 0,
 ) -> Learner:
     """`planned` updates are to be taken with it."""
-    agent, learner, frames = config.agent, config.learner, envs.frames
+    agent, learner, objective = config.agent, config.learner, make_objective(config)
     if agent.network == "mlp":
-        widths = [(frames.categories or 1) * math.prod(frames.observation_shape), *agent.hidden, envs.actions]
+        widths = [math.prod(preprocess.input_shape), *agent.hidden, envs.actions]
         batch = learner.batch_size // (world.size if config.ranks.scaling == "strong" else 1)
         if batch * sum(a * b for a, b in itertools.pairwise(widths)) < SHARED_PRODUCTS:
             compute_alone()
@@ -67,17 +84,11 @@ def make_learner(
         compute_concurrently()
     return Learner(
         lambda: build_network(
-            agent.network,
-            frames.observation_shape,
-            frames.categories,
-            envs.actions,
-            hidden=agent.hidden,
-            dueling=agent.dueling,
-            rng=rng,
+            agent.network, preprocess, envs.actions, objective, hidden=agent.hidden, dueling=agent.dueling, rng=rng
         ),
+        preprocess,
+        objective,
         world,
-        double=agent.double,
-        loss=agent.loss,
         sync=config.ranks.sync,
         compression=config.ranks.compression,
         passes=config.ranks.backward_passes_per_step,
@@ -89,11 +100,14 @@ def make_learner(
     )
 
 
-def restore_weights(learner: Learner, normalizer: Normalizer | NullNormalizer, snapshot: Snapshot) -> None:
+def restore_weights(
+    learner: Learner, preprocess: Preprocess, statistics: RunningStatistics | NoStatistics, snapshot: Snapshot
+) -> None:
     """Raises InputError where the checkpoint was made by a network of another shape."""
     try:
         learner.load_state(snapshot.arrays)
-        normalizer.load_state(snapshot.state["normalizer"])
+        statistics.load_state(snapshot.state["normalizer"])
+        preprocess.set_statistics(statistics.mean, statistics.scale)
     except UNREADABLE as error:
         raise InputError(f"The checkpoint {snapshot.path} does not fit these settings: {error}.") from None
 

@@ -138,11 +138,11 @@ class Trainer:
         if phase is None:
             return
         self._learned(self.agent)
-        if self.config.learner.on_nonfinite == "skip" or not phase.spoilt:
+        if self.config.learner.on_nonfinite == "skip" or not phase.any_skipped:
             return
         total_steps = self.agent.plan.total_steps_after(self.agent.learned_at)
-        culprits, skipped = np.array(self.world.gather((phase.culprits, phase.skipped))).T
-        what, ranks = ("loss", culprits) if culprits.any() else ("gradient", skipped)
+        nonfinite, skipped = np.array(self.world.gather((phase.nonfinite, phase.skipped))).T
+        what, ranks = ("loss", nonfinite) if nonfinite.any() else ("gradient", skipped)
         raise JobError(
             f"The {what} on rank {', '.join(map(str, np.flatnonzero(ranks)))} is not finite after {total_steps:,} total steps: "
             f"{skipped.max()} of {phase.skipped + phase.updates} updates were not made, and the weights are sound. "

@@ -17,7 +17,14 @@ from hvd_dqn.ranks.world import World
 from hvd_dqn.storage.arrays import UNREADABLE
 from hvd_dqn.storage.checkpoint import Damaged, Snapshot, small
 from hvd_dqn.storage.resharding import deal, gather_state
-from hvd_dqn.training.build import make_environments, make_evaluator, make_learner, make_normalizer, restore_weights
+from hvd_dqn.training.build import (
+    make_environments,
+    make_evaluator,
+    make_learner,
+    make_preprocess,
+    make_statistics,
+    restore_weights,
+)
 from hvd_dqn.training.ledger import Ledger, Row
 from hvd_dqn.training.plan import Plan
 
@@ -51,9 +58,9 @@ class Agent:
         self.envs = make_environments(
             config, world, self.plan.envs_per_rank, config.env.vectorization, config.env.restart_failed_envs
         )
-        self.normalizer = make_normalizer(config, self.envs)
+        self.statistics, self.preprocess = make_statistics(config, self.envs), make_preprocess(config, self.envs)
         planned = self.plan.updates_after(self.plan.cycles - 1)
-        self.learner = make_learner(config, self.envs, world, self._rng(WEIGHTS), planned)
+        self.learner = make_learner(config, self.envs, self.preprocess, world, self._rng(WEIGHTS), planned)
         self.actor = Actor(self._acting_q_values, self.envs.actions, self._rng(ACTING), config.agent.epsilon_zeta)
         # One that joins finds the memory of its neighbours taken already.
         self.replay = self._make_replay(self.plan.slots_per_env, sharers=1 if joins else world.local_size)
@@ -92,11 +99,11 @@ class Agent:
         )
 
     def _acting_q_values(self, observation: np.ndarray) -> np.ndarray:
-        return self.learner.acting.q_values(self.normalizer(observation))
+        return self.learner.acting.q_values(observation)
 
     def _evaluated_q_values(self, observation: np.ndarray) -> np.ndarray:
         self._beat("evaluation")
-        return self.learner.online.q_values(self.normalizer(observation))
+        return self.learner.online.q_values(observation)
 
     def begin_episodes(self) -> int | None:
         """Starts the episodes, unless those of an earlier run go on: then returns how many of those do not."""
@@ -113,24 +120,22 @@ class Agent:
         with ledger.timed("env"):
             transition, episodes = self.envs.step(action)
         self.replay.add(transition)
-        self.normalizer.observe(transition.observation)
+        self.statistics.observe(transition.observation)
         ledger.episodes(*episodes)
 
     def learn(self, cycle: int) -> None:
         """Begins a phase of updates, which `settle` ends; in between it goes on where it overlaps acting. A collective."""
         plan, updates = self.plan, self.plan.updates_at(cycle)
         with self.ledger.exchange():
-            self.normalizer.merge(self.world.sum)
+            self.statistics.merge(self.world.sum)
+        self.preprocess.set_statistics(self.statistics.mean, self.statistics.scale)
         with self.ledger.timed("sample"):
-            batch = self.replay.sample(updates, plan.batch_per_rank * plan.passes)
-            batch = batch._replace(
-                observation=self.normalizer(batch.observation), next_observation=self.normalizer(batch.next_observation)
-            )
+            batch = self.replay.gather(self.replay.draw(updates, plan.batch_per_rank * plan.passes))
         work = batch, plan.learning_rate_at(cycle), plan.target_copies_at(cycle)
         if self._thread is None:
             self._phase = functools.partial(self.learner.update, *work)
         else:
-            self.learner.freeze()
+            self.learner.sync_acting_weights()
             self._phase = self._thread.submit(self.learner.update, *work).result
         self.updates, self.learned_at = self.updates + updates, cycle
 
@@ -143,7 +148,7 @@ class Agent:
         phase = update()
         waited = perf_counter() - began
         # Of a phase that overlaps acting only the end is waited for.
-        exchange = phase.exchange * min(1.0, waited / phase.seconds)
+        exchange = phase.allreduce_seconds * min(1.0, waited / phase.seconds)
         self.ledger.phase(phase.updates, phase.loss, phase.mean_q, phase.gradient_norm, phase.skipped, waited, exchange)
         return phase
 
@@ -191,7 +196,7 @@ class Agent:
             "learns_from": self.plan.learns_from,
             "layout": self._layout(),
             "ledger": self.ledger.state(),
-            "normalizer": self.normalizer.state(),
+            "normalizer": self.statistics.state(),
         }
 
     def part(self) -> dict[str, Any]:
@@ -201,7 +206,7 @@ class Agent:
             "envs": self.envs.state(),
             "actor": self.actor.state(),
             "window": self.ledger.window_state(),
-            "normalizer": self.normalizer.pending_state(),
+            "normalizer": self.statistics.pending_state(),
         }
 
     def _layout(self) -> dict[str, int]:
@@ -240,7 +245,7 @@ class Agent:
 
     def _take_over(self, snapshot: Snapshot) -> None:
         """What all ranks share."""
-        restore_weights(self.learner, self.normalizer, snapshot)
+        restore_weights(self.learner, self.preprocess, self.statistics, snapshot)
         state = snapshot.state
         self.updates = int(state["updates"])
         self.best = None if state["best"] is None else (float(state["best"][0]), int(state["best"][1]))
@@ -257,7 +262,7 @@ class Agent:
         part = small(part)
         self.actor.load_state(part["actor"])
         self.ledger.load_window_state(part["window"])
-        self.normalizer.load_pending_state(part["normalizer"])
+        self.statistics.load_pending_state(part["normalizer"])
         self._restored = self.envs.load_state(part["envs"])
         self.replay.truncate_episodes(~self._restored)
 
