@@ -94,17 +94,17 @@ def raising(where, name: str, calls: int) -> None:
 
 
 def spoil_reward() -> None:
-    sample, made = Replay.sample, []
+    gather, made = Replay.gather, []
 
     def broken(self, *arguments):
-        batch = sample(self, *arguments)
+        batch = gather(self, *arguments)
         made.append(None)
         if len(made) == 40:
             struck()
             batch.reward[0, 0] = np.inf
         return batch
 
-    Replay.sample = broken
+    Replay.gather = broken
 
 
 def die(self) -> None:

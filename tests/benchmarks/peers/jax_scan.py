@@ -114,7 +114,7 @@ def filled(case: dict[str, Any]) -> Replay:
 def jobs(case: dict[str, Any]) -> dict[str, tuple[Callable[[], None], int]]:
     replay = filled(case)
     phases = max(1, case["phases"] // 4) if case["network"] == "cnn" else case["phases"]  # XLA convolves slowly on CPUs
-    batch = replay.sample(case["updates"], case["batch"])
+    batch = replay.gather(replay.draw(case["updates"], case["batch"]))
 
     def job(ahead: bool, sampled: bool) -> tuple[Callable[[], None], int]:
         weights = parameters(case)
@@ -124,7 +124,7 @@ def jobs(case: dict[str, Any]) -> dict[str, tuple[Callable[[], None], int]]:
         def train() -> None:
             nonlocal state
             for _ in range(phases):
-                drawn = replay.sample(case["updates"], case["batch"]) if sampled else batch
+                drawn = replay.gather(replay.draw(case["updates"], case["batch"])) if sampled else batch
                 state, cost = phase(state, drawn, ahead)
                 float(cost)  # waits for the phase, as our metrics do
 

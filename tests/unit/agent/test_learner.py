@@ -6,14 +6,27 @@ import tensorflow as tf
 
 from hvd_dqn.agent.learner import AHEAD_BYTES, Learner, Phase, _ends
 from hvd_dqn.agent.networks import build_network
+from hvd_dqn.agent.objectives import Dqn
+from hvd_dqn.agent.preprocess import Preprocess
 from hvd_dqn.agent.transition import Batch
 from hvd_dqn.ranks.world import Solo
 
 
-def make(hidden=(16,), seed=0, network="mlp", dueling=False, world=None, **settings) -> Learner:
+def make(
+    hidden=(16,),
+    seed=0,
+    network="mlp",
+    dueling=False,
+    double=True,
+    loss="huber",
+    objective=None,
+    world=None,
+    **settings,
+) -> Learner:
     rng = np.random.default_rng(seed)
-    build = lambda: build_network(network, (4,), None, 3, hidden=hidden, dueling=dueling, rng=rng)  # noqa: E731
-    return Learner(build, world or Solo(), **{"double": True, "loss": "huber", **settings})
+    preprocess, objective = Preprocess((4,)), objective or Dqn(double=double, loss=loss)
+    build = lambda: build_network(network, preprocess, 3, objective, hidden=hidden, dueling=dueling, rng=rng)  # noqa: E731
+    return Learner(build, preprocess, objective, world or Solo(), **settings)
 
 
 def batch(updates, size, seed=0) -> Batch:
@@ -29,7 +42,7 @@ def batch(updates, size, seed=0) -> Batch:
 
 def sums(phase: Phase) -> tuple[float, ...]:
     """All of it but its times."""
-    return phase._replace(seconds=0.0, exchange=0.0)
+    return phase._replace(seconds=0.0, allreduce_seconds=0.0, priority=0.0)
 
 
 def reference(learner: Learner, b: Batch, k: int, double: bool, huber: bool) -> tuple[np.ndarray, float, float]:
@@ -79,7 +92,7 @@ def test_k_updates_in_one_call_are_k_calls():
     b, copies = batch(6, 8), np.array([False, True, False, False, True, False])
     together.update(b, 0.01, copies)
     for k in range(6):
-        apart.update(Batch(*(x[k : k + 1] for x in b)), 0.01, copies[k : k + 1])
+        apart.update(Batch(*(x[k : k + 1] for x in b[:-1])), 0.01, copies[k : k + 1])
     for one, other in zip(together.variables.values(), apart.variables.values(), strict=True):
         np.testing.assert_allclose(one.numpy(), other.numpy(), rtol=1e-5, atol=1e-6)
 
@@ -201,14 +214,14 @@ def test_a_state_of_another_shape_is_refused_and_changes_nothing():
     assert all(np.array_equal(before[name], array) for name, array in learner.state().items())
 
 
-def test_acting_keeps_the_weights_of_the_last_freeze():
+def test_acting_keeps_the_weights_of_the_last_sync():
     learner, observation = make(overlap=True), np.ones((2, 4), np.float32)
     assert np.array_equal(learner.acting.q_values(observation), learner.online.q_values(observation))
     before = learner.online.q_values(observation)
     learner.update(batch(3, 8), 0.01, np.zeros(3, bool))
     assert np.array_equal(learner.acting.q_values(observation), before)
     assert not np.allclose(learner.online.q_values(observation), before)
-    learner.freeze()
+    learner.sync_acting_weights()
     assert np.array_equal(learner.acting.q_values(observation), learner.online.q_values(observation))
 
 
@@ -226,7 +239,7 @@ def test_a_state_can_be_taken_over_by_a_learner_that_overlaps_and_by_one_that_do
 def test_learning_fits_the_targets():
     learner = make(hidden=(64,), double=False, loss="squared")
     b = batch(1, 32)._replace(discount=np.zeros((1, 32), np.float32))  # a regression on the rewards
-    many = Batch(*(np.repeat(x, 300, axis=0) for x in b))
+    many = Batch(*(np.repeat(x, 300, axis=0) for x in b[:-1]))
     first = learner.update(b, 0.01, np.array([False])).loss
     learner.update(many, 0.01, np.zeros(300, bool))
     assert learner.update(b, 0.01, np.array([False])).loss < 0.02 * first
@@ -254,8 +267,74 @@ def test_ranks_that_skip_alone_still_count_the_same_steps(sync, steps):
     b.reward[1, 0] = np.inf
     before = learner.online.variables[0].numpy()
     phase = learner.update(b, 0.01, np.zeros(4, bool))
-    assert (phase.updates, phase.skipped, phase.culprits) == (3, 1, 1)
+    assert (phase.updates, phase.skipped, phase.nonfinite) == (3, 1, 1)
     assert int(learner.optimizer.iterations) == steps
     after = learner.online.variables[0].numpy()
     assert np.isfinite(after).all()
     assert not np.array_equal(after, before)
+
+
+def test_ten_updates_are_ten_steps_of_adam():
+    """The gradients follow from other weights in each step, so that a bias correction frozen at t = 1 is seen."""
+    learner, b = make(double=False, max_gradient_norm=0.05), batch(10, 32)
+    theta = learner.online.variables[0].numpy()
+    follower = make(double=False)  # computes gradients at the reference's weights
+    gradients = []
+    for k in range(10):
+        follower.online.variables[0].assign(adam(theta, gradients, 0.01, 0.05, 1e-7) if gradients else theta)
+        follower.refresh()
+        gradients.append(reference(follower, b, k, double=False, huber=True)[0])
+    learner.update(b, 0.01, np.zeros(10, bool))
+    expected = adam(theta, gradients, 0.01, 0.05, 1e-7)
+    assert np.abs(expected - theta).max() > 0.03
+    np.testing.assert_allclose(learner.online.variables[0].numpy(), expected, rtol=1e-3, atol=2e-5)
+
+
+@pytest.mark.parametrize("passes", [1, 2])
+@pytest.mark.parametrize("xla", [False, True])
+def test_weights_of_one_change_nothing_and_priorities_are_the_errors(passes, xla):
+    plain, weighted = make(passes=passes, xla=xla), make(passes=passes, xla=xla)
+    b, copies = batch(3, 8), np.array([False, True, False])
+    q, target_q = (network.q_values(b.next_observation[0]) for network in (plain.online, plain.target))
+    y = b.reward[0] + b.discount[0] * target_q[np.arange(8), q.argmax(axis=1)]
+    errors = np.abs(plain.online.q_values(b.observation[0])[np.arange(8), b.action[0]] - y)
+    one = plain.update(b, 0.01, copies)
+    assert one.priority is None
+    other = weighted.update(b._replace(weight=np.ones((3, 8), np.float32)), 0.01, copies)
+    assert other.priority.shape == (3, 8)
+    np.testing.assert_allclose(other.priority[0], errors, rtol=1e-4, atol=1e-5)
+    assert sums(other) == pytest.approx(sums(one), rel=1e-6)
+    for a, c in zip(plain.variables.values(), weighted.variables.values(), strict=True):
+        np.testing.assert_allclose(a.numpy(), c.numpy(), rtol=1e-6, atol=1e-7)
+
+
+def test_a_transitions_weight_multiplies_its_loss():
+    """Weight 2 for one half of a minibatch and 0 for the other is the first half alone."""
+    whole, half = make(), make()
+    b = batch(1, 16)
+    weight = np.repeat([2.0, 0.0], 8).astype(np.float32)[None]
+    one = whole.update(b._replace(weight=weight), 0.01, np.array([False]))
+    other = half.update(Batch(*(x[:, :8] for x in b[:-1])), 0.01, np.array([False]))
+    assert (one.loss, one.gradient_norm) == pytest.approx((other.loss, other.gradient_norm), rel=1e-5)
+    np.testing.assert_allclose(
+        whole.online.variables[0].numpy(), half.online.variables[0].numpy(), rtol=1e-5, atol=1e-6
+    )
+
+
+class BothStates(Dqn):
+    """Bootstraps from the target network's values of s' and of s: what Munchausen's targets need."""
+
+    def target(self, minibatch, online, target):
+        here, there = target(minibatch.observation), target(minibatch.next_observation)
+        return tf.stop_gradient(tf.reduce_mean(there, axis=-1) - tf.reduce_mean(here, axis=-1))
+
+
+@pytest.mark.parametrize(("passes", "xla"), [(1, False), (2, False), (1, True)])
+def test_an_objective_may_ask_the_target_network_about_either_observation(passes, xla):
+    objective = BothStates(double=False, loss="squared")
+    learner, b = make(objective=objective, passes=passes, xla=xla), batch(2, 8)
+    here, there = (learner.target.q_values(x[0]).mean(axis=1) for x in (b.observation, b.next_observation))
+    q = learner.online.q_values(b.observation[0])[np.arange(8), b.action[0]]
+    expected = 0.5 * np.mean((q - (there - here)) ** 2)
+    first = Batch(*(x[:1] for x in b[:-1]))
+    assert learner.update(first, 0.01, np.array([False])).loss == pytest.approx(expected, rel=1e-4)

@@ -3,7 +3,7 @@
 import pytest
 import tensorflow as tf
 
-from hvd_dqn.agent.losses import chosen, double_q_target, huber, q_target, squared
+from hvd_dqn.agent.losses import double_q_target, huber, q_of, q_target, squared
 
 
 def test_truncation_still_bootstraps_but_termination_does_not():
@@ -15,7 +15,7 @@ def test_truncation_still_bootstraps_but_termination_does_not():
 
 
 def test_double_q_takes_the_online_action_at_the_target_networks_value():
-    #                               online        target        chosen value
+    #                               online        target        q_of value
     for online, target, expected in [([5.0, 1.0], [1.0, 7.0], 1.0),
                                      ([0.0, 1.0], [1.0, 7.0], 7.0)]:  # fmt: skip
         result = double_q_target(tf.constant([0.0]), tf.constant([1.0]), tf.constant([online]), tf.constant([target]))
@@ -30,9 +30,9 @@ def test_no_gradient_flows_through_a_target():
     assert tape.gradient(loss, q) is None
 
 
-def test_chosen_picks_one_value_per_row():
+def test_q_of_picks_one_value_per_row():
     q = tf.constant([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]])
-    assert chosen(q, tf.constant([2, 0])).numpy().tolist() == [3.0, 4.0]
+    assert q_of(q, tf.constant([2, 0])).numpy().tolist() == [3.0, 4.0]
 
 
 def test_huber_is_quadratic_to_one_and_linear_beyond():

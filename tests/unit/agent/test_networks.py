@@ -4,13 +4,18 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from hvd_dqn.agent.networks import build_network
+from hvd_dqn.agent.networks import CONVOLUTIONS, Network, build_network, cnn
+from hvd_dqn.agent.objectives import Dqn
+from hvd_dqn.agent.preprocess import Preprocess
 from hvd_dqn.errors import InputError
 
+DQN = Dqn(double=True, loss="huber")
 
-def make(name="mlp", shape=(4,), categories=None, actions=3, hidden=(8, 6), dueling=False, seed=0):
+
+def make(name="mlp", shape=(4,), categories=None, actions=3, hidden=(8, 6), dueling=False, seed=0, objective=DQN):
     rng = np.random.default_rng(seed)
-    return build_network(name, shape, categories, actions, hidden=hidden, dueling=dueling, rng=rng)
+    preprocess = Preprocess(shape, categories=categories)
+    return build_network(name, preprocess, actions, objective, hidden=hidden, dueling=dueling, rng=rng)
 
 
 class Gain(tf.keras.layers.Layer):
@@ -69,7 +74,7 @@ def test_an_mlp_computes_the_same_in_numpy_and_in_tensorflow(kind, hidden, dueli
         "image": ((3, 3, 2), None, rng.normal(size=(7, 3, 3, 2)).astype(np.float32)),
     }[kind]
     network = make(shape=shape, categories=categories, hidden=hidden, dueling=dueling)
-    q = network(tf.constant(observation)).numpy()
+    q = Network.q_values(network, observation)  # by its graph
     assert q.shape == (7, 3)
     np.testing.assert_allclose(network.q_values(observation), q, rtol=1e-5, atol=1e-6)
 
@@ -162,3 +167,64 @@ def test_one_seed_makes_one_network():
 def test_a_network_that_cannot_be_made_is_refused(arguments, message):
     with pytest.raises(InputError, match=message):
         make(**arguments)
+
+
+def weights_of(theta: np.ndarray, shapes: list[tuple[int, ...]]) -> list[np.ndarray]:
+    parts = np.split(theta, np.cumsum([int(np.prod(shape)) for shape in shapes])[:-1])
+    return [part.reshape(shape) for part, shape in zip(parts, shapes, strict=True)]
+
+
+@pytest.mark.parametrize(
+    ("image", "convolutions"),
+    [((84, 84, 4), CONVOLUTIONS["cnn"]), ((40, 52, 3), CONVOLUTIONS["cnn"]), ((10, 10, 4), ((3, 1, 16),))],
+)
+def test_a_cnn_is_the_one_of_keras_layers(image, convolutions):
+    """An independent reference: strides, padding, the order of rows, columns and channels, and of the flattened features."""
+    layers = tf.keras.layers
+    reference = tf.keras.Sequential(
+        [
+            tf.keras.Input(image),
+            *(
+                layers.Conv2D(filters, side, stride, "valid", activation="relu")
+                for side, stride, filters in convolutions
+            ),
+            layers.Flatten(),
+            layers.Dense(32, "relu"),
+        ]
+    )
+    trunk = cnn(convolutions, image, [32])
+    rng = np.random.default_rng(0)
+    weights = [rng.normal(0, 0.1, shape).astype(np.float32) for shape in trunk.shapes]
+    reference.set_weights(weights)
+    inputs = rng.random((2, *image)).astype(np.float32)
+    expected = reference(inputs).numpy()
+    assert np.count_nonzero(expected) > 10
+    np.testing.assert_allclose(
+        trunk.forward([tf.constant(w) for w in weights], tf.constant(inputs)), expected, rtol=1e-4, atol=1e-4
+    )
+
+
+class Quantiles(Dqn):
+    """An objective of several outputs per action, whose value is their mean."""
+
+    outputs = 5
+
+    def q(self, out):
+        return tf.reduce_mean(out, axis=-1)
+
+
+@pytest.mark.parametrize("dueling", [False, True])
+@pytest.mark.parametrize("name", ["mlp", "cnn"])
+def test_a_head_of_several_outputs_has_an_axis_for_them(name, dueling):
+    objective = Quantiles(double=True, loss="huber")
+    shape = (4,) if name == "mlp" else (36, 36, 2)
+    network = make(name, shape=shape, hidden=(8,), dueling=dueling, objective=objective)
+    observation = np.random.default_rng(1).normal(size=(7, *shape)).astype(np.float32)
+    out = network(tf.constant(observation)).numpy()
+    assert out.shape == (7, 3, 5)
+    np.testing.assert_allclose(network.q_values(observation), out.mean(axis=-1), rtol=1e-5, atol=1e-6)
+    if dueling:  # over the actions, for each output
+        theta = network.theta.numpy()
+        theta[-15:] += np.tile(np.arange(5.0, dtype=np.float32), 3)
+        network.theta.assign(theta)
+        np.testing.assert_allclose(network(tf.constant(observation)), out, rtol=1e-4, atol=1e-5)

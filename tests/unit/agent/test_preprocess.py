@@ -1,9 +1,12 @@
+"""What observations become before a network sees them, and the statistics by which they are normalised."""
+
 from copy import deepcopy
 
 import numpy as np
 import pytest
+import tensorflow as tf
 
-from hvd_dqn.agent.preprocess import Normalizer, NullNormalizer
+from hvd_dqn.agent.preprocess import NoStatistics, Preprocess, RunningStatistics
 
 RNG = np.random.default_rng(0)
 # Elements of very different place and width; the last one never changes.
@@ -15,14 +18,14 @@ def alone(pending: np.ndarray) -> np.ndarray:
     return pending
 
 
-def pending(normalizer: Normalizer) -> np.ndarray:
+def pending(normalizer: RunningStatistics) -> np.ndarray:
     """What this rank would add to the sum."""
     sent = []
     deepcopy(normalizer).merge(lambda values: sent.append(values) or values)
     return sent[0]
 
 
-def merge_all(ranks: list[Normalizer]) -> None:
+def merge_all(ranks: list[RunningStatistics]) -> None:
     reduced = sum(pending(rank) for rank in ranks)
     for rank in ranks:
         rank.merge(lambda _: reduced)
@@ -30,7 +33,7 @@ def merge_all(ranks: list[Normalizer]) -> None:
 
 @pytest.mark.parametrize("pieces", [1, 2, 7, 1200])
 def test_the_statistics_are_those_of_all_data_at_once_however_it_arrives(pieces):
-    normalizer = Normalizer((5,))
+    normalizer = RunningStatistics((5,))
     for piece in np.array_split(DATA, pieces):
         normalizer.observe(piece)
         normalizer.merge(alone)
@@ -42,8 +45,8 @@ def test_the_statistics_are_those_of_all_data_at_once_however_it_arrives(pieces)
 
 @pytest.mark.parametrize("size", [2, 3, 4])
 def test_ranks_that_share_the_data_hold_the_statistics_of_one_rank_bit_equal_among_themselves(size):
-    one = Normalizer((5,))
-    ranks = [Normalizer((5,)) for _ in range(size)]
+    one = RunningStatistics((5,))
+    ranks = [RunningStatistics((5,)) for _ in range(size)]
     for cycle in np.array_split(DATA, 10):
         one.observe(cycle)
         one.merge(alone)
@@ -59,7 +62,7 @@ def test_ranks_that_share_the_data_hold_the_statistics_of_one_rank_bit_equal_amo
 
 
 def test_several_observations_between_two_merges_count_once_each():
-    normalizer = Normalizer((1,))
+    normalizer = RunningStatistics((1,))
     for value in (1.0, 2.0, 6.0):
         normalizer.observe(np.array([[value]]))
     # count, sum, sum of squares, against the first mean, which is 0
@@ -71,7 +74,7 @@ def test_several_observations_between_two_merges_count_once_each():
 
 
 def test_a_small_deviation_far_from_zero_is_not_lost():
-    normalizer = Normalizer((1,))
+    normalizer = RunningStatistics((1,))
     data = 1e8 + RNG.normal(size=(2000, 1))
     for piece in np.array_split(data, 20):
         normalizer.observe(piece)
@@ -82,36 +85,56 @@ def test_a_small_deviation_far_from_zero_is_not_lost():
 
 def test_merging_nothing_changes_nothing_and_before_any_merge_observations_stay_as_they_are():
     frames = RNG.normal(size=(4, 2, 3)).astype(np.float32)
-    normalizer = Normalizer((2, 3))
+    normalizer = RunningStatistics((2, 3))
     normalizer.merge(alone)
-    np.testing.assert_allclose(normalizer(frames), frames, rtol=1e-6)
-    assert NullNormalizer()(frames) is frames
+    preprocess = Preprocess((2, 3), normalizes=True)
+    preprocess.set_statistics(normalizer.mean, normalizer.scale)
+    np.testing.assert_allclose(preprocess.array(frames), frames, rtol=1e-6)
+    assert Preprocess((2, 3)).array(frames) is frames
+    Preprocess((2, 3)).set_statistics(NoStatistics.mean, NoStatistics.scale)  # of nobody's use, and of no harm
 
 
-def known() -> Normalizer:
-    """Mean 2 and 10, deviation 2 and 1."""
-    normalizer = Normalizer((2,))
-    normalizer.observe(np.array([[0, 9], [4, 11]]))
-    normalizer.merge(alone)
-    return normalizer
+def known(stack: int = 1) -> Preprocess:
+    """Mean 2 and 10, deviation 2 and 1, of each of stacked frames."""
+    preprocess = Preprocess((2 * stack,), normalizes=True)
+    preprocess.set_statistics(np.float32([2, 10]), np.float32([0.5, 1]))
+    return preprocess
 
 
 def test_normalised_values_are_float32_and_end_at_ten_deviations():
-    for dtype in (np.float32, np.float64, np.uint8, np.int32):
-        result = known()(np.array([[0, 10], [6, 200]], dtype=dtype))
+    for dtype in (np.float32, np.float64, np.int32):
+        result = known().array(np.array([[0, 10], [6, 200]], dtype=dtype))
         assert result.dtype == np.float32
         np.testing.assert_allclose(result, [[-1, 0], [2, 10]], rtol=1e-6)
-    np.testing.assert_array_equal(known()(np.float32([-1e6, 1e6])), [-10, 10])
+    np.testing.assert_array_equal(known().array(np.float32([[-1e6, 1e6]])), [[-10, 10]])
 
 
 def test_each_frame_of_a_stack_is_normalised_like_a_single_one():
     frames = RNG.normal(size=(3, 4, 2)).astype(np.float32)  # [stack, batch, element]
-    single = [known()(frame) for frame in frames]
-    np.testing.assert_array_equal(known()(np.concatenate(frames, axis=-1)), np.concatenate(single, axis=-1))
+    single = [known().array(frame) for frame in frames]
+    np.testing.assert_array_equal(known(3).array(np.concatenate(frames, axis=-1)), np.concatenate(single, axis=-1))
+
+
+@pytest.mark.parametrize("kind", ["float", "normalised", "normalised images", "states", "stacked states", "bytes"])
+def test_the_graph_and_numpy_make_the_same_inputs_to_the_bit(kind):
+    preprocess, observation = {
+        "float": (Preprocess((4,)), RNG.normal(size=(7, 4)).astype(np.float32)),
+        "normalised": (known(2), RNG.normal(0, 30, size=(7, 4)).astype(np.float32)),
+        "normalised images": (Preprocess((3, 3, 2), normalizes=True), RNG.normal(size=(7, 3, 3, 2)).astype(np.float32)),
+        "states": (Preprocess((1,), categories=5), RNG.integers(5, size=(7, 1)).astype(np.int32)),
+        "stacked states": (Preprocess((3,), categories=5), RNG.integers(5, size=(7, 3)).astype(np.int32)),
+        "bytes": (Preprocess((4,)), RNG.integers(256, size=(7, 4)).astype(np.uint8)),
+    }[kind]
+    if kind == "normalised images":
+        preprocess.set_statistics(RNG.normal(size=(3, 3, 1)).astype(np.float32), np.full((3, 3, 1), 0.7, np.float32))
+    inputs = preprocess.array(observation)
+    assert inputs.shape == (7, *preprocess.input_shape)
+    assert inputs.dtype == np.float32
+    np.testing.assert_array_equal(preprocess(tf.constant(observation)).numpy(), inputs)
 
 
 def test_a_restored_normalizer_continues_like_the_one_that_was_saved():
-    one, other = Normalizer((5,)), Normalizer((5,))
+    one, other = RunningStatistics((5,)), RunningStatistics((5,))
     one.observe(DATA[:500])
     one.merge(alone)
     other.observe(DATA[:3])  # forgotten by load_state

@@ -46,9 +46,14 @@ def play(replay: Replay, episodes: str, first: int = 0) -> None:
         observation += 1 + ends
 
 
+def sample(replay: Replay, updates: int, batch_size: int) -> Batch:
+    return replay.gather(replay.draw(updates, batch_size))
+
+
 def rows_of(batch: Batch) -> dict[int, tuple]:
     """By action: observation, reward, discount, next observation."""
-    flat = [field.reshape(-1, *field.shape[2:]) for field in batch]
+    assert batch.weight is None
+    flat = [field.reshape(-1, *field.shape[2:]) for field in batch[:-1]]
     return {
         int(action): (observation.tolist(), float(reward), float(discount), next_observation.tolist())
         for observation, action, reward, discount, next_observation in zip(*flat, strict=True)
@@ -57,7 +62,7 @@ def rows_of(batch: Batch) -> dict[int, tuple]:
 
 def everything(replay: Replay) -> dict[int, tuple]:
     """All rows that can be sampled. Of at most 20 starts one is missed with a chance below 20 * (19/20)^999 = 1e-21."""
-    return rows_of(replay.sample(3, 333))
+    return rows_of(sample(replay, 3, 333))
 
 
 # --- the pieces, by hand ---------------------------------------------------------------------------------------------
@@ -83,11 +88,11 @@ def test_batches_have_the_promised_shapes_types_and_memory_of_their_own():
         one, no = np.ones(2), np.zeros(2, bool)
         for _ in range(9):
             replay.add(Transition(frames, one.astype(int), one, no, no, frames, ~no))
-        batch = replay.sample(3, 7)
+        batch = sample(replay, 3, 7)
         assert batch.observation.shape == batch.next_observation.shape == (3, 7, *observation_shape)
         assert batch.action.shape == batch.reward.shape == batch.discount.shape == (3, 7)
-        assert [field.dtype for field in batch] == [np.uint8, np.int64, np.float32, np.float32, np.uint8]
-        for field in batch:
+        assert [field.dtype for field in batch[:-1]] == [np.uint8, np.int64, np.float32, np.float32, np.uint8]
+        for field in batch[:-1]:
             assert field.flags.c_contiguous
             assert not any(np.shares_memory(field, array) for array in replay.arrays().values())
 
@@ -153,7 +158,7 @@ def test_a_stack_joins_images_on_their_last_axis_oldest_first():
     no = np.array([False])
     for t in range(2):
         replay.add(Transition(frames[t], np.array([t]), np.zeros(1), no, no, frames[t + 1], ~no))
-    batch = replay.sample(1, 100)
+    batch = sample(replay, 1, 100)
     row = int(np.argmax(batch.action[0]))
     assert np.array_equal(batch.observation[0, row], np.concatenate([frames[0, 0], frames[1, 0]], axis=-1))
     assert np.array_equal(batch.next_observation[0, row], np.concatenate([frames[1, 0], frames[2, 0]], axis=-1))
@@ -243,7 +248,7 @@ def test_every_start_of_every_environment_is_equally_likely():
     starts = len(replay._starts())
     assert starts > 10
     draws = 200 * starts
-    _, counts = np.unique(replay.sample(1, draws).action, return_counts=True)
+    _, counts = np.unique(sample(replay, 1, draws).action, return_counts=True)
     assert len(counts) == starts
     chi_square = float(np.sum((counts - 200) ** 2 / 200))
     # Mean starts - 1, deviation sqrt(2 * (starts - 1)); five deviations leave no room for a factor of two anywhere.
@@ -264,7 +269,7 @@ def test_sampling_without_any_start_is_an_error():
         replay = new_replay(n_step=3)
         play(replay, episodes)
         with pytest.raises(ValueError, match="no transition that can be sampled"):
-            replay.sample(1, 1)
+            sample(replay, 1, 1)
 
 
 def test_the_smallest_ring_always_has_a_start_and_smaller_ones_are_refused():
@@ -319,7 +324,7 @@ def test_one_seed_draws_the_same_batches_and_another_seed_others():
     for seed in (1, 1, 2):
         replay = new_replay(seed=seed)
         play(replay, "..T...X....")
-        samples.append(replay.sample(2, 50))
+        samples.append(sample(replay, 2, 50))
     assert same(samples[0], samples[1])
     assert not same(samples[0], samples[2])
 
@@ -329,7 +334,7 @@ def test_a_restored_replay_continues_exactly_as_the_saved_one(episodes):
     # A ring that is partly filled saves its used slots only; one that has wrapped saves all.
     old = new_replay(slots=20, n_step=2, frame_stack=2, seed=3)
     play(old, episodes)
-    old.sample(1, 5)  # the generator is somewhere in its stream
+    sample(old, 1, 5)  # the generator is somewhere in its stream
     state = {key: value.copy() if isinstance(value, np.ndarray) else value for key, value in old.state().items()}
     state["rng"] = json.loads(json.dumps(state["rng"]))
     assert not any(value.dtype.hasobject for value in state.values() if isinstance(value, np.ndarray))
@@ -341,10 +346,10 @@ def test_a_restored_replay_continues_exactly_as_the_saved_one(episodes):
     for name, value in old.state().items():
         assert np.array_equal(new.state()[name], value), name
     assert len(new) == len(old)
-    assert same(new.sample(2, 50), old.sample(2, 50))
+    assert same(sample(new, 2, 50), sample(old, 2, 50))
     for replay in (old, new):
         play(replay, "....X..", first=500)
-    assert same(new.sample(2, 50), old.sample(2, 50))
+    assert same(sample(new, 2, 50), sample(old, 2, 50))
 
 
 def test_a_state_of_another_size_is_refused():
@@ -467,7 +472,28 @@ def test_the_starts_and_their_rows_are_those_of_a_naive_reference(
     assert sorted(starts) == sorted(expected)
     if expected:
         # At most 3 * 20 starts: one of them is missed with a chance below 60 * (59/60)^4000 = 4e-28.
-        assert rows_of(replay.sample(2, 2000)) == expected
+        assert rows_of(sample(replay, 2, 2000)) == expected
     else:
         with pytest.raises(ValueError, match="no transition"):
-            replay.sample(1, 1)
+            sample(replay, 1, 1)
+
+
+def test_a_drawn_transition_is_held_until_a_younger_one_takes_its_slot():
+    replay = new_replay(slots=8)
+    play(replay, "....", first=0)  # slots 0 to 3, and the head in 4
+    draw = replay.draw(2, 200)
+    assert set(draw.action.ravel()) == {0, 1, 2, 3}
+    assert replay.is_held(draw).all()
+    for step in range(4, 12):
+        play_on(replay, step)
+        # The ring has 8 slots, one of them the head's: transition i is overwritten when step i + 7 is stored.
+        np.testing.assert_array_equal(replay.is_held(draw), draw.action + 7 > step)
+    assert not replay.is_held(draw).any()
+    assert replay.is_held(replay.draw(1, 200)).all()
+
+
+def play_on(replay: Replay, step: int) -> None:
+    """One more step of an episode under way."""
+    no, yes = np.array([False]), np.array([True])
+    observation, following = np.array([[step]], np.float32), np.array([[step + 1]], np.float32)
+    replay.add(Transition(observation, np.array([step]), np.float32([step]), no, no, following, yes))

@@ -18,7 +18,7 @@ from hvd_dqn.agent.replay import Replay
 from hvd_dqn.agent.transition import Transition
 from hvd_dqn.envs.environments import Environments
 from hvd_dqn.errors import RunError
-from tests.unit.agent.test_replay import Reference, rows_of
+from tests.unit.agent.test_replay import Reference, rows_of, sample
 from tests.unit.envs.test_environments import made, register
 
 
@@ -353,7 +353,7 @@ def test_a_cut_ends_an_episode_as_truncated_with_its_true_last_observation(
         expected |= reference.rows()
     if expected:
         # At most 3 * 19 starts: one of them is missed with a chance below 57 * (56/57)^4000 = 1e-29.
-        assert rows_of(replay.sample(2, 2000)) == expected
+        assert rows_of(sample(replay, 2, 2000)) == expected
 
 
 def test_what_failed_environments_showed_is_learned_from_up_to_the_failure(tmp_path, capfd):
@@ -367,7 +367,7 @@ def test_what_failed_environments_showed_is_learned_from_up_to_the_failure(tmp_p
             replay.add(transition)
             shown.append(transition)
     assert [t.valid.tolist() for t in shown] == [[True] * 2, [True] * 2, [False] * 2, [True] * 2]
-    batch = replay.sample(1, 500)
+    batch = sample(replay, 1, 500)
     rows = {
         (*observation.tolist(), discount, *after.tolist())
         for observation, discount, after in zip(

@@ -149,8 +149,8 @@ def rows_of(replay: Replay, others: dict[int, Row] | None = None) -> dict[int, R
     starts = replay._starts()
     if len(starts) == 0:
         return {}
-    replay._draw = lambda size: starts  # type: ignore[method-assign]
-    batch = replay.sample(1, len(starts))
+    replay._draw = lambda size: (starts, starts)  # type: ignore[method-assign]
+    batch = replay.gather(replay.draw(1, len(starts)))
     del replay._draw  # type: ignore[method-assign]
     actions = batch.action[0].tolist()
     assert len(set(actions)) == len(actions)

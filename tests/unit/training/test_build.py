@@ -8,10 +8,12 @@ import time
 
 import numpy as np
 import pytest
+import tensorflow as tf
 
 import hvd_dqn.training.build
 import hvd_dqn.training.worker
 from hvd_dqn.agent.learner import Phase
+from hvd_dqn.agent.preprocess import Preprocess
 from hvd_dqn.config import Config
 from hvd_dqn.ranks.world import Solo
 from hvd_dqn.training.build import make_environments, make_learner
@@ -88,7 +90,7 @@ def made(monkeypatch):
 
         monkeypatch.setattr(module, name, make)
 
-    for name in ("Environments", "Learner", "build_network", "Evaluator"):
+    for name in ("Environments", "Learner", "build_network", "Evaluator", "Dqn"):
         spy(hvd_dqn.training.build, name)
     for name in ("Replay", "Actor"):
         spy(hvd_dqn.training.worker, name)
@@ -116,11 +118,12 @@ def test_every_setting_reaches_its_part(made):
 
     (made_learner,) = calls["Learner"]
     expected = {name: learner[name] for name in ("adam_epsilon", "max_gradient_norm", "xla", "overlap")}
-    expected |= {"double": False, "loss": "squared", "sync": "parameters", "compression": "none", "passes": 2}
+    expected |= {"sync": "parameters", "compression": "none", "passes": 2}
     expected["planned"] = agent.plan.updates_after(agent.plan.cycles - 1)
     assert expected["planned"] > 100
     assert {name: made_learner[name] for name in expected} == expected
 
+    assert calls["Dqn"] == [{"double": False, "loss": "squared"}]
     assert len(calls["build_network"]) == 3  # online, target, and the one that acts while the others learn
     for network in calls["build_network"]:
         assert (network["hidden"], network["dueling"]) == ((5,), True)
@@ -153,27 +156,25 @@ def test_a_rank_acts_with_its_own_part_of_the_ladder(made):
 def test_who_acts_and_who_learns_sees_normalised_observations(made):
     agent, _ = made
     agent.begin_episodes()
-    q_values, sample = agent.learner.acting.q_values, agent.replay.sample
-    seen, drawn, given = [], [], []
-    agent.learner.acting.q_values = lambda observation: seen.append(observation) or q_values(observation)
-    agent.replay.sample = lambda *size: drawn.append(sample(*size)) or drawn[-1]
-    agent.learner.update = lambda batch, *_: given.append(batch) or Phase(1, 0.0, 0.0, 0.0, 0, 0, False, 1.0, 0.0)
+    seen, array = [], agent.preprocess.array
+    agent.preprocess.array = lambda observation: seen.append(array(observation)) or seen[-1]
+    agent.learner.update = lambda *_: Phase(1, 0.0, 0.0, 0.0, 0, 0, False, 1.0, 0.0, None)
     acted = 0
     for cycle in range(60):
         raw = agent.envs.observation
-        expected = agent.normalizer(raw)
+        mean, scale = (np.tile(x, 2) for x in (agent.statistics.mean, agent.statistics.scale))  # stacks of two
         agent.step(cycle)
         if seen:  # not where all actions are random
-            acted += not np.array_equal(expected, raw)
-            assert np.array_equal(seen.pop(), expected)
+            acted += not np.array_equal(seen[-1], raw)
+            np.testing.assert_allclose(seen.pop(), np.clip((raw - mean) * scale, -10, 10), rtol=1e-5)
         if agent.plan.learns_at(cycle):
             agent.learn(cycle)
             agent.settle()
-            for part in ("observation", "next_observation"):
-                before, after = getattr(drawn[-1], part), getattr(given[-1], part)
-                assert not np.array_equal(after, before)
-                assert np.array_equal(after, agent.normalizer(before))
-    assert acted > 10 < len(given)
+            # The graph has the same statistics as whoever acts in NumPy.
+            inputs = agent.preprocess(tf.constant(raw)).numpy()
+            assert np.array_equal(inputs, array(raw))
+            assert not np.array_equal(inputs, raw)
+    assert acted > 10
 
 
 def test_a_phase_gets_what_is_planned_and_what_it_says_is_reported(made):
@@ -184,7 +185,7 @@ def test_a_phase_gets_what_is_planned_and_what_it_says_is_reported(made):
     def update(batch, learning_rate, copies):
         given.append((batch.reward.shape, learning_rate, copies.tolist()))
         n = len(copies)
-        return Phase(n, 2.0 * n, 3.0 * n, 4.0 * n, 6, 0, False, 1.0, 0.0)
+        return Phase(n, 2.0 * n, 3.0 * n, 4.0 * n, 6, 0, False, 1.0, 0.0, None)
 
     agent.learner.update = update
     expected = []
@@ -259,7 +260,7 @@ def test_what_counts_under_strong_scaling_is_a_ranks_own_batch(monkeypatch):
         settings = {"agent": {"hidden": (256, 256)}, "learner": {"batch_size": 512, "learn_start": 2_000}}
         config = Config.model_validate({"env": {"id": "CartPole-v1"}, "ranks": {"scaling": "strong"}, **settings})
         envs = make_environments(config, world, 1, "sync")
-        make_learner(config, envs, world, np.random.default_rng(0))
+        make_learner(config, envs, Preprocess((4,)), world, np.random.default_rng(0))
         envs.close()
         assert alone == [True] * (size == 8)
 
@@ -267,7 +268,7 @@ def test_what_counts_under_strong_scaling_is_a_ranks_own_batch(monkeypatch):
 def test_waiting_for_the_statistics_of_observations_counts_as_exchange(made):
     agent, _ = made
     agent.begin_episodes()
-    agent.normalizer.merge = lambda reduce: time.sleep(0.05)
+    agent.statistics.merge = lambda reduce: time.sleep(0.05)
     for cycle in range(60):
         agent.step(cycle)
         if agent.plan.learns_at(cycle):

@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 
 from hvd_dqn import api as job
 from hvd_dqn.agent.learner import Learner, Phase
-from hvd_dqn.agent.preprocess import Normalizer
+from hvd_dqn.agent.preprocess import Preprocess
 from hvd_dqn.agent.replay import NOTHING, TRUNCATED
 from hvd_dqn.commands import evaluate
 from hvd_dqn.config import Config
@@ -634,12 +634,14 @@ def test_of_equal_evaluations_the_newest_is_the_best(tmp_path):
     assert trainer.agent.best == (2.0, 720)
 
 
-@pytest.mark.parametrize(("culprits", "told"), [(0, "The gradient on rank 1 is not"), (1, "The loss on rank 1 is not")])
-def test_all_ranks_are_told_which_one_skipped_updates(culprits, told):
+@pytest.mark.parametrize(
+    ("nonfinite", "told"), [(0, "The gradient on rank 1 is not"), (1, "The loss on rank 1 is not")]
+)
+def test_all_ranks_are_told_which_one_skipped_updates(nonfinite, told):
     world = TapeWorld(0, 2)
-    world.gather = lambda mine: [mine, (culprits, 2)]
+    world.gather = lambda mine: [mine, (nonfinite, 2)]
     trainer = Trainer(config(ranks={"sync": "parameters"}), world)
-    trainer.agent._phase = lambda: Phase(4, 0.0, 0.0, 0.0, 0, 0, True, 1.0, 0.0)
+    trainer.agent._phase = lambda: Phase(4, 0.0, 0.0, 0.0, 0, 0, True, 1.0, 0.0, None)
     with pytest.raises(JobError, match=f"{told} finite after .* total steps: 2 of 4 updates"):
         trainer._settle()
     trainer.close()
@@ -647,8 +649,8 @@ def test_all_ranks_are_told_which_one_skipped_updates(culprits, told):
 
 def test_the_running_mean_is_that_of_all_observations(tmp_path):
     _, trainer = play(config(env={"normalize_observation": True}, evaluation={"target_return": None}), Solo(), tmp_path)
-    assert trainer.agent.normalizer.state()["count"] == 960
-    assert np.any(trainer.agent.normalizer.mean)
+    assert trainer.agent.statistics.state()["count"] == 960
+    assert np.any(trainer.agent.statistics.mean)
 
 
 def test_a_run_that_cannot_go_on_exactly_draws_other_numbers_than_at_its_start(tmp_path):
@@ -682,16 +684,16 @@ def test_a_finished_run_has_nothing_left_to_train(tmp_path):
 def test_what_is_not_finite_stops_the_job_or_is_skipped_and_counted(policy, tmp_path):
     settings = config(evaluation={"target_return": None}, learner={"on_nonfinite": policy})
     trainer = Trainer(settings, Solo())
-    sample, calls = trainer.agent.replay.sample, []
+    gather, calls = trainer.agent.replay.gather, []
 
-    def spoilt(updates, size):
-        batch = sample(updates, size)
-        calls.append(updates)
+    def infinite(draw):
+        batch = gather(draw)
+        calls.append(draw)
         if len(calls) == 3:
             batch.reward[0, 0] = np.inf
         return batch
 
-    trainer.agent.replay.sample = spoilt
+    trainer.agent.replay.gather = infinite
     if policy == "stop":
         with pytest.raises(JobError, match=r"The loss on rank 0 is not finite after .* total steps: 1 of \d+ updates"):
             list(trainer.train(Checkpoints(tmp_path, Solo())))
@@ -839,8 +841,8 @@ def test_what_was_learned_is_evaluated_as_it_was_in_training(tmp_path, monkeypat
     again = Trainer(settings.model_copy(update={"total_steps": 1_920}), Solo(), checkpoints.newest(print))
     expected = again.agent.evaluator.evaluate(3, round=0)
     again.close()
-    normalize = Normalizer.__call__
-    monkeypatch.setattr(Normalizer, "__call__", lambda self, raw: seen.append(normalize(self, raw)) or seen[-1])
+    normalize = Preprocess.array
+    monkeypatch.setattr(Preprocess, "array", lambda self, raw: seen.append(normalize(self, raw)) or seen[-1])
     row = job.evaluate(settings, Solo(), checkpoints.weights(None, print))
     assert row == {"total_steps": 960, **expected}
     assert len(seen) >= row["length_mean"]  # by what it saw, as well as by what came of it
