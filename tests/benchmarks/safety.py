@@ -102,7 +102,7 @@ def guards(world: World, rounds: int, total_steps: int) -> None:
     }  # [rounds] of the slower rank
     if world.rank == 0:
         result = {
-            "benchmark": "guards", **bench.provenance(), "ranks": world.size, "rounds": rounds,
+            "benchmark": "guards", **results.provenance(), "ranks": world.size, "rounds": rounds,
             "steps_per_second": {"with": np.median([r[0] for r in rates]), "without": np.median([r[1] for r in rates])},
             "with_over_without": spread([on / off for on, off in rates]),
             "part_of_the_time": {name: spread(part) for name, part in worst.items()},
@@ -135,12 +135,12 @@ def checkpoints(rounds: int) -> None:
         "| observations | transitions | compressed | file, MB | write, s | check and read, s |\n|---|---|---|---|---|---|"
     )
     cases = {
-        "4 floats": bench.CASES["mlp-64-64"],
-        "84 x 84 bytes, 4 stacked": bench.CASES["nature-cnn"],
+        "4 floats": learner.CASES["mlp-64-64"],
+        "84 x 84 bytes, 4 stacked": learner.CASES["nature-cnn"],
     }
     for name, transitions in [("4 floats", 100_000), ("4 floats", 1_000_000), ("84 x 84 bytes, 4 stacked", 100_000)]:
         case = cases[name]._replace(transitions=transitions)
-        replay = bench.filled_replay(case, 0)
+        replay = learner.filled_replay(case, 0)
         for compress in (False, True):
             with tempfile.TemporaryDirectory() as folder:
                 store = Checkpoints(Path(folder), Solo(), compress=compress)
@@ -148,7 +148,7 @@ def checkpoints(rounds: int) -> None:
                 size = sum(path.stat().st_size for path in Path(folder).glob("checkpoints/1/replay*"))
             cells = [name, f"{transitions:,}", "yes" if compress else "no", f"{size / 1e6:,.1f}", *times]
             print(f"| {' | '.join(cells)} |", flush=True)
-    print(json.dumps(bench.provenance()))
+    print(json.dumps(results.provenance()))
 
 
 def main() -> None:
