@@ -22,8 +22,8 @@ from typing import Any
 import numpy as np
 import psutil
 
-from hvd_dqn import bench
 from hvd_dqn.agent.replay import Replay
+from hvd_dqn.bench import learner, results
 from hvd_dqn.config import Config
 from hvd_dqn.config_files import load_preset
 from hvd_dqn.ranks.connect import connect

@@ -1,4 +1,4 @@
-"""Bootstrapping, end to end: a chain of five states whose values are known, with an end that terminates and one that truncates."""
+"""Bootstrapping, end to end: a chain of five states whose values are known; one end terminates, the other truncates."""
 
 from typing import Any
 
@@ -16,9 +16,11 @@ LEFT, RIGHT = 0, 1
 
 
 class Chain(gymnasium.Env):
-    """Beyond the right end lies a terminal state and a reward of 1. At the left end every further step left is rewarded by 0.2,
-    stays there and is cut off by a time limit: going on for ever is worth 0.2 / (1 - gamma) = 2, and a learner that takes the
-    limit for an end sees 0.2."""
+    """Beyond the right end lies a terminal state and a reward of 1.
+
+    At the left end a step to the left stays there, is rewarded by 0.2, and is cut off by a time limit: going on for ever is
+    worth 0.2 / (1 - gamma) = 2, and a learner that takes the limit for an end sees 0.2.
+    """
 
     def __init__(self) -> None:
         self.observation_space = gymnasium.spaces.Discrete(STATES)

@@ -4,8 +4,11 @@
 from, and the sums that TensorFlow returns for it on this machine's CPU.
 """
 
+import math
 import os
 import sys
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,34 +17,39 @@ import numpy as np
 import tensorflow as tf
 
 from hvd_dqn.agent.learner import Learner
-from hvd_dqn.agent.networks import FlatNetwork, Network, build_network, encode
+from hvd_dqn.agent.networks import CONVOLUTIONS, FlatNetwork, Network, cnn, head, mlp
+from hvd_dqn.agent.objectives import Dqn
+from hvd_dqn.agent.preprocess import Preprocess
 from hvd_dqn.ranks.world import Solo
 from tests.benchmarks.gpu.phase import arguments, cases, weights
 
+OBJECTIVE = Dqn(double=True, loss="huber")
 
-def network(case: dict[str, Any]) -> Network:
-    made = build_network(
-        case["network"], tuple(case["observation"]), None, case["actions"], hidden=case["hidden"], dueling=False,
-        rng=np.random.default_rng(1),
-    )  # fmt: skip
+
+def network(case: dict[str, Any], preprocess: Preprocess) -> Network:
+    image = case["network"] == "cnn"
+    trunk = (
+        cnn(CONVOLUTIONS["cnn"], preprocess.input_shape, case["hidden"])
+        if image
+        else mlp(math.prod(preprocess.input_shape), case["hidden"])
+    )
+    end = head(trunk.features, case["actions"], 1, dueling=False)
     if case["type"] == "bfloat16":
-        assert isinstance(made, FlatNetwork)
+        trunk = trunk._replace(forward=lambda w, x, forward=trunk.forward: forward(cast(w), tf.cast(x, tf.bfloat16)))
+        end = end._replace(forward=lambda w, x, forward=end.forward: tf.cast(forward(cast(w), x), tf.float32))
+    return FlatNetwork(trunk, end, preprocess, OBJECTIVE, np.random.default_rng(1))
 
-        def values(observation: tf.Tensor) -> tf.Tensor:
-            theta = tf.cast(made.theta, tf.bfloat16)
-            parts = zip(tf.split(theta, made._sizes), made._shapes, strict=True)
-            x = tf.cast(encode(observation, None), tf.bfloat16)
-            return tf.cast(made._forward([tf.reshape(part, shape) for part, shape in parts], x), tf.float32)
 
-        made._values = values
-    return made
+def cast(weights: Sequence[tf.Tensor]) -> list[tf.Tensor]:
+    return [tf.cast(weight, tf.bfloat16) for weight in weights]
 
 
 def main(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for name, case in cases().items():
+        preprocess = Preprocess(tuple(case["observation"]))
         learner = Learner(
-            lambda case=case: network(case), Solo(), double=True, loss="huber", xla=True, max_gradient_norm=10.0
+            partial(network, case, preprocess), preprocess, OBJECTIVE, Solo(), xla=True, max_gradient_norm=10.0
         )
         function = tf.function(learner._take_updates, jit_compile=True, autograph=False)
         batch = [tf.constant(x) for x in arguments(case)]

@@ -48,7 +48,7 @@ def weights(name):
 
 
 def arguments(case):
-    """One phase's batch, learning rate, target copies and ends: the same numbers under every NumPy."""
+    """A phase's learning rate, target copies, ends and batch: the same numbers under every NumPy."""
     draw = np.random.RandomState(7)
     lead = (case["updates"], case["batch"])
     shape = (*lead, *case["observation"])
@@ -61,11 +61,11 @@ def arguments(case):
     def array(drawn):
         return np.frombuffer(drawn[0], np.uint8).reshape(drawn[1]) if isinstance(drawn, tuple) else drawn
 
-    return [
+    batch = [
         array(observations()), draw.randint(0, case["actions"], size=lead).astype(np.int64),
         draw.standard_normal(lead).astype(np.float32), np.full(lead, 0.99, np.float32), array(observations()),
-        np.float32(1e-3), np.zeros(lead[0], bool), np.zeros(0, np.int32),
     ]  # fmt: skip
+    return [np.float32(1e-3), np.zeros(lead[0], bool), np.zeros(0, np.int32), *batch]
 
 
 def flops(case):
@@ -117,19 +117,13 @@ def main(folder):
                 module, xla_client.DeviceList((device,)), xla_client.CompileOptions()
             )
         # The arguments: the batch (`ends` is unused and dropped by the compiler), then the variables in order of capture.
-        given = [
-            *arguments(case)[:-1],
-            np.float32(1e-3),
-            theta,
-            theta,
-            np.int64(0),
-            np.zeros_like(theta),
-            np.zeros_like(theta),
-        ]
-        batch = [jax.device_put(x, device) for x in given[:7]]
+        rate, copies, _, *batch = arguments(case)
+        moments = np.zeros_like(theta), np.zeros_like(theta)
+        given = [rate, copies, *batch, np.float32(1e-3), theta, theta, np.int64(0), *moments]
+        constant = [jax.device_put(x, device) for x in given[:7]]
         seconds = []
         for _ in range(12):
-            placed = batch + [jax.device_put(x, device) for x in given[7:]]
+            placed = constant + [jax.device_put(x, device) for x in given[7:]]
             for x in placed:
                 x.block_until_ready()
             began = time.perf_counter()
