@@ -1,4 +1,4 @@
-"""Whether this machine, these libraries and these ranks fit together, and the cure where they do not."""
+"""The command `doctor`: checks that machine, libraries and ranks fit together, and says how to mend what does not."""
 
 import json
 import os
@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from hvd_dqn import __version__
-from hvd_dqn.bench.allreduce import measure
+from hvd_dqn.bench.allreduce import time_allreduce
 from hvd_dqn.bench.results import count
 from hvd_dqn.commands.options import JsonOptions, parse
 from hvd_dqn.ranks.lockstep import in_step
@@ -92,7 +92,7 @@ def settings(environ: Mapping[str, str]) -> dict[str, str]:
 
 def _time_allreduce(world: World, floats: int) -> dict[str, float]:
     """Microseconds of one of Horovod's all-reduces, and the megabytes per second that this makes."""
-    found = measure(world, floats, ROUNDS, beside_mpi=False)["horovod"]
+    found = time_allreduce(world, floats, ROUNDS)
     microseconds = {name: 1e6 * seconds for name, seconds in found["seconds"].items()}
     return {"bytes": 4 * floats, **microseconds, "megabytes_per_second": found["bytes_per_second"] / 1e6}
 

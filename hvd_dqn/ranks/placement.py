@@ -5,7 +5,7 @@ import ctypes
 import os
 import re
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from hvd_dqn.errors import InputError
 
@@ -42,15 +42,15 @@ def set_communication_defaults() -> None:
         os.environ.setdefault("HOROVOD_CYCLE_TIME", pause)
 
 
-def check_restart(on_any_rank: Callable[[bool], bool] = bool) -> None:
-    """Raises InputError where Horovod could not be started a second time in this process, or, with a vote, in any rank's.
+def check_restart() -> None:
+    """Raises InputError if Horovod could not be started a second time in this process, as an elastic job needs.
 
-    Its tuner of the two, once both are fixed, has no place left for the defaults that every start writes first.
+    Its tuner, once both values are fixed, has no place left for the defaults that every start writes first.
     """
-    if on_any_rank({"HOROVOD_CYCLE_TIME", "HOROVOD_FUSION_THRESHOLD"} <= os.environ.keys()):
+    if {"HOROVOD_CYCLE_TIME", "HOROVOD_FUSION_THRESHOLD"} <= os.environ.keys():
         raise InputError(
-            "Horovod 0.28 ends by a segmentation fault when it is started again, as elastic jobs and `hvd-dqn bench "
-            "allreduce` do, with both HOROVOD_CYCLE_TIME and HOROVOD_FUSION_THRESHOLD in the environment: unset the second."
+            "Horovod 0.28 crashes when an elastic job starts it again while both HOROVOD_CYCLE_TIME and "
+            "HOROVOD_FUSION_THRESHOLD are in the environment: unset the second."
         )
 
 

@@ -7,7 +7,7 @@ import socket
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, NoReturn, Protocol
@@ -15,13 +15,13 @@ from typing import Any, NoReturn, Protocol
 import numpy as np
 
 from hvd_dqn.errors import InputError, RunError
-from hvd_dqn.ranks.placement import FUSED_FLOATS, check_restart, pin_gpu
+from hvd_dqn.ranks.placement import FUSED_FLOATS, pin_gpu
 
 
 class World(Protocol):
     """All ranks of a job, as one of them sees them.
 
-    `broadcast`, `average`, `sum`, `max`, `any`, `gather`, `barrier` and `raw_sum` are collectives: all ranks call one or none.
+    `broadcast`, `average`, `sum`, `max`, `any`, `gather` and `barrier` are collectives: all ranks call one or none.
     """
 
     rank: int
@@ -57,10 +57,6 @@ class World(Protocol):
         ...
 
     def barrier(self) -> None: ...
-
-    def raw_sum(self) -> AbstractContextManager[Callable[[np.ndarray], None] | None]:
-        """While it is open Horovod rests, and there is MPI's own sum over ranks, in place; None where MPI is not in charge."""
-        ...
 
     def timeline(self, path: Path) -> AbstractContextManager[None]:
         """While it is open, Horovod writes each of its collectives to `path`, on the chief, as chrome://tracing reads it.
@@ -115,9 +111,6 @@ class Solo:
 
     def barrier(self) -> None:
         pass
-
-    def raw_sum(self) -> AbstractContextManager[None]:
-        return nullcontext()
 
     def timeline(self, path: Path) -> AbstractContextManager[None]:
         return nullcontext()  # there is nobody to talk to
@@ -250,20 +243,6 @@ class HorovodWorld:
 
     def barrier(self) -> None:
         self.sum(np.zeros(1))  # horovod.tensorflow has no barrier of its own
-
-    @contextmanager
-    def raw_sum(self) -> Iterator[Callable[[np.ndarray], None] | None]:
-        if self._comm is None:
-            yield None
-            return
-        from mpi4py import MPI
-
-        check_restart(self.any)
-        # Horovod: its thread looks for work all the time, and a rank that waits for MPI yields its core to it.
-        self._hvd.shutdown()
-        yield lambda values: self._comm.Allreduce(MPI.IN_PLACE, values)
-        # Not where this rank failed: it would wait here for others, which wait for it.
-        self._hvd.init(comm=self._comm)
 
     @contextmanager
     def timeline(self, path: Path) -> Iterator[None]:

@@ -98,7 +98,13 @@ def test_two_ranks_are_held_against_what_is_wanted_of_them():
         kind = {"case": case, "ranks": ranks, "scaling": "weak", "sync": sync, "oversubscribed": False, "batch": 64}
         same = dict.fromkeys(("median", "low", "high"), 0.8)
         shares = {"update": 0.5, "communicate": 0.25, "idle": 0.1}
-        return {**kind, "steps_per_second": same, "silent_steps_per_second": same, "efficiency": same, "shares": shares}
+        return {
+            **kind,
+            "steps_per_second": same,
+            "independent_steps_per_second": same,
+            "efficiency": same,
+            "shares": shares,
+        }
 
     #            case           ranks  averaging     efficiency
     expected = [
