@@ -1,4 +1,4 @@
-"""The only room that talks: what ranks say to each other, through Horovod and MPI, or nothing when a process is alone."""
+"""Collectives among ranks by Horovod and MPI, or their identities in a process alone. No other module calls either library."""
 
 import functools
 import importlib.util
@@ -30,7 +30,7 @@ class World(Protocol):
     local_size: int
     hostname: str
     elastic: bool  # the ranks may become fewer or more while the job runs
-    changed: bool  # and this one has heard that they will
+    changed: bool  # this rank was told that they will
 
     def wrap(self, optimizer: Any, compression: str) -> Any:
         """A Keras optimizer whose `compute_gradients` averages over ranks. Wrap before `build`."""
@@ -59,9 +59,9 @@ class World(Protocol):
     def barrier(self) -> None: ...
 
     def timeline(self, path: Path) -> AbstractContextManager[None]:
-        """While it is open, Horovod writes each of its collectives to `path`, on the chief, as chrome://tracing reads it.
+        """While it is open, Horovod writes its collectives to `path` on the chief, in the format of chrome://tracing.
 
-        No collective. HOROVOD_TIMELINE must have been DYNAMIC before the world was made.
+        Not a collective. HOROVOD_TIMELINE must have been DYNAMIC before the world was made.
         """
         ...
 
@@ -85,7 +85,7 @@ class Solo:
     elastic = changed = False
 
     def __init__(self, rank: int = 0) -> None:
-        self.rank = rank  # of many that each work alone
+        self.rank = rank  # above 0 in an elastic job that has not connected its ranks yet
         self.hostname = socket.gethostname()
 
     def wrap(self, optimizer: Any, compression: str) -> Any:
@@ -113,7 +113,7 @@ class Solo:
         pass
 
     def timeline(self, path: Path) -> AbstractContextManager[None]:
-        return nullcontext()  # there is nobody to talk to
+        return nullcontext()
 
     def describe(self) -> dict[str, Any]:
         return _horovod_build()
@@ -151,13 +151,13 @@ class HorovodWorld:
             self._comm = MPI.COMM_WORLD
             # Horovod: joining mpi4py's communicator makes the two one job by construction.
             hvd.init(comm=self._comm)
-        self._ask_places()
+        self._read_ranks()
         self.hostname = socket.gethostname()
         if self._comm is not None:
             self._check_mpi()
         self._abort_on_uncaught_exceptions()
 
-    def _ask_places(self) -> None:
+    def _read_ranks(self) -> None:
         hvd = self._hvd
         self.rank, self.size = hvd.rank(), hvd.size()
         self.local_rank, self.local_size = hvd.local_rank(), hvd.local_size()
