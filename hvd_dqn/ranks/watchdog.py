@@ -120,9 +120,7 @@ class Watchdog:
         world, chief = self._world, self._world.rank == 0
         offer: Any = None
         if chief:
-            self._token = secrets.token_hex(
-                16
-            )  # against connections made by mistake, not against attacks: it travels unencrypted
+            self._token = secrets.token_hex(16)  # against mistaken connections, not attacks: it travels unencrypted
             listener = socket.create_server(("", 0), backlog=1024)
             listener.setblocking(False)
             self._on_arrival(listener, lambda: self._accept(listener))
