@@ -22,6 +22,7 @@ GRACE = 10.0  # seconds between SIGTERM and SIGKILL
 READY = "ready"  # what `--gate` prints before it waits
 # Horovod recommends these transports, which allow several threads. Unbound: Horovod's thread would share a bound rank's core.
 MPIRUN = ("mpirun", "--bind-to", "none", "--map-by", "slot", "-mca", "pml", "ob1", "-mca", "btl", "^openib")
+ONE_THREAD = {"OMP_NUM_THREADS": "1", "TF_NUM_INTRAOP_THREADS": "1", "TF_NUM_INTEROP_THREADS": "1"}
 HVD_DQN = (sys.executable, "-m", "hvd_dqn", "bench")
 
 
@@ -64,7 +65,7 @@ class _Job:
         self._command, self._errors = command, (folder / "stderr").open("w+")
         self.process = subprocess.Popen(
             command,
-            env=_environment(),
+            env=os.environ | ONE_THREAD,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._errors,
@@ -145,7 +146,3 @@ def _kill(jobs: Sequence[_Job]) -> None:
         for job in jobs:
             job.kill(number)
         time.sleep(GRACE)
-
-
-def _environment() -> dict[str, str]:
-    return os.environ | {"OMP_NUM_THREADS": "1", "TF_NUM_INTRAOP_THREADS": "1", "TF_NUM_INTEROP_THREADS": "1"}

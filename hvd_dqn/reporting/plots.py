@@ -108,8 +108,9 @@ def _select(curve: Curve, chosen: np.ndarray) -> Curve:
 
 
 def learning_curves(runs: Sequence[RunCurve], path: Path) -> None:
-    """Return over total steps (left) and wall time (right): one colour per run, or per number of ranks and the like
-    where runs differ in it; runs that differ in the seed only become their mean with a band from lowest to highest.
+    """Plots the return over total steps (left) and over wall time (right), in one colour per group of runs.
+
+    Runs that differ in their seed only are one group, shown as the mean with a band from the lowest to the highest.
     """
     if not runs:
         raise InputError("Nothing to plot. Expected: at least one run directory.")

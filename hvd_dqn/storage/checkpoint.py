@@ -193,9 +193,8 @@ class Checkpoints:
 
     def _prepare(self, target: Path) -> None:
         target.mkdir(parents=True, exist_ok=True)
-        for old in target.iterdir():  # of a run that went on from an earlier checkpoint than this
-            if old.name == MANIFEST:
-                old.unlink()
+        # Files of a run that was resumed from an earlier checkpoint: first the manifest, so that none is left half removed.
+        (target / MANIFEST).unlink(missing_ok=True)
         for old in target.iterdir():
             old.unlink()
         sync_directory(target.parent)
