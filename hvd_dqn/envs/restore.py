@@ -67,7 +67,7 @@ class TraceRestorer:
             return np.zeros(len(state["frame"]), np.bool_)
         actions = np.split(state["actions"], np.cumsum(state["counts"])[:-1])
         traces = [t and {**t, "actions": a} for t, a in zip(state["traces"], actions, strict=True)]
-        self._call("set_attr", "target", traces)
+        self._call("set_attr", "saved_trace", traces)
         arrived = self._call("call", "retrace")
         return np.array(
             [

@@ -44,7 +44,7 @@ class RecordedEnv(gymnasium.Wrapper[Any, Any, Any, Any]):
     """
 
     records = False  # from its next reset on
-    target: dict[str, Any] | None = None  # the trace for `retrace`
+    saved_trace: dict[str, Any] | None = None  # the trace for `retrace`
 
     def __init__(self, env: gymnasium.Env, number: int) -> None:
         super().__init__(env)
@@ -92,23 +92,23 @@ class RecordedEnv(gymnasium.Wrapper[Any, Any, Any, Any]):
         }
 
     def retrace(self) -> tuple[np.ndarray, float] | None:
-        """The last observation and the return at the end of the trace `target`; None if it led elsewhere."""
-        target, self.target = self.target, None
-        if target is None:
+        """The last observation and the return at the end of the trace `saved_trace`; None if it led elsewhere."""
+        saved_trace, self.saved_trace = self.saved_trace, None
+        if saved_trace is None:
             return None
         try:
-            observation, _ = self.reset(seed=target["seed"])
-            if target["before"] is not None:
-                if target["before"]:
-                    self._base.np_random.bit_generator.state = target["before"]
+            observation, _ = self.reset(seed=saved_trace["seed"])
+            if saved_trace["before"] is not None:
+                if saved_trace["before"]:
+                    self._base.np_random.bit_generator.state = saved_trace["before"]
                 observation, _ = self.reset()
             total = 0.0
-            for action in target["actions"]:
+            for action in saved_trace["actions"]:
                 observation, reward, terminated, truncated, _ = self.step(action)
                 total += float(reward)
                 if terminated or truncated:
                     return None
-            return (np.array(observation), total) if jsonable(self._generator_state()) == target["now"] else None
+            return (np.array(observation), total) if jsonable(self._generator_state()) == saved_trace["now"] else None
         except Exception:
             return None
 
@@ -138,7 +138,7 @@ class RecordedEnv(gymnasium.Wrapper[Any, Any, Any, Any]):
             return False
         self.reset()  # so that a generator's state, not the seed, begins the episode
         self._play(parts[1])
-        self.target = self.trace()
+        self.saved_trace = self.trace()
         future = self._play(parts[2]) + self._begin() + self._play(parts[3])
         self.reset(seed=2)
         self._play(parts[0])

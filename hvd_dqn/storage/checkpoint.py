@@ -266,7 +266,7 @@ class Checkpoints:
 
 
 def _is_resumable(path: Path) -> bool:
-    """A manifest that cannot be read counts as one: whoever loads it says what is wrong."""
+    """Whether a run can go on from it. True if the manifest cannot be read: `load` then says what is wrong."""
     try:
         return bool(json.loads((path / MANIFEST).read_text())["resumable"])
     except UNREADABLE:
