@@ -1,4 +1,4 @@
-"""Starts benchmarks as jobs of their own: ranks that talk, and as many processes that do not, one thread each."""
+"""Starts benchmarks as jobs of several ranks, or as independent processes, with one thread each."""
 
 import contextlib
 import json
@@ -17,11 +17,12 @@ from typing import Any
 from hvd_dqn.errors import InputError, JobError
 from hvd_dqn.ranks.placement import is_launched
 
-SECONDS = 3_600.0  # a job that takes longer hangs
+TIMEOUT = 3_600.0  # seconds
 GRACE = 10.0  # seconds between SIGTERM and SIGKILL
-READY = "ready"  # what a process that waits at its gate prints
-# Horovod's own choice of transports, which stand several threads; a rank bound to one core would share it with its threads.
+READY = "ready"  # what `--gate` prints before it waits
+# Horovod recommends these transports, which allow several threads. Unbound: Horovod's thread would share a bound rank's core.
 MPIRUN = ("mpirun", "--bind-to", "none", "--map-by", "slot", "-mca", "pml", "ob1", "-mca", "btl", "^openib")
+ONE_THREAD = {"OMP_NUM_THREADS": "1", "TF_NUM_INTRAOP_THREADS": "1", "TF_NUM_INTEROP_THREADS": "1"}
 HVD_DQN = (sys.executable, "-m", "hvd_dqn", "bench")
 
 
@@ -35,21 +36,21 @@ def check_launcher() -> None:
         )
 
 
-def together(ranks: int, words: Sequence[str]) -> dict[str, Any]:
-    """What `hvd-dqn bench WORDS --json` finds as one job of so many ranks."""
-    with _started([[*mpirun(ranks), *HVD_DQN, *words, "--json"]]) as (job,):
+def run_job(ranks: int, arguments: Sequence[str]) -> dict[str, Any]:
+    """The result of `hvd-dqn bench ARGUMENTS --json` as one job of so many ranks."""
+    with _started([[*mpirun(ranks), *HVD_DQN, *arguments, "--json"]]) as (job,):
         return job.answer()
 
 
 def mpirun(ranks: int) -> list[str]:
-    """What starts so many ranks on this machine, be they more than its cores."""
+    """The command that starts so many ranks on this machine, even more than it has cores."""
     root = ["--allow-run-as-root"] if os.getuid() == 0 else []  # which Open MPI otherwise refuses
     return [*MPIRUN, "--oversubscribe", *root, "-np", str(ranks)]
 
 
-def apart(processes: int, words: Sequence[str]) -> list[dict[str, Any]]:
-    """What as many processes find that know nothing of each other, and measure at the same time: all wait for the last."""
-    with _started([[*HVD_DQN, *words, "--json", "--gate"]] * processes) as jobs:
+def run_independently(processes: int, arguments: Sequence[str]) -> list[dict[str, Any]]:
+    """The results of so many independent processes, which begin to measure together, when the last one is ready."""
+    with _started([[*HVD_DQN, *arguments, "--json", "--gate"]] * processes) as jobs:
         for job in jobs:
             job.read(READY)
         for job in jobs:
@@ -61,10 +62,10 @@ class _Job:
     """One process, or a launcher with its ranks."""
 
     def __init__(self, command: Sequence[str], folder: Path) -> None:
-        self._words, self._errors = command, (folder / "stderr").open("w+")
+        self._command, self._errors = command, (folder / "stderr").open("w+")
         self.process = subprocess.Popen(
             command,
-            env=_environment(),
+            env=os.environ | ONE_THREAD,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._errors,
@@ -73,7 +74,7 @@ class _Job:
         )
 
     def read(self, beginning: str) -> str:
-        """The next line of its output that begins like this. Raises JobError where it ends without."""
+        """The next line of its output that begins with this. Raises JobError if it ends before."""
         assert self.process.stdout is not None
         for line in self.process.stdout:
             if line.startswith(beginning):
@@ -81,11 +82,11 @@ class _Job:
         code = self.process.wait()
         self._errors.seek(0)
         said = self._errors.read().strip().splitlines() or ["nothing"]
-        raise JobError(f"`{' '.join(self._words)}` ended with code {code} and without a result. It said: {said[-1]}")
+        raise JobError(f"`{' '.join(self._command)}` ended with code {code} and without a result. It said: {said[-1]}")
 
     def go(self) -> None:
         assert self.process.stdin is not None
-        with contextlib.suppress(BrokenPipeError):  # it has died: `answer` tells how
+        with contextlib.suppress(BrokenPipeError):  # it has died: `answer` says how
             self.process.stdin.write("\n")
             self.process.stdin.flush()
 
@@ -119,10 +120,10 @@ def _started(commands: Sequence[Sequence[str]]) -> Iterator[list[_Job]]:
         def end(number: int, frame: object) -> None:
             nonlocal asked
             asked = True
-            if not starting:  # else one that just starts would be in nobody's hands
+            if not starting:  # else a process that is just being started would be left behind
                 sys.exit(128 + number)
 
-        # Ended itself, it ends them: they have sessions of their own, and nobody else would.
+        # The jobs have sessions of their own: nobody but this process ends them.
         before = signal.signal(signal.SIGTERM, end)
         ending.callback(signal.signal, signal.SIGTERM, before)
         jobs = []
@@ -133,7 +134,7 @@ def _started(commands: Sequence[Sequence[str]]) -> Iterator[list[_Job]]:
         starting = False
         if asked:
             sys.exit(128 + signal.SIGTERM)
-        clock = threading.Timer(SECONDS, _kill, args=[jobs])
+        clock = threading.Timer(TIMEOUT, _kill, args=[jobs])
         clock.daemon = True
         clock.start()
         ending.callback(clock.cancel)
@@ -141,12 +142,7 @@ def _started(commands: Sequence[Sequence[str]]) -> Iterator[list[_Job]]:
 
 
 def _kill(jobs: Sequence[_Job]) -> None:
-    for number in (signal.SIGTERM, signal.SIGKILL):  # as `close` does it: mpirun ends its ranks
+    for number in (signal.SIGTERM, signal.SIGKILL):  # as in `close`: mpirun ends its ranks
         for job in jobs:
             job.kill(number)
         time.sleep(GRACE)
-
-
-def _environment() -> dict[str, str]:
-    ours = {"OMP_NUM_THREADS": "1", "TF_NUM_INTRAOP_THREADS": "1", "TF_NUM_INTEROP_THREADS": "1"}
-    return os.environ | ours

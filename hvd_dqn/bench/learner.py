@@ -1,4 +1,4 @@
-"""Measures updates of the learner: the phase of K updates alone, and with sampling."""
+"""Measures how long an update of the learner takes, with and without sampling its batch."""
 
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -13,16 +13,16 @@ from hvd_dqn.agent.objectives import Dqn
 from hvd_dqn.agent.preprocess import Preprocess
 from hvd_dqn.agent.replay import Replay
 from hvd_dqn.agent.transition import Batch, Transition
-from hvd_dqn.bench.results import made_table, provenance, rate, seconds_of, spread, with_spread
+from hvd_dqn.bench.results import provenance, rate, result_table, seconds_of, spread, with_spread
 from hvd_dqn.ranks.lockstep import BroadcastHook
 from hvd_dqn.ranks.placement import compute_alone
 from hvd_dqn.ranks.world import World
 
-ENVS = 8  # streams of the replay that is sampled from
+ENVS = 8  # of the replay that is sampled from
 
 
-class Case(NamedTuple):
-    """A network on made-up transitions, with the batch and the number of actions of the job it stands for."""
+class LearnerCase(NamedTuple):
+    """A network, and the shapes and sizes of the random transitions that it is updated with."""
 
     network: str
     hidden: tuple[int, ...]
@@ -30,32 +30,32 @@ class Case(NamedTuple):
     actions: int
     batch: int
     updates: int  # K, per phase
-    phases: int  # per measurement: a tenth of a second or more, so that the clock and one interruption weigh little
-    transitions: int  # in the replay, of each rank
+    phases: int  # per measurement: a tenth of a second or more, so that one interruption weighs little
+    transitions: int  # in the replay of each rank
 
 
-CASES = {
-    "mlp-64-64": Case("mlp", (64, 64), (4,), 2, batch=64, updates=32, phases=24, transitions=50_000),
-    "mlp-256-256": Case("mlp", (256, 256), (4,), 2, batch=64, updates=32, phases=8, transitions=50_000),
+LEARNER_CASES = {
+    "mlp-64-64": LearnerCase("mlp", (64, 64), (4,), 2, batch=64, updates=32, phases=24, transitions=50_000),
+    "mlp-256-256": LearnerCase("mlp", (256, 256), (4,), 2, batch=64, updates=32, phases=8, transitions=50_000),
     # 5,000 * 84 * 84 B = 35 MB of frames
-    "nature-cnn": Case("cnn", (512,), (84, 84, 4), 6, batch=32, updates=4, phases=2, transitions=5_000),
+    "nature-cnn": LearnerCase("cnn", (512,), (84, 84, 4), 6, batch=32, updates=4, phases=2, transitions=5_000),
 }
 
 
-def learner(world: World, networks: Sequence[str] = tuple(CASES), repeats: int = 7) -> dict[str, Any]:
-    """Microseconds per update of each network: the phase of K updates alone, and with drawing its batches.
+def measure_learner(world: World, networks: Sequence[str] = tuple(LEARNER_CASES), repeats: int = 7) -> dict[str, Any]:
+    """Microseconds per update of each network: the phase of K updates alone, and with sampling its batches.
 
-    All ranks call it. The networks take turns, so that a slow moment of the machine falls on all of them, and of every
-    turn the slowest rank counts. An update includes averaging over ranks; every phase ends with a target copy.
+    All ranks call it. The networks take turns, so that a slow moment of the machine affects all of them; in every turn the
+    slowest rank counts. An update includes averaging over ranks; every phase ends with a copy into the target network.
     """
-    if all(CASES[name].network == "mlp" for name in networks):
-        compute_alone()  # as in training; the threads are one number for all that a process measures
-    jobs = [job for name in networks for job in _jobs(CASES[name], world)]
+    if all(LEARNER_CASES[name].network == "mlp" for name in networks):
+        compute_alone()  # as in training; a process has one number of threads for all it measures
+    jobs = [job for name in networks for job in _jobs(LEARNER_CASES[name], world)]
     rounds = [[seconds_of(job, world.barrier) for job in jobs] for _ in range(repeats)]
     seconds = world.max(np.array(rounds))  # [repeats, jobs]
     results = []
     for i, name in enumerate(networks):
-        case = CASES[name]
+        case = LEARNER_CASES[name]
         microseconds = 1e6 * seconds[:, 2 * i : 2 * i + 2] / (case.phases * case.updates)
         alone, sampled = spread(microseconds[:, 0]), spread(microseconds[:, 1])
         results.append(
@@ -71,11 +71,11 @@ def learner(world: World, networks: Sequence[str] = tuple(CASES), repeats: int =
     return {"benchmark": "learner", **provenance(), "ranks": world.size, "repeats": repeats, "results": results}
 
 
-def _jobs(case: Case, world: World) -> Iterator[Callable[[], None]]:
-    """Two jobs, warmed up: the case's phases with one batch, and the same with every batch drawn."""
+def _jobs(case: LearnerCase, world: World) -> Iterator[Callable[[], None]]:
+    """Two jobs, warmed up: the phases of the case with one batch each time, and with a fresh sample each time."""
     preprocess, objective = Preprocess(case.observation), Dqn(double=False, loss="huber")
     rng = np.random.default_rng(0)
-    agent = Learner(
+    learner = Learner(
         lambda: build_network(
             case.network, preprocess, case.actions, objective, hidden=case.hidden, dueling=False, rng=rng
         ),
@@ -86,13 +86,13 @@ def _jobs(case: Case, world: World) -> Iterator[Callable[[], None]]:
         xla=None,
         planned=10**9,  # compiled, where a long run's would be
     )
-    BroadcastHook(world, agent.variables)()
+    BroadcastHook(world, learner.variables)()
     replay = filled_replay(case, world.rank)
     batch = replay.gather(replay.draw(case.updates, case.batch))
     copies = np.arange(case.updates) == case.updates - 1
 
     def update(batch: Batch) -> None:
-        skipped = agent.update(batch, 1e-4, copies).skipped
+        skipped = learner.update(batch, 1e-4, copies).skipped
         assert not skipped, "an update that is skipped costs less"
 
     def train() -> None:
@@ -108,8 +108,8 @@ def _jobs(case: Case, world: World) -> Iterator[Callable[[], None]]:
     yield sample_and_train
 
 
-def filled_replay(case: Case, rank: int) -> Replay:
-    """A replay full of random transitions, one in a hundred the last of its episode."""
+def filled_replay(case: LearnerCase, rank: int) -> Replay:
+    """A replay full of random transitions; one in a hundred is terminal."""
     rng = np.random.default_rng(np.random.SeedSequence(0, spawn_key=(rank,)))
     images = len(case.observation) == 3
     frame, stack = ((*case.observation[:-1], 1), case.observation[-1]) if images else (case.observation, 1)
@@ -132,15 +132,13 @@ def filled_replay(case: Case, rank: int) -> Replay:
     return replay
 
 
-def table(result: dict[str, Any]) -> Table:
-    """The result of `learner` for people."""
+def render_learner(result: dict[str, Any]) -> Table:
+    """The result of `measure_learner` as a table."""
     measured = f"median of {result['repeats']} and half its interquartile range"
-    made = made_table(result, measured)
-    made.add_column("network")
-    for heading in ("batch", "updates per phase", "µs per update", "with sampling", "updates/s"):
-        made.add_column(heading, justify="right")
+    headings = ("network", "batch", "updates per phase", "µs per update", "with sampling", "updates/s")
+    table = result_table(result, measured, *headings, left=1)
     for row in result["results"]:
-        made.add_row(
+        table.add_row(
             row["network"],
             str(row["batch"]),
             str(row["updates_per_phase"]),
@@ -148,4 +146,4 @@ def table(result: dict[str, Any]) -> Table:
             with_spread(row["microseconds_with_sampling"]),
             rate(row["updates_per_second"]),
         )
-    return made
+    return table

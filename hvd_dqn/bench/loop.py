@@ -1,4 +1,4 @@
-"""How fast whole training is: environment steps and updates per second of the real loop, at settings that others can copy."""
+"""Measures whole training: environment steps and updates per second of the real loop."""
 
 import contextlib
 import math
@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from rich.table import Table
 
-from hvd_dqn.bench.results import made_table, provenance, rate
+from hvd_dqn.bench.results import provenance, rate, result_table
 from hvd_dqn.config import Config
 from hvd_dqn.errors import InputError, nearest
 from hvd_dqn.ranks.lockstep import in_step
@@ -20,21 +20,21 @@ from hvd_dqn.storage.checkpoint import Checkpoints
 from hvd_dqn.training.trainer import Trainer
 from hvd_dqn.training.worker import Agent
 
-PHASES = 4  # the least that is measured
-PARTS = ("act", "env", "sample", "update", "communicate", "idle")  # of the ledger's
+PHASES = 4  # measured at least
+PARTS = ("act", "env", "sample", "update", "communicate", "idle")  # of the time that the ledger records
 
 
-class Case(NamedTuple):
-    """The settings of one training; the periods and `total_steps` are one rank's."""
+class TrainingCase(NamedTuple):
+    """The settings of one training on one rank."""
 
     settings: dict[str, dict[str, Any]]
     total_steps: int
 
 
-CASES = {
+TRAINING_CASES = {
     # Stable-Baselines3's zoo, dqn.yml: 128 updates of 64 every 256 steps are a replay ratio of 32. Its target is copied every
     # 10 steps, which is while it steps and never inside a phase: once for each phase.
-    "cartpole-zoo": Case(
+    "cartpole-zoo": TrainingCase(
         {
             "env": {"id": "CartPole-v1", "envs_per_rank": 1},
             "agent": {"hidden": (256, 256), "double": False, "epsilon_end": 0.04, "epsilon_steps": 8_000},
@@ -47,7 +47,7 @@ CASES = {
         total_steps=20_000,
     ),
     # An update per 4 steps: 4 after each step of the 16 environments. Compiled, as it is in runs that are worth waiting for.
-    "cartpole-16": Case(
+    "cartpole-16": TrainingCase(
         {
             "env": {"id": "CartPole-v1", "envs_per_rank": 16},
             "agent": {"hidden": (64, 64), "double": False},
@@ -60,7 +60,7 @@ CASES = {
         total_steps=60_000,
     ),
     # 16 * 32 / (4 * 16): the same number of updates per step, of 32 images.
-    "pixels": Case(
+    "pixels": TrainingCase(
         {
             "env": {"id": "hvd_dqn.envs.pixels:Pixels-v0", "envs_per_rank": 16, "frame_stack": 4},
             "agent": {"network": "cnn", "hidden": (512,), "double": False},
@@ -75,19 +75,21 @@ CASES = {
 }  # fmt: skip
 
 
-def settings(
+def case_config(
     name: str, ranks: int, *, total_steps: int | None = None, batch: int | None = None, envs: int | None = None,
     sync: str = "gradients", overlap: bool = False,
 ) -> Config:  # fmt: skip
-    """The case's settings for so many ranks, each of which learns as one alone would: the periods of that grow with their
-    number. Votes and drift checks come as often as in every run, after so many total steps.
+    """The settings of a case for so many ranks, each of which does the work of one alone: learning periods grow with them.
 
-    `batch` and `envs` are each rank's. With another batch the replay ratio stays, and the period between phases changes so that
-    the number of updates in one stays too, where a period of less than a step of each environment does not forbid it.
+    Votes and drift checks keep their periods in total steps, as in every run. `batch` and `envs` are per rank. Another batch
+    keeps the samples per insert; the period between phases changes, so that a phase has as many updates as before, unless
+    the period would be shorter than one step of each environment.
     """
-    if name not in CASES:
-        raise InputError(f"There is no case {name!r}.{nearest(name, CASES)} Cases: {', '.join(CASES)}.")
-    case = CASES[name]
+    if name not in TRAINING_CASES:
+        raise InputError(
+            f"There is no case {name!r}.{nearest(name, TRAINING_CASES)} Cases: {', '.join(TRAINING_CASES)}."
+        )
+    case = TRAINING_CASES[name]
     given = {section: dict(values) for section, values in case.settings.items()}
     learner, env = given["learner"], given["env"]
     batch = learner["batch_size"] if batch is None else batch
@@ -98,7 +100,7 @@ def settings(
     step = math.ceil(max(period, envs) / envs) * envs  # of one rank, from phase to phase
     if learner.get("xla") and learner["replay_ratio"] * step % batch:
         raise InputError(
-            f"{name} is compiled for each number of updates in a phase, and must always make as many. Take --batch and --envs "
+            f"{name} is compiled for one number of updates per phase, which --batch and --envs must not change: keep them "
             f"in the proportion of {learner['batch_size']} to {env['envs_per_rank']}. Received: {batch} and {envs}."
         )
     start = max(learner["learn_start"], batch, envs)
@@ -129,18 +131,20 @@ def settings(
     )
 
 
-def loop(
+def measure_loop(
     world: World, case: str, *, total_steps: int | None = None, batch: int | None = None, envs: int | None = None,
     sync: str = "gradients", overlap: bool = False, ready: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:  # fmt: skip
-    """Trains, and measures from the end of the second phase on, when all graphs are made. All ranks call it.
+    """Trains, and measures from the end of the second phase, when all graphs are traced. All ranks call it.
 
-    Votes and drift checks are part of it, as they are of every run; evaluations and checkpoints are not. `total_steps` are
-    those of all ranks. `ready` is called before the measurement begins.
+    This includes votes and drift checks, but neither evaluations nor checkpoints. `total_steps` are summed over ranks. `ready`
+    is called before the measurement begins.
     """
     config = in_step(
         world,
-        lambda: settings(case, world.size, total_steps=total_steps, batch=batch, envs=envs, sync=sync, overlap=overlap),
+        lambda: case_config(
+            case, world.size, total_steps=total_steps, batch=batch, envs=envs, sync=sync, overlap=overlap
+        ),
     )
     watch = Stopwatch(ready)
     trainer = in_step(world, lambda: Trainer(config, world, learned=watch.learned))
@@ -163,7 +167,7 @@ def loop(
 
 
 class Stopwatch:
-    """Measures a training from the end of its second phase to the end of its last."""
+    """Measures training from the end of its second phase to the end of its last one."""
 
     def __init__(self, ready: Callable[[], None]) -> None:
         self._ready = ready
@@ -182,14 +186,14 @@ class Stopwatch:
             self._marks = [*self._marks[:1], mark]
 
     def result(self, agent: Agent) -> dict[str, Any]:
-        """Rates of all ranks together, the seconds of the mean rank in each part, and how its phases vary. A collective."""
+        """Rates summed over ranks, the mean rank's seconds in each part, and the spread of its phases. A collective."""
         (first_steps, first_updates, spent_before), (steps, updates, spent) = self._marks
         phases = np.diff(self._ends)
         parts = {name: spent[name] - spent_before[name] for name in PARTS}
-        # Split as a report does, but over what is measured: what was waited while others traced is not part of it.
-        exchange = parts["communicate"] + parts["idle"]
-        seconds, least = agent.world.max(np.array([self._ends[-1] - self._ends[0], -exchange])).tolist()
-        parts |= {"communicate": -least, "idle": exchange + least}
+        # Split as in a report, but over the measured phases: the wait while others traced does not count.
+        allreduce = parts["communicate"] + parts["idle"]
+        seconds, negative_least = agent.world.max(np.array([self._ends[-1] - self._ends[0], -allreduce])).tolist()
+        parts |= {"communicate": -negative_least, "idle": allreduce + negative_least}
         time_spent = agent.world.sum(np.array(list(parts.values()))) / agent.world.size
         total_steps, taken = steps - first_steps, updates - first_updates
         variables = agent.learner.online.variables
@@ -204,7 +208,7 @@ class Stopwatch:
                 "count": len(phases),
                 "updates": taken / len(phases),
                 "seconds": float(phases.mean()),
-                # Of the chief's phases: of use for a rank alone, whose phases wait for nobody.
+                # Of the chief's phases; meaningful for one rank alone, whose phases wait for no other.
                 "least": float(phases.min()),
                 "deviation": float(phases.std()),
                 "message_bytes": int(sum(4 * np.prod(variable.shape) for variable in variables)),
@@ -212,15 +216,15 @@ class Stopwatch:
         }
 
 
-def table(result: dict[str, Any]) -> Table:
-    """The result of `loop` for people."""
-    made = made_table(result, "one run; of all ranks together, and the parts of a rank's time")
+def render_loop(result: dict[str, Any]) -> Table:
+    """The result of `measure_loop` as a table."""
     (row,) = result["results"]
-    made.add_column("")
-    made.add_column(row["case"], justify="right")
-    made.add_row("steps/s", rate(row["steps_per_second"]))
-    made.add_row("updates/s", rate(row["updates_per_second"]))
+    table = result_table(
+        result, "one run: rates of all ranks together, and parts of a rank's time", "", row["case"], left=1
+    )
+    table.add_row("steps/s", rate(row["steps_per_second"]))
+    table.add_row("updates/s", rate(row["updates_per_second"]))
     spent = {**row["time"], "rest": row["seconds"] - sum(row["time"].values())}
     for part, seconds in spent.items():
-        made.add_row(part, f"{100 * seconds / row['seconds']:.0f} %")
-    return made
+        table.add_row(part, f"{100 * seconds / row['seconds']:.0f} %")
+    return table

@@ -1,35 +1,35 @@
-"""What many ranks would reach, from measurements of few: fits the cost model, checks it, and computes."""
+"""Projects the efficiency of many ranks from measurements of few: fits the cost model, checks it, and computes."""
 
 import json
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from rich.console import Group, RenderableType
 from rich.table import Table
 
-from hvd_dqn.bench.jobs import apart, check_launcher, together
-from hvd_dqn.bench.loop import CASES, settings
+from hvd_dqn.bench.jobs import check_launcher, run_independently, run_job
+from hvd_dqn.bench.loop import TRAINING_CASES, case_config
 from hvd_dqn.bench.projection import (
+    Interconnect,
     Line,
-    Network,
-    Phase,
+    PhaseTime,
     at_batch,
     batch_for,
     cost,
     efficiency,
+    fit_interconnect,
     fit_line,
-    fit_network,
 )
 from hvd_dqn.bench.results import provenance, rate
-from hvd_dqn.bench.scaling import mean_phase, scaling
+from hvd_dqn.bench.scaling import mean_phase, measure_scaling
 from hvd_dqn.errors import InputError
 from hvd_dqn.ranks.placement import cores
 
 TARGET = 0.9
-# What is taken from each benchmark's result, and from each of its rows.
+# What the projection reads of each benchmark's result, and of each of its rows.
 FIELDS = {
     "loop": (("commit", "machine", "ranks"), ("case", "batch", "envs", "phase")),
     "allreduce": (("commit", "machine", "ranks"), ("bytes", "horovod")),
@@ -38,11 +38,25 @@ FIELDS = {
         ("case", "ranks", "scaling", "sync", "batch", "envs", "oversubscribed", "efficiency", "phase"),
     ),
 }
-MOST_BYTES = 30e6  # a case sends 20 MB at most; of larger messages, which no cache holds, the line need not know
+MOST_BYTES = 30e6  # of a message that is fitted: a case sends 20 MB at most, and no cache holds larger messages
 Results = Sequence[dict[str, Any]]
+Points = Sequence[tuple[float, float]]  # batch, seconds per update
 
 
-def project(
+class Fit(NamedTuple):
+    """The model's parts, and the measurements that they were fitted to; the others check them."""
+
+    phase: PhaseTime  # with the case's own batch
+    per_update: Line  # seconds by batch
+    batches: list[float]
+    interconnect: Interconnect
+    sizes: list[float]  # of messages, bytes
+
+    def at_batch(self, batch: float) -> PhaseTime:
+        return at_batch(self.phase, self.per_update, batch)
+
+
+def project_efficiency(
     case: str,
     ranks: int = 512,
     *,
@@ -53,83 +67,88 @@ def project(
     rounds: int = 3,
     say: Callable[[str], None] = lambda text: None,
 ) -> dict[str, Any]:
-    """The efficiency of up to `ranks` ranks, each with the case's batch, and the batch at which `TARGET` is reached.
+    """The efficiency of up to `ranks` ranks with the batch of the case, and the batch per rank that reaches `TARGET`.
 
-    From `files` of `bench loop`, `allreduce` and `scaling`; without, measures all that now. A network of this `latency`
-    (µs) and `bandwidth` (GB/s) takes the place of the measured one for the projection, not for the checks.
+    Reads `files` that `bench loop`, `allreduce` and `scaling` made; without any, measures all that now. `latency` (µs) and
+    `bandwidth` (GB/s) describe another interconnect for the projection; the checks keep the measured one.
     """
-    settings(case, 1)
+    case_config(case, 1)
     if ranks < 2 or rounds < 1 or not all(value is None or value > 0 for value in (latency, bandwidth)):
         raise InputError(
             "--ranks must be at least 2, --rounds at least 1, and --latency and --bandwidth above 0. "
             f"Received: {ranks}, {rounds}, {latency} and {bandwidth}."
         )
-    measured = [_read(path) for path in files] if files else measure(case, sync, rounds, say)
-    machine, *others = [result["machine"] for result in measured]
+    results = [_read(path) for path in files] if files else _measure(case, sync, rounds, say)
+    machine, *others = [result["machine"] for result in results]
     if any(other != machine for other in others):
         raise InputError(
             f"--files must all be of one machine. Received: {machine} and {next(o for o in others if o != machine)}."
         )
-    base, points = work_points(case, measured)
-    fitted_on = _held_out(sorted({batch for batch, _ in points}))
-    per_update = fit_line([point for point in points if point[0] in fitted_on])
-    network, sizes = _network(measured)
-    checks = [
-        *_check_batches(points, fitted_on, per_update),
-        *_check_sizes(measured, sizes, network),
-        *_check_jobs(case, sync, measured, base, per_update, network),
-    ]
-    projected = elsewhere(network, latency, bandwidth)
-    phase = at_batch(base, per_update, base.batch)
+    allreduce = next((result for result in results if result["benchmark"] == "allreduce"), None)
+    if allreduce is None:
+        raise InputError("The files hold no all-reduces: add `horovodrun -np 2 hvd-dqn bench allreduce --json`.")
+    scaled = [row for result in results if result["benchmark"] == "scaling" for row in result["results"]]
+    # Ranks that share cores are slower for another reason than the model's.
+    scaled = [row for row in scaled if row["case"] == case and not row["oversubscribed"]]
+    alone = [row for r in results if r["benchmark"] == "loop" and r["ranks"] == 1 for row in r["results"]]
+    phase, points = _work_points(case, scaled + [row for row in alone if row["case"] == case])
+    fit = _fit(phase, points, allreduce)
+    projected = interconnect_with(fit.interconnect, latency, bandwidth)
     return {
         "benchmark": "project",
         **provenance(),
         "machine": machine,
-        "measured_at": sorted({result["commit"] for result in measured}),
+        "measured_at": sorted({result["commit"] for result in results}),
         "threads": 1,
         "case": case,
         "sync": sync,
-        "measured_ranks": _allreduces(measured)["ranks"],
+        "measured_ranks": allreduce["ranks"],
         "fit": {
-            "seconds_per_update": per_update._asdict(),
-            "batches": fitted_on,
-            "network": network._asdict(),
-            "bytes": sizes,
-            "phase": base._asdict(),
+            "seconds_per_update": fit.per_update._asdict(),
+            "batches": fit.batches,
+            "network": fit.interconnect._asdict(),
+            "bytes": fit.sizes,
+            "phase": fit.phase._asdict(),
         },
         "network": projected._asdict(),
-        "checks": checks,
-        "results": [_row(n, phase, per_update, projected, sync) for n in _powers(ranks)],
+        "checks": [
+            *_check_updates(fit, points),
+            *_check_allreduces(fit, allreduce),
+            *_check_jobs(fit, [row for row in scaled if row["sync"] == sync and row["ranks"] > 1], sync),
+        ],
+        "results": [_row(fit, projected, n, sync) for n in _powers(ranks)],
     }
 
 
-def measure(case: str, sync: str, rounds: int, say: Callable[[str], None]) -> Results:
+def _measure(case: str, sync: str, rounds: int, say: Callable[[str], None]) -> Results:
     """What the model needs, on this machine: three batches, all-reduces, and jobs to check it with."""
     check_launcher()
     if cores() < 2:
         raise InputError(
-            "What is computed rests on two ranks with a core each, and this process may use one. Measure elsewhere with "
+            "The projection needs two ranks with a core each, and this process may use one core. Measure elsewhere with "
             "`bench loop`, `allreduce` and `scaling --json`, and give --files."
         )
-    batch, found = CASES[case].settings["learner"]["batch_size"], []
+    batch, results = TRAINING_CASES[case].settings["learner"]["batch_size"], []
     for i in range(rounds):
-        for other in (2 * batch, 4 * batch):  # with half of it phases would not be of as many updates
-            say(f"round {i + 1} of {rounds}: two processes that do not talk, batch {other}")
-            found += apart(2, ["loop", case, "--batch", str(other)])
+        for larger in (2 * batch, 4 * batch):  # half the batch would change the number of updates in a phase
+            say(f"round {i + 1} of {rounds}: two independent processes, batch {larger}")
+            results += run_independently(2, ["loop", case, "--batch", str(larger)])
     say("all-reduces of two ranks")
-    found.append(together(2, ["allreduce"]))
-    found.append(scaling(case, (2,), syncs=(sync,), scalings=("weak", "strong"), rounds=rounds, say=say))
-    return found
+    results.append(run_job(2, ["allreduce"]))
+    results.append(measure_scaling(case, (2,), syncs=(sync,), scalings=("weak", "strong"), rounds=rounds, say=say))
+    return results
 
 
 def _read(path: Path) -> dict[str, Any]:
     try:
         text = path.read_text()
-        # Before and after the JSON may stand what horovodrun writes around the lines of a rank.
+        # horovodrun writes the rank before and after the JSON.
         result, _ = json.JSONDecoder().raw_decode(text[max(text.find("{"), 0) :])
         if result["benchmark"] in FIELDS:
-            needed, of_row = FIELDS[result["benchmark"]]
-            for name, place in [(n, result) for n in needed] + [(n, row) for row in result["results"] for n in of_row]:
+            of_result, of_row = FIELDS[result["benchmark"]]
+            for name, place in [(n, result) for n in of_result] + [
+                (n, row) for row in result["results"] for n in of_row
+            ]:
                 place[name]
             return result
         came = f"the result of bench {result['benchmark']}"
@@ -140,63 +159,54 @@ def _read(path: Path) -> dict[str, Any]:
     raise InputError(f"--files takes what `bench loop`, `allreduce` and `scaling` print with --json. {path}: {came}.")
 
 
-def work_points(case: str, measured: Results) -> tuple[Phase, list[tuple[float, float]]]:
-    """The phase of a rank with the case's own batch, and (batch, seconds per update) of ranks alone on a core of theirs."""
-    rows = []
-    for result in measured:
-        if result["benchmark"] == "loop" and result["ranks"] == 1:
-            rows += result["results"]
-        elif result["benchmark"] == "scaling":
-            rows += [row for row in result["results"] if not row["oversubscribed"]]
-    rows = [row for row in rows if row["case"] == case]
-    own, envs = CASES[case].settings["learner"]["batch_size"], CASES[case].settings["env"]["envs_per_rank"]
-    # Beside as many others as a core each allows: that is how ranks are.
+def _work_points(case: str, rows: Results) -> tuple[PhaseTime, Points]:
+    """The phase of a rank with the case's own batch, and the seconds per update of ranks with a core of their own."""
+    own, envs = (TRAINING_CASES[case].settings[s][n] for s, n in (("learner", "batch_size"), ("env", "envs_per_rank")))
+    # Measured beside as many others as there are cores for, as ranks are.
     most = max((row.get("ranks", 1) for row in rows if row["batch"] == own), default=0)
-    same = [row["phase"] for row in rows if row["batch"] == own and row.get("ranks", 1) == most]
-    if not same:
+    phases = [row["phase"] for row in rows if row["batch"] == own and row.get("ranks", 1) == most]
+    if not phases:
         raise InputError(
             f"The files say nothing of one rank's {case} with its own batch of {own}: add "
             f"`hvd-dqn bench scaling --case {case} --json` or `hvd-dqn bench loop {case} --json`."
         )
-    mean = mean_phase(same)
-    phase = Phase(own, round(mean["updates"]), mean["seconds"], mean["least"], mean["deviation"], mean["message_bytes"])
-    alike = [row["phase"]["updates"] for row in rows if row["batch"] == own]
-    points = [(float(own), each["seconds"] / each["updates"]) for each in same]
+    mean = mean_phase(phases)
+    phase = PhaseTime(
+        own, round(mean["updates"]), mean["seconds"], mean["least"], mean["deviation"], mean["message_bytes"]
+    )
+    updates = next(row["phase"]["updates"] for row in rows if row["batch"] == own)
+    points = [(float(own), each["seconds"] / each["updates"]) for each in phases]
     points += [
         (float(row["batch"]), row["phase"]["seconds"] / row["phase"]["updates"])
         for row in rows
-        # Others' phases are another mixture of steps and updates.
-        if row["batch"] != own and row["envs"] == envs and math.isclose(row["phase"]["updates"], alike[0])
+        # Other phases have another ratio of steps to updates.
+        if row["batch"] != own and row["envs"] == envs and math.isclose(row["phase"]["updates"], updates)
     ]
     return phase, points
 
 
-def _held_out(values: Sequence[float]) -> list[float]:
-    """Those to fit to: all but every second one inside, which are for checking."""
+def _fit(phase: PhaseTime, points: Points, allreduce: dict[str, Any]) -> Fit:
+    batches = _fitted(sorted({batch for batch, _ in points}))
+    per_update = fit_line([point for point in points if point[0] in batches])
+    rows = {row["bytes"]: row for row in allreduce["results"]}
+    sizes = _fitted(sorted(size for size in rows if size <= MOST_BYTES))
+    seconds = {size: rows[size]["horovod"]["seconds"]["median"] for size in sizes}
+    mpi = {size: rows[size]["mpi"]["seconds"]["median"] for size in sizes if "mpi" in rows[size]}
+    return Fit(phase, per_update, batches, fit_interconnect(allreduce["ranks"], seconds, mpi), sizes)
+
+
+def _fitted(values: Sequence[float]) -> list[float]:
+    """The values to fit to: all but every second one inside, which are held out to check the fit."""
     return [value for i, value in enumerate(values) if i % 2 == 0 or i == len(values) - 1]
 
 
-def _allreduces(measured: Results) -> dict[str, Any]:
-    for result in measured:
-        if result["benchmark"] == "allreduce":
-            return result
-    raise InputError("The files hold no all-reduces: add `horovodrun -np 2 hvd-dqn bench allreduce --json`.")
-
-
-def _network(measured: Results) -> tuple[Network, list[float]]:
-    result = _allreduces(measured)
-    rows = {row["bytes"]: row for row in result["results"]}
-    sizes = _held_out(sorted(size for size in rows if size <= MOST_BYTES))
-    horovod = {size: rows[size]["horovod"]["seconds"]["median"] for size in sizes}
-    raw = {size: rows[size]["mpi"]["seconds"]["median"] for size in sizes if "mpi" in rows[size]}
-    return fit_network(result["ranks"], horovod, raw), sizes
-
-
-def elsewhere(network: Network, latency: float | None, bandwidth: float | None) -> Network:
-    """The network with another latency (µs) and bandwidth (GB/s)."""
-    hop = network.latency if latency is None else 1e-6 * latency
-    seconds_per_byte = network.seconds_per_byte if bandwidth is None else 1e-9 / bandwidth
-    return Network(hop, seconds_per_byte, network.overhead)
+def interconnect_with(measured: Interconnect, latency: float | None, bandwidth: float | None) -> Interconnect:
+    """The interconnect with another latency (µs) and bandwidth (GB/s)."""
+    return Interconnect(
+        measured.latency if latency is None else 1e-6 * latency,
+        measured.seconds_per_byte if bandwidth is None else 1e-9 / bandwidth,
+        measured.overhead,
+    )
 
 
 def _check(what: str, measured: float, computed: float, unit: str) -> dict[str, Any]:
@@ -204,46 +214,54 @@ def _check(what: str, measured: float, computed: float, unit: str) -> dict[str, 
     return {"what": what, "measured": measured, "computed": computed, "unit": unit, "error": error}
 
 
-def _check_batches(points: Iterable[tuple[float, float]], fitted: Sequence[float], line: Line) -> list[dict[str, Any]]:
-    held: dict[float, list[float]] = {}
+def _check_updates(fit: Fit, points: Points) -> list[dict[str, Any]]:
+    held_out: dict[float, list[float]] = {}
     for batch, seconds in points:
-        if batch not in fitted:
-            held.setdefault(batch, []).append(1e6 * seconds)
+        if batch not in fit.batches:
+            held_out.setdefault(batch, []).append(1e6 * seconds)
     return [
-        _check(f"one rank's update, batch {batch:g}", float(np.mean(found)), 1e6 * line(batch), "µs")
-        for batch, found in sorted(held.items())
+        _check(f"one rank's update, batch {batch:g}", float(np.mean(found)), 1e6 * fit.per_update(batch), "µs")
+        for batch, found in sorted(held_out.items())
     ]
 
 
-def _check_sizes(measured: Results, fitted: Sequence[float], network: Network) -> list[dict[str, Any]]:
-    result = _allreduces(measured)
+def _check_allreduces(fit: Fit, allreduce: dict[str, Any]) -> list[dict[str, Any]]:
+    ranks, rows = allreduce["ranks"], allreduce["results"]
     return [
         _check(
-            f"all-reduce of {row['bytes']:,} B, {result['ranks']} ranks",
+            f"all-reduce of {row['bytes']:,} B, {ranks} ranks",
             1e6 * row["horovod"]["seconds"]["median"],
-            1e6 * network.allreduce(result["ranks"], row["bytes"]),
+            1e6 * fit.interconnect.allreduce(ranks, row["bytes"]),
             "µs",
         )
-        for row in result["results"]
-        if row["bytes"] not in fitted
+        for row in rows
+        if row["bytes"] not in fit.sizes
     ]
 
 
-def _check_jobs(
-    case: str, sync: str, measured: Results, base: Phase, per_update: Line, network: Network
-) -> list[dict[str, Any]]:
-    """Jobs of several ranks: none of them was used for the fit. Those with more ranks than cores are another matter."""
-    rows = [row for result in measured if result["benchmark"] == "scaling" for row in result["results"]]
+def _check_jobs(fit: Fit, rows: Results, sync: str) -> list[dict[str, Any]]:
+    """Jobs of several ranks: the fit used none of them."""
     return [
         _check(
             f"efficiency of {row['ranks']} ranks, {row['scaling']}, batch {row['batch']}",
             100 * row["efficiency"]["median"],
-            100 * efficiency(cost(at_batch(base, per_update, row["batch"]), network, row["ranks"], sync)),
+            100 * efficiency(cost(fit.at_batch(row["batch"]), fit.interconnect, row["ranks"], sync)),
             "%",
         )
         for row in rows
-        if row["case"] == case and row["sync"] == sync and row["ranks"] > 1 and not row["oversubscribed"]
     ]
+
+
+def _row(fit: Fit, interconnect: Interconnect, ranks: int, sync: str) -> dict[str, Any]:
+    phase = fit.at_batch(fit.phase.batch)
+    parts = cost(phase, interconnect, ranks, sync)
+    return {
+        "ranks": ranks,
+        "efficiency": efficiency(parts),
+        "times_one_rank": ranks * efficiency(parts),
+        "seconds": parts,
+        "batch_for_target": batch_for(TARGET, phase, fit.per_update, interconnect, ranks, sync),
+    }
 
 
 def _powers(ranks: int) -> list[int]:
@@ -251,52 +269,35 @@ def _powers(ranks: int) -> list[int]:
     return powers if powers[-1] == ranks else [*powers, ranks]
 
 
-def _row(ranks: int, phase: Phase, per_update: Line, network: Network, sync: str) -> dict[str, Any]:
-    parts = cost(phase, network, ranks, sync)
-    reached = efficiency(parts)
-    return {
-        "ranks": ranks,
-        "efficiency": reached,
-        "times_one_rank": ranks * reached,
-        "seconds": parts,
-        "batch_for_target": batch_for(TARGET, phase, per_update, network, ranks, sync),
-    }
-
-
-def table(result: dict[str, Any]) -> RenderableType:
-    """The result of `project` for people: the projection, how far measured jobs are from it, and what it assumes."""
+def render_projection(result: dict[str, Any]) -> RenderableType:
+    """The result of `project_efficiency` for people: the projection, its errors, and what it assumes."""
     fit, network, phase = result["fit"], result["network"], result["fit"]["phase"]
-    made = Table(title=f"{result['case']}, {phase['batch']} transitions per update on each rank", title_justify="left")
+    table = Table(title=f"{result['case']}, {phase['batch']} transitions per update on each rank", title_justify="left")
     for heading in ("ranks", "efficiency", "times one rank", "work", "waiting", "talking", f"batch for {TARGET:.0%}"):
-        made.add_column(heading, justify="right")
+        table.add_column(heading, justify="right")
     for row in result["results"]:
         whole = sum(row["seconds"].values())
         shares = (f"{100 * row['seconds'][name] / whole:.0f} %" for name in ("work", "waiting", "talking"))
-        batch = row["batch_for_target"]
-        made.add_row(
-            str(row["ranks"]), f"{row['efficiency']:.0%}", rate(row["times_one_rank"]), *shares,
-            "none" if batch is None else f"{batch:,}",
-        )  # fmt: skip
+        batch = "none" if row["batch_for_target"] is None else f"{row['batch_for_target']:,}"
+        table.add_row(str(row["ranks"]), f"{row['efficiency']:.0%}", rate(row["times_one_rank"]), *shares, batch)
     checked = Table(title="Measured, and not used for the fit", title_justify="left")
     checked.add_column("what")
     for heading in ("measured", "computed", "error"):
         checked.add_column(heading, justify="right")
     for row in result["checks"]:
-        of = "points" if row["unit"] == "%" else "%"
         numbers = (f"{row[name]:,.4g} {row['unit']}" for name in ("measured", "computed"))
-        checked.add_row(row["what"], *numbers, f"{row['error']:+.1f} {of}")
-    per_update, times = fit["seconds_per_update"], result["results"][-1]["ranks"] / result["measured_ranks"]
-    assumes = (
-        f"An update takes {1e6 * per_update['fixed']:,.0f} µs + {1e6 * per_update['slope']:.3g} µs per transition; "
-        f"a hop {1e6 * network['latency']:,.3g} µs + {1e-9 / max(network['seconds_per_byte'], 1e-15):.3g} GB/s; Horovod "
-        f"{1e6 * network['overhead']:,.3g} µs and two small all-reduces more; {phase['updates']} updates of "
-        f"{phase['message']:,} B in each phase of {1e3 * phase['seconds']:.3g} ms. Assumed: each rank has a core of its own "
-        "and is as fast as those measured; any two ranks are as near as these (else give --latency and --bandwidth); ranks "
-        "are late independently of each other, by gamma distributed times; nothing is sent while a rank computes, and "
-        "Horovod's thread takes no time from it; phases of ranks that average gradients take as long as those of one alone, "
-        "which XLA may compile. "
-        f"From {result['measured_ranks']} ranks on {result['machine']['cores']} cores to {result['results'][-1]['ranks']} "
-        f"is {times:,.0f} times as far as was measured. averaging: {result['sync']}; measured at commit "
-        f"{', '.join(result['measured_at'])}, computed at {result['commit']}: {result['command']}"
+        checked.add_row(row["what"], *numbers, f"{row['error']:+.1f} {'points' if row['unit'] == '%' else '%'}")
+    per_update, last = fit["seconds_per_update"], result["results"][-1]["ranks"]
+    assumptions = (
+        f"An update takes {1e6 * per_update['fixed']:,.0f} µs + {1e6 * per_update['slope']:.3g} µs per transition. "
+        f"A hop takes {1e6 * network['latency']:,.3g} µs, at {1e-9 / max(network['seconds_per_byte'], 1e-15):.3g} GB/s; "
+        f"Horovod adds {1e6 * network['overhead']:,.3g} µs and two small all-reduces. A phase has {phase['updates']} updates "
+        f"of {phase['message']:,} B each and takes {1e3 * phase['seconds']:.3g} ms. Assumed: each rank has a core of its own, "
+        "as fast as those measured; any two ranks are as near as the measured ones (else give --latency and --bandwidth); "
+        "ranks are late independently of each other; nothing is sent while a rank computes, and Horovod's thread takes no "
+        "time from it; averaging gradients leaves the phase as fast as on one rank alone, which XLA may compile. "
+        f"From {result['measured_ranks']} ranks on {result['machine']['cores']} cores to {last} is "
+        f"{last / result['measured_ranks']:,.0f} times as far as was measured. Averaging: {result['sync']}; measured at "
+        f"commit {', '.join(result['measured_at'])}, computed at {result['commit']}: {result['command']}"
     )
-    return Group(made, checked if result["checks"] else "Nothing was measured that could check it.", assumes)
+    return Group(table, checked if result["checks"] else "No measurement was left to check the fit.", assumptions)

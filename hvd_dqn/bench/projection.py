@@ -1,12 +1,12 @@
-"""What a job of many ranks would reach, computed from what few of them were measured to take.
+"""A cost model of many ranks, fitted to measurements of few.
 
 The time of one phase of K updates of N ranks is
 
     work(B) + waiting(N, K) + messages(K) * allreduce(N, bytes)
 
-`work` is a rank's own time, linear in its batch B, `waiting` is for the slowest of N ranks before each message, and efficiency
-is `work` over the whole: the steps per second of the job over those of N ranks that never talk. Votes and reports are left out:
-their periods are the user's, and a vote is one small message per phase at most.
+`work` is a rank's own time, linear in its batch B. `waiting` is the time for the slowest of N ranks before each message.
+Efficiency is `work` over the whole: the steps per second of the job over those of N independent processes. The model leaves
+out votes and reports: their periods are settings, and a vote is one small message per phase at most.
 """
 
 import functools
@@ -18,7 +18,7 @@ import numpy as np
 
 from hvd_dqn.ranks.placement import FUSED_FLOATS
 
-AGREEMENTS = 2  # small all-reduces by which Horovod's ranks find out what is ready everywhere, before each message
+NEGOTIATIONS = 2  # small all-reduces before each message, by which Horovod finds out what is ready on all ranks
 DRAWS = 200_000  # of lateness: hundreds of them are later than the latest of 512 ranks usually is
 
 
@@ -38,7 +38,7 @@ def fit_line(points: Sequence[tuple[float, float]]) -> Line:
     if len(np.unique(x)) == 1:
         return Line(0.0, float(np.mean(y) / x[0]))
     fixed, slope = np.linalg.lstsq(np.stack([1 / y, x / y], axis=1), np.ones(len(y)), rcond=None)[0].tolist()
-    # Nothing takes less than no time: where noise says so, the other term alone is fitted.
+    # Neither term can be negative: where noise says so, only the other one is fitted.
     if fixed < 0:
         return Line(0.0, float(np.sum(x / y) / np.sum((x / y) ** 2)))
     if slope < 0:
@@ -46,7 +46,7 @@ def fit_line(points: Sequence[tuple[float, float]]) -> Line:
     return Line(fixed, slope)
 
 
-class Network(NamedTuple):
+class Interconnect(NamedTuple):
     """What a message between ranks costs: `latency` s per hop, `seconds_per_byte`, and `overhead` s of Horovod's threads."""
 
     latency: float
@@ -54,11 +54,10 @@ class Network(NamedTuple):
     overhead: float
 
     def allreduce(self, ranks: int, size: float) -> float:
-        """Seconds for `size` bytes: the ring or, for short messages, recursive doubling, as MPI libraries choose.
+        """Seconds for `size` bytes: by a ring or, for short messages, by recursive doubling, as MPI libraries choose.
 
-        The ring takes 2 (N - 1) hops of 1/N of the message each (Patarasuk & Yuan 2009), doubling log2 N of all of it
-        (Thakur et al. 2005). What Horovod adds is handing the message to its thread and back, which does not depend on N, and
-        agreeing on what is ready, which does.
+        The ring takes 2 (N - 1) hops, each of 1/N of the message (Patarasuk & Yuan 2009); doubling takes log2 N hops of all
+        of it (Thakur et al. 2005). Horovod adds a fixed cost of its threads, and negotiations that grow with log2 N.
         """
         if ranks == 1:
             return 0.0
@@ -66,25 +65,24 @@ class Network(NamedTuple):
         hops = 2 * (ranks - 1)
         ring = hops * (self.latency + size / ranks * self.seconds_per_byte)
         doubling = rounds * (self.latency + size * self.seconds_per_byte)
-        return self.overhead + AGREEMENTS * rounds * self.latency + min(ring, doubling)
+        return self.overhead + NEGOTIATIONS * rounds * self.latency + min(ring, doubling)
 
 
-def fit_network(ranks: int, horovod: Mapping[float, float], raw: Mapping[float, float]) -> Network:
-    """From the seconds of all-reduces by their bytes, among `ranks` ranks: Horovod's, and MPI's own where it was asked.
+def fit_interconnect(ranks: int, horovod: Mapping[float, float], mpi: Mapping[float, float]) -> Interconnect:
+    """Fits to the seconds of all-reduces by their bytes: Horovod's, and MPI's own where they were measured too.
 
-    Without small ones of MPI's, half of what a small message takes counts as the network's.
+    Without MPI's seconds of small messages, half of a small message's time counts as the interconnect's.
     """
     whole = fit_line(list(horovod.items()))
-    # Of the fixed cost, what a small message of MPI's own takes is the network's, once for each agreement and for the message
-    # itself, and the rest Horovod's threads'.
-    sent = {size: size * whole.slope for size in raw}
-    small = [seconds - sent[size] for size, seconds in raw.items() if sent[size] < whole.fixed / 10]
-    waits = 1 + AGREEMENTS
+    # The fixed cost is the interconnect's (MPI's time of a small message, once per negotiation and for the message itself)
+    # and that of Horovod's threads (the rest).
+    small = [seconds - size * whole.slope for size, seconds in mpi.items() if size * whole.slope < whole.fixed / 10]
+    waits = 1 + NEGOTIATIONS
     fixed = min(whole.fixed, waits * max(0.0, min(small))) if small else whole.fixed / 2
     rounds, hops = math.ceil(math.log2(ranks)), 2 * (ranks - 1)
     # At two ranks and any size, doubling is one hop of the whole message; above, large messages go round the ring.
     bytes_sent = 1.0 if ranks == 2 else hops / ranks
-    return Network(fixed / waits / rounds, whole.slope / bytes_sent, whole.fixed - fixed)
+    return Interconnect(fixed / waits / rounds, whole.slope / bytes_sent, whole.fixed - fixed)
 
 
 def expected_wait(lateness: np.ndarray, ranks: int) -> float:
@@ -94,8 +92,8 @@ def expected_wait(lateness: np.ndarray, ranks: int) -> float:
     return float(ordered @ np.diff(below**ranks) - ordered.mean())
 
 
-class Phase(NamedTuple):
-    """What one rank alone was measured to do from the end of one phase to the end of the next, its steps included."""
+class PhaseTime(NamedTuple):
+    """Measured on one rank alone, from the end of one phase to the end of the next, environment steps included."""
 
     batch: float  # transitions per update on this rank
     updates: int  # K
@@ -105,11 +103,11 @@ class Phase(NamedTuple):
     message: int  # bytes of the parameters
 
 
-def waiting(phase: Phase, ranks: int, waits: int) -> float:
-    """Seconds of a phase spent waiting for the slowest of the ranks, when they wait for each other so many times in it.
+def waiting(phase: PhaseTime, ranks: int, waits: int) -> float:
+    """Seconds of a phase in which a rank waits for the slowest one, if all wait for each other so many times in it.
 
-    What a phase takes above its least is taken for gamma distributed, by its mean and deviation. That is divisible: a K-th of
-    the phase has a K-th of the shape and the same scale, be it many small delays or few long ones.
+    The time of a phase above its least is modelled as gamma distributed, by its mean and deviation. A gamma distribution is
+    divisible: a K-th of the phase has a K-th of the shape and the same scale.
     """
     late, variance = phase.seconds - phase.least, phase.deviation**2
     if late <= 0 or variance <= 0:
@@ -123,19 +121,19 @@ def _gamma_wait(shape: float, ranks: int) -> float:
     return expected_wait(np.random.default_rng(0).standard_gamma(shape, size=DRAWS), ranks)
 
 
-def cost(phase: Phase, network: Network, ranks: int, sync: str) -> dict[str, float]:
+def cost(phase: PhaseTime, interconnect: Interconnect, ranks: int, sync: str) -> dict[str, float]:
     """Seconds of a phase of `ranks` ranks, in parts: work, waiting, talking.
 
-    With gradients every one of the K updates waits and sends; with parameters the phase does once, Adam's two moments too, as
-    three messages where they are large.
+    If gradients are averaged, each of the K updates waits and sends. If parameters are, the phase does so once, with Adam's
+    two moments too, in three messages if they are large.
     """
     if ranks == 1:
         return {"work": phase.seconds, "waiting": 0.0, "talking": 0.0}
     if sync == "gradients":
-        times, talking = phase.updates, phase.updates * network.allreduce(ranks, phase.message)
+        times, talking = phase.updates, phase.updates * interconnect.allreduce(ranks, phase.message)
     else:
         messages = 3 if phase.message > 4 * FUSED_FLOATS else 1
-        times, talking = 1, messages * network.allreduce(ranks, 3 * phase.message / messages)
+        times, talking = 1, messages * interconnect.allreduce(ranks, 3 * phase.message / messages)
     return {"work": phase.seconds, "waiting": waiting(phase, ranks, times), "talking": talking}
 
 
@@ -143,8 +141,8 @@ def efficiency(parts: Mapping[str, float]) -> float:
     return parts["work"] / sum(parts.values())
 
 
-def at_batch(phase: Phase, per_update: Line, batch: float) -> Phase:
-    """The same phase with another batch: its time by the line, and its lateness as if it were several of the old ones."""
+def at_batch(phase: PhaseTime, per_update: Line, batch: float) -> PhaseTime:
+    """The phase with another batch: its time from the line, its lateness as of several of the old phases."""
     seconds = phase.updates * per_update(batch)
     factor = seconds / phase.seconds
     deviation = math.sqrt(factor) * phase.deviation
@@ -152,12 +150,18 @@ def at_batch(phase: Phase, per_update: Line, batch: float) -> Phase:
 
 
 def batch_for(
-    target: float, phase: Phase, per_update: Line, network: Network, ranks: int, sync: str, limit: int = 1 << 20
+    target: float,
+    phase: PhaseTime,
+    per_update: Line,
+    interconnect: Interconnect,
+    ranks: int,
+    sync: str,
+    limit: int = 1 << 20,
 ) -> int | None:
     """The smallest batch per rank, up to `limit`, with at least this efficiency; None where there is none."""
 
     def reached(batch: int) -> bool:
-        return efficiency(cost(at_batch(phase, per_update, batch), network, ranks, sync)) >= target
+        return efficiency(cost(at_batch(phase, per_update, batch), interconnect, ranks, sync)) >= target
 
     if not reached(limit):
         return None

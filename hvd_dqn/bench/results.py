@@ -1,4 +1,4 @@
-"""What every benchmark needs: how a time is taken, where a number was measured, and how it is shown."""
+"""Helpers of all benchmarks: timing, where a number was measured, and tables."""
 
 import os
 import platform
@@ -19,7 +19,7 @@ from hvd_dqn.ranks.placement import cores
 
 
 def seconds_of(job: Callable[[], Any], barrier: Callable[[], None]) -> float:
-    """Of this rank, from when all are ready."""
+    """Seconds that `job` takes on this rank, counted from when all ranks are ready."""
     barrier()
     start = time.perf_counter()
     job()
@@ -32,7 +32,7 @@ def spread(values: np.ndarray) -> dict[str, float]:
 
 
 def provenance() -> dict[str, Any]:
-    """What a number must be told with: the code, the machine, the threads and the command."""
+    """Where a number comes from: commit, machine, threads and command."""
     return {
         "commit": revision(),
         "machine": {
@@ -49,7 +49,7 @@ def provenance() -> dict[str, Any]:
 
 
 def revision() -> str:
-    """The commit of this package, `-dirty` with changes of its own; its version where it is not in a checkout."""
+    """The commit of this package, `-dirty` if its files were changed; its version outside of a checkout."""
     here = Path(__file__)
     # An installed package may lie inside another project's checkout, which does not track it.
     tracked = _git(here.parent, "ls-files", "--error-unmatch", here.name)
@@ -74,14 +74,17 @@ def cpu() -> str:
     return next(names, platform.processor() or platform.machine())
 
 
-def made_table(result: dict[str, Any], measured: str) -> Table:
-    """An empty table, headed by the machine and closed by what was measured how."""
+def result_table(result: dict[str, Any], measured: str, *headings: str, left: int = 0) -> Table:
+    """A table without rows: the machine above, what was `measured` below. All columns but the first `left` align right."""
     machine = result["machine"]
     threads, where = count(result["threads"], "thread"), ", ".join(machine["gpus"]) or machine["cpu"]
     ranks = f"{count(result['ranks'], 'rank')} of {threads}" if "ranks" in result else f"ranks of {threads}"
     title = f"{ranks} on {where} ({count(machine['cores'], 'core')})"
     caption = f"{measured}; commit {result['commit']}: {result['command']}"
-    return Table(title=title, caption=caption, title_justify="left", caption_justify="left", min_width=60)
+    table = Table(title=title, caption=caption, title_justify="left", caption_justify="left", min_width=60)
+    for i, heading in enumerate(headings):
+        table.add_column(heading, justify="left" if i < left else "right")
+    return table
 
 
 def rate(value: float) -> str:

@@ -1,4 +1,4 @@
-"""What talking costs: N ranks of one job against N processes that train alone at the same time."""
+"""Measures scaling: N ranks of one job against N independent processes that train at the same time."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -6,14 +6,17 @@ from typing import Any
 import numpy as np
 from rich.table import Table
 
-from hvd_dqn.bench.jobs import apart, check_launcher, together
-from hvd_dqn.bench.loop import CASES, PARTS, settings
-from hvd_dqn.bench.results import count, made_table, provenance, spread, with_spread
+from hvd_dqn.bench.jobs import check_launcher, run_independently, run_job
+from hvd_dqn.bench.loop import PARTS, TRAINING_CASES, case_config
+from hvd_dqn.bench.results import count, provenance, result_table, spread, with_spread
 from hvd_dqn.errors import InputError
 from hvd_dqn.ranks.placement import cores
 
+Answers = dict[tuple[int, str, str], list[dict[str, Any]]]  # of one round, by (ranks, scaling, sync or BASELINE)
+BASELINE = "independent"
 
-def scaling(
+
+def measure_scaling(
     case: str,
     ranks: Sequence[int] = (1, 2, 4, 8),
     *,
@@ -23,85 +26,77 @@ def scaling(
     rounds: int = 5,
     say: Callable[[str], None] = lambda text: None,
 ) -> dict[str, Any]:
-    """Efficiency: steps per second of a job of N ranks over the sum of those of N silent processes, of which each does the
-    same work as a rank, compiled by XLA where that pays, which ranks that average gradients cannot be. Both have one thread
-    per rank; in every round each is measured once, in turns.
+    """Efficiency: the steps per second of a job of N ranks over the sum of those of N independent processes.
 
-    Weak: each rank has the case's batch and environments. Strong: a part of them; left out where they do not divide.
-    `total_steps` are those of one rank, under strong scaling of all together.
+    Each process does the work of a rank, with one thread, compiled by XLA where that pays, which ranks that average gradients
+    cannot be. Every round measures each job and each baseline once, in turns. Weak scaling: each rank has the batch and the
+    environments of the case. Strong: a share of them; left out where they do not divide. `total_steps` are those of one
+    rank, under strong scaling of all ranks together.
     """
-    settings(case, 1, total_steps=total_steps)  # what cannot be is refused before anything starts
+    case_config(case, 1, total_steps=total_steps)  # refuses bad input before anything starts
     if not ranks or min(ranks) < 1 or rounds < 1:
         raise InputError(f"--ranks and --rounds must be at least 1. Received: {list(ranks)} and {rounds}.")
     check_launcher()
     layouts = [(n, kind) for n in ranks for kind in scalings if n > 1 or kind == scalings[0]]  # alone both are the same
-    skipped = [f"{n} ranks, strong" for n, kind in layouts if kind == "strong" and _divided(case, n) is None]
-    layouts = [(n, kind) for n, kind in layouts if kind == "weak" or _divided(case, n) is not None]
-    measured: list[dict[tuple[int, str, str], Any]] = []
+    left_out = [(n, kind) for n, kind in layouts if kind == "strong" and _share(case, n) is None]
+    layouts = [layout for layout in layouts if layout not in left_out]
+    measured: list[Answers] = []
     for i in range(rounds):
-        answers: dict[tuple[int, str, str], Any] = {}
+        answers: Answers = {}
         for n, kind in layouts:
-            names = ["silent", *syncs] if n > 1 else ["silent"]
+            names = [BASELINE, *syncs] if n > 1 else [BASELINE]
             for name in names if i % 2 else names[::-1]:  # neither always has the warmer machine
                 say(f"round {i + 1} of {rounds}: {n} ranks, {kind}, {name}")
-                answers[n, kind, name] = _measure(case, n, kind, name, total_steps)
+                answers[n, kind, name] = _measure_layout(case, n, kind, name, total_steps)
         measured.append(answers)
     rows = [_row(case, n, kind, sync, measured) for n, kind in layouts for sync in (syncs if n > 1 else ["none"])]
     return {
         "benchmark": "scaling", **provenance(), "threads": 1, "rounds": rounds,
-        "left_out": skipped, "results": rows,
+        "left_out": [f"{n} ranks, {kind}" for n, kind in left_out], "results": rows,
     }  # fmt: skip
 
 
-def _divided(case: str, ranks: int) -> tuple[int, int] | None:
+def _share(case: str, ranks: int) -> tuple[int, int] | None:
     """Batch and environments of one rank under strong scaling; None where they do not divide."""
-    given = CASES[case].settings
-    whole = given["learner"]["batch_size"], given["env"]["envs_per_rank"]
+    config = TRAINING_CASES[case].settings
+    whole = config["learner"]["batch_size"], config["env"]["envs_per_rank"]
     return None if any(amount % ranks for amount in whole) else (whole[0] // ranks, whole[1] // ranks)
 
 
-def _measure(case: str, ranks: int, kind: str, name: str, total_steps: int | None) -> list[dict[str, Any]]:
-    """The results of the silent processes, or of the one job."""
-    words = ["loop", case]
-    parts = _divided(case, ranks) if kind == "strong" else None
-    if parts:
-        words += ["--batch", str(parts[0]), "--envs", str(parts[1])]
-    steps = CASES[case].total_steps if total_steps is None else total_steps
-    if parts:  # as much work altogether as one rank's alone, but enough of it to measure
-        steps = max(steps // ranks, _least(case, parts))
-    if name == "silent":
-        return [answer["results"][0] for answer in apart(ranks, [*words, "--total-steps", str(steps)])]
-    words += ["--sync", name, "--total-steps", str(ranks * steps)]
-    return [together(ranks, words)["results"][0]]
+def _measure_layout(case: str, ranks: int, kind: str, name: str, total_steps: int | None) -> list[dict[str, Any]]:
+    """The results of the independent processes, or of the one job."""
+    arguments = ["loop", case]
+    steps = TRAINING_CASES[case].total_steps if total_steps is None else total_steps
+    if kind == "strong" and (share := _share(case, ranks)):
+        batch, envs = share
+        arguments += ["--batch", str(batch), "--envs", str(envs)]
+        # As much work altogether as one rank's alone, but at least as much after the warm-up as during it.
+        warm_up = case_config(case, 1, batch=batch, envs=envs, total_steps=10**9).learner.learn_start
+        steps = max(steps // ranks, 2 * warm_up)
+    if name == BASELINE:
+        answers = run_independently(ranks, [*arguments, "--total-steps", str(steps)])
+        return [answer["results"][0] for answer in answers]
+    return run_job(ranks, [*arguments, "--sync", name, "--total-steps", str(ranks * steps)])["results"]
 
 
-def _least(case: str, parts: tuple[int, int]) -> int:
-    """The total steps after whose warm-up as many are left to measure."""
-    return 2 * settings(case, 1, batch=parts[0], envs=parts[1], total_steps=10**9).learner.learn_start
-
-
-def _row(
-    case: str, ranks: int, kind: str, sync: str, rounds: Sequence[dict[tuple[int, str, str], Any]]
-) -> dict[str, Any]:
-    silent = [each[ranks, kind, "silent"] for each in rounds]
-    rates = np.array([sum(row["steps_per_second"] for row in rows) for rows in silent])
-    jobs = [each[ranks, kind, sync][0] for each in rounds] if ranks > 1 else []
-    of_job = np.array([row["steps_per_second"] for row in jobs]) if jobs else rates
-    phases = [row["phase"] for rows in silent for row in rows]
-    first = silent[0][0]
+def _row(case: str, ranks: int, kind: str, sync: str, rounds: Sequence[Answers]) -> dict[str, Any]:
+    independent = [answers[ranks, kind, BASELINE] for answers in rounds]
+    baseline = np.array([sum(row["steps_per_second"] for row in rows) for rows in independent])
+    jobs = [answers[ranks, kind, sync][0] for answers in rounds] if ranks > 1 else []
+    of_job = np.array([job["steps_per_second"] for job in jobs]) if jobs else baseline
     return {
         "case": case,
         "ranks": ranks,
         "scaling": kind,
         "sync": sync,
-        "batch": first["batch"],
-        "envs": first["envs"],
+        "batch": independent[0][0]["batch"],
+        "envs": independent[0][0]["envs"],
         "oversubscribed": ranks > cores(),
         "steps_per_second": spread(of_job),
-        "silent_steps_per_second": spread(rates),
-        "efficiency": spread(of_job / rates),
-        "phase": mean_phase(phases),
-        # Parts of the job's time, the mean of its rounds: what talking and waiting take, and what they leave.
+        "independent_steps_per_second": spread(baseline),
+        "efficiency": spread(of_job / baseline),
+        "phase": mean_phase([row["phase"] for rows in independent for row in rows]),
+        # Parts of the job's time, as means over rounds.
         "shares": {
             part: float(np.mean([job["time"][part] / job["seconds"] for job in jobs])) for part in PARTS if jobs
         },
@@ -109,43 +104,39 @@ def _row(
 
 
 def mean_phase(phases: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The mean of what several processes measured of their phases."""
+    """The mean of the phases that several processes measured."""
     return {
         "count": sum(phase["count"] for phase in phases),
-        "updates": float(np.mean([phase["updates"] for phase in phases])),
-        "seconds": float(np.mean([phase["seconds"] for phase in phases])),
+        **{name: float(np.mean([phase[name] for phase in phases])) for name in ("updates", "seconds", "deviation")},
         "least": min(phase["least"] for phase in phases),
-        "deviation": float(np.mean([phase["deviation"] for phase in phases])),
         "message_bytes": phases[0]["message_bytes"],
     }
 
 
 def communicate_and_idle(row: dict[str, Any]) -> str:
-    """What part of a job's time goes into averaging, and into waiting for slower ranks."""
+    """The shares of a job's time that go into averaging, and into waiting for slower ranks."""
     shares = row["shares"]
     return f"{100 * shares['communicate']:.0f}, {100 * shares['idle']:.0f} %" if shares else ""
 
 
-def table(result: dict[str, Any]) -> Table:
-    """The result of `scaling` for people."""
-    left_out = f"; left out, for they do not divide: {', '.join(result['left_out'])}" if result["left_out"] else ""
-    rounds = count(result["rounds"], "round")
-    case = result["results"][0]["case"]
-    measured = f"{case}: median of {rounds} and half the interquartile range; * more ranks than cores{left_out}"
-    made = made_table(result, measured)
-    for heading in ("ranks", "scaling", "sync", "batch"):
-        made.add_column(heading, justify="right" if heading in ("ranks", "batch") else "left")
-    for heading in ("steps/s", "silent, steps/s", "efficiency", "communicate, idle"):
-        made.add_column(heading, justify="right")
+def render_scaling(result: dict[str, Any]) -> Table:
+    """The result of `measure_scaling` as a table."""
+    left_out = f"; left out, because they do not divide: {', '.join(result['left_out'])}" if result["left_out"] else ""
+    measured = (
+        f"{result['results'][0]['case']}: median of {count(result['rounds'], 'round')} and half the interquartile range; "
+        f"* more ranks than cores{left_out}"
+    )
+    headings = ("scaling", "sync", "ranks", "batch", "steps/s", "independent", "efficiency", "communicate, idle")
+    table = result_table(result, measured, *headings, left=2)
     for row in result["results"]:
-        made.add_row(
-            f"{row['ranks']}{'*' if row['oversubscribed'] else ''}",
+        table.add_row(
             row["scaling"],
             row["sync"],
+            f"{row['ranks']}{'*' * row['oversubscribed']}",
             str(row["batch"]),
             with_spread(row["steps_per_second"]),
-            with_spread(row["silent_steps_per_second"]),
+            with_spread(row["independent_steps_per_second"]),
             "" if row["ranks"] == 1 else with_spread({k: 100 * v for k, v in row["efficiency"].items()}, " %"),
             communicate_and_idle(row),
         )
-    return made
+    return table

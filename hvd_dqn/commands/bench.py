@@ -17,7 +17,7 @@ from hvd_dqn.ranks.world import World
 
 @dataclass
 class LearnerOptions(JsonOptions):
-    """Measures updates of three networks, with sampling and without."""
+    """Measures updates of three networks, with and without sampling."""
 
 
 @dataclass
@@ -27,7 +27,7 @@ class LoopOptions(JsonOptions):
     case: tyro.conf.Positional[str] = ""
     """The settings: those of Stable-Baselines3's zoo for CartPole, 16 environments of it, or images."""
     total_steps: int | None = None
-    """Of all ranks; by default some seconds of training."""
+    """Summed over ranks; by default some seconds of training."""
     batch: int | None = None
     """Transitions per update on each rank; by default the case's."""
     envs: int | None = None
@@ -37,17 +37,17 @@ class LoopOptions(JsonOptions):
     overlap: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Step the environments while phases learn."""
     gate: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    """Before the measurement, print `ready` and wait for a line: for whoever starts several at once."""
+    """Before the measurement, print `ready` and wait for a line, so that several processes can begin together."""
 
 
 @dataclass
 class AllreduceOptions(JsonOptions):
-    """Measures what Horovod's all-reduce adds to MPI's, for five sizes."""
+    """Measures Horovod's all-reduce with messages of five sizes."""
 
 
 @dataclass
 class ScalingOptions(JsonOptions):
-    """Measures jobs of several ranks against as many processes that do not talk; starts all of them itself."""
+    """Measures jobs of several ranks against as many independent processes; starts all of them itself."""
 
     case: str = "cartpole-16"
     """As of `hvd-dqn bench loop`."""
@@ -58,14 +58,14 @@ class ScalingOptions(JsonOptions):
     sync: Literal["gradients", "parameters", "both"] = "both"
     """What the ranks average."""
     total_steps: int | None = None
-    """Of each rank, under strong scaling of all ranks together; by default some seconds of training."""
+    """Per rank, under strong scaling summed over ranks; by default some seconds of training."""
     rounds: int = 5
     """How often each is measured, in turns."""
 
 
 @dataclass
 class ProjectOptions(JsonOptions):
-    """Computes what many ranks would reach from what few take, and checks that against measured jobs."""
+    """Projects the efficiency of many ranks from measurements of few, and checks the projection on measured jobs."""
 
     case: str = "cartpole-16"
     """As of `hvd-dqn bench loop`."""
@@ -74,13 +74,13 @@ class ProjectOptions(JsonOptions):
     sync: Literal["gradients", "parameters"] = "gradients"
     """What the ranks average."""
     files: tuple[Path, ...] = ()
-    """Results of `bench loop`, `allreduce` and `scaling` with --json; without, all is measured now."""
+    """What `bench loop`, `allreduce` and `scaling` printed with --json; without files, all is measured now."""
     latency: float | None = None
-    """Of another network than this machine's, per hop, in microseconds."""
+    """Of another interconnect than this machine's: microseconds per hop."""
     bandwidth: float | None = None
-    """Of another network than this machine's, in gigabytes per second."""
+    """Of another interconnect than this machine's: gigabytes per second."""
     rounds: int = 3
-    """How often each is measured, where there are no files."""
+    """How often each is measured, if no files are given."""
 
 
 def run(arguments: Sequence[str], world: World) -> None:
@@ -93,10 +93,11 @@ def run(arguments: Sequence[str], world: World) -> None:
         raise InputError(
             f"There is no benchmark {name!r}.{nearest(name, BENCHMARKS)} Benchmarks: {', '.join(BENCHMARKS)}."
         )
-    kind, measure = BENCHMARKS[name]
-    options = in_step(world, lambda: parse(kind, arguments[1:], f"hvd-dqn bench {name}"))
-    result, render = measure(options, world)
-    if options.json:
+    kind, bench = BENCHMARKS[name]
+    options = vars(in_step(world, lambda: parse(kind, arguments[1:], f"hvd-dqn bench {name}")))
+    as_json = options.pop("json")
+    result, render = bench(world, **options)
+    if as_json:
         print(json.dumps(result))
         return
     from rich import print as show
@@ -104,73 +105,52 @@ def run(arguments: Sequence[str], world: World) -> None:
     show(render(result))
 
 
-Measured = tuple[dict[str, Any], Callable[[dict[str, Any]], Any]]  # a result, and what makes a table of it
+Measured = tuple[dict[str, Any], Callable[[dict[str, Any]], Any]]  # a result, and what renders it
 
 
-def _bench_learner(options: LearnerOptions, world: World) -> Measured:
-    from hvd_dqn.bench import learner as benchmark
+def _bench_learner(world: World) -> Measured:
+    from hvd_dqn.bench.learner import measure_learner, render_learner
 
-    return benchmark.learner(world), benchmark.table
+    return measure_learner(world), render_learner
 
 
-def _bench_loop(options: LoopOptions, world: World) -> Measured:
-    from hvd_dqn.bench import loop as benchmark
+def _bench_loop(world: World, *, gate: bool, **options: Any) -> Measured:
+    from hvd_dqn.bench.loop import measure_loop, render_loop
 
-    if options.gate and world.size > 1:
-        raise InputError("--gate is for processes that run alone: ranks of one job wait for each other anyway.")
+    if gate and world.size > 1:
+        raise InputError("--gate is for independent processes: ranks of one job wait for each other anyway.")
 
     def ready() -> None:
-        print("ready", flush=True)
-        sys.stdin.readline()
+        if gate:
+            print("ready", flush=True)
+            sys.stdin.readline()
 
-    result = benchmark.loop(
-        world,
-        options.case,
-        total_steps=options.total_steps,
-        batch=options.batch,
-        envs=options.envs,
-        sync=options.sync,
-        overlap=options.overlap,
-        ready=ready if options.gate else lambda: None,
-    )
-    return result, benchmark.table
+    return measure_loop(world, **options, ready=ready), render_loop
 
 
-def _bench_allreduce(options: AllreduceOptions, world: World) -> Measured:
-    from hvd_dqn.bench import allreduce as benchmark
+def _bench_allreduce(world: World) -> Measured:
+    from hvd_dqn.bench.allreduce import measure_allreduce, render_allreduce
 
-    return benchmark.allreduce(world), benchmark.table
+    return measure_allreduce(world), render_allreduce
 
 
-def _bench_scaling(options: ScalingOptions, world: World) -> Measured:
-    from hvd_dqn.bench import scaling as benchmark
+def _bench_scaling(world: World, *, ranks: str, scaling: str, sync: str, **options: Any) -> Measured:
+    from hvd_dqn.bench.scaling import measure_scaling, render_scaling
 
-    result = benchmark.scaling(
-        options.case,
-        _numbers("--ranks", options.ranks),
-        scalings=("weak", "strong") if options.scaling == "both" else (options.scaling,),
-        syncs=("gradients", "parameters") if options.sync == "both" else (options.sync,),
-        total_steps=options.total_steps,
-        rounds=options.rounds,
+    result = measure_scaling(
+        ranks=_numbers("--ranks", ranks),
+        scalings=("weak", "strong") if scaling == "both" else (scaling,),
+        syncs=("gradients", "parameters") if sync == "both" else (sync,),
         say=tell,
+        **options,
     )
-    return result, benchmark.table
+    return result, render_scaling
 
 
-def _bench_project(options: ProjectOptions, world: World) -> Measured:
-    from hvd_dqn.bench import project as benchmark
+def _bench_project(world: World, **options: Any) -> Measured:
+    from hvd_dqn.bench.project import project_efficiency, render_projection
 
-    result = benchmark.project(
-        options.case,
-        options.ranks,
-        sync=options.sync,
-        files=options.files,
-        latency=options.latency,
-        bandwidth=options.bandwidth,
-        rounds=options.rounds,
-        say=tell,
-    )
-    return result, benchmark.table
+    return project_efficiency(**options, say=tell), render_projection
 
 
 def _numbers(name: str, text: str) -> list[int]:
@@ -180,7 +160,7 @@ def _numbers(name: str, text: str) -> list[int]:
     return [int(word) for word in words]
 
 
-BENCHMARKS: dict[str, tuple[Any, Callable[[Any, World], Measured]]] = {
+BENCHMARKS: dict[str, tuple[Any, Callable[..., Measured]]] = {  # options, and what takes them by their names
     "learner": (LearnerOptions, _bench_learner),
     "loop": (LoopOptions, _bench_loop),
     "allreduce": (AllreduceOptions, _bench_allreduce),

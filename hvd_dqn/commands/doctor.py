@@ -1,4 +1,4 @@
-"""Whether this machine, these libraries and these ranks fit together, and the cure where they do not."""
+"""The command `doctor`: checks that machine, libraries and ranks fit together, and says how to mend what does not."""
 
 import json
 import os
@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from hvd_dqn import __version__
-from hvd_dqn.bench.allreduce import measure
+from hvd_dqn.bench.allreduce import time_allreduce
 from hvd_dqn.bench.results import count
 from hvd_dqn.commands.options import JsonOptions, parse
 from hvd_dqn.ranks.lockstep import in_step
@@ -25,11 +25,11 @@ from hvd_dqn.storage.run_directory import versions
 # How many ranks the launcher says it started: Open MPI's, horovodrun's with Gloo, srun's, MPICH's.
 LAUNCHED_VARIABLES = ("OMPI_COMM_WORLD_SIZE", "HOROVOD_SIZE", "SLURM_STEP_NUM_TASKS", "PMI_SIZE")
 SETTINGS = ("HOROVOD_", "OMPI_MCA_", "OMP_", "TF_", "MALLOC_", "CUDA_VISIBLE_DEVICES", "SLURM_CPUS_PER_TASK")
-# What launchers tell their own processes: addresses and keys, nothing that anybody set.
+# Variables that launchers set for their own processes: addresses and keys, nothing that a user sets.
 INTERNAL = ("OMPI_MCA_orte_", "OMPI_MCA_ess", "OMPI_MCA_pmix", "OMPI_MCA_shmem_", "OMPI_MCA_initial_wdir", "TF2_")
 INTERNAL_PARTS = ("SECRET", "KEY", "_ADDR", "_PORT", "RANK", "SIZE", "HOSTNAME", "CLI_CONFIG")
 FLOATS = (4_610, 1_687_206)  # in the gradients of the 64-64 MLP and of the Nature CNN
-ROUNDS = 5  # of the benchmark of all-reduces: a glance
+ROUNDS = 5  # of all-reduces: few, to be quick
 
 
 def run(arguments: Sequence[str], world: World) -> None:
@@ -39,8 +39,8 @@ def run(arguments: Sequence[str], world: World) -> None:
 
 
 def examine(world: World) -> dict[str, Any]:
-    """Asks every rank and times all-reduces. All ranks call it, and all get the whole answer."""
-    ranks = world.gather(_ask(world))
+    """Collects a report of every rank, and times all-reduces. A collective, with the same result on all ranks."""
+    ranks = world.gather(_describe_rank(world))
     return {
         "hvd_dqn": __version__,
         "ranks": ranks,
@@ -49,38 +49,38 @@ def examine(world: World) -> dict[str, Any]:
     }
 
 
-def _ask(world: World) -> dict[str, Any]:
-    """What one rank knows of itself."""
+def _describe_rank(world: World) -> dict[str, Any]:
+    """What one rank reports of itself."""
     return {
         "rank": world.rank,
         "size": world.size,
         "local_rank": world.local_rank,
         "local_size": world.local_size,
         "host": world.hostname,
-        "launched": launched(os.environ),
+        "launched": launched_ranks(os.environ),
         "cores": sorted(os.sched_getaffinity(0)),
         "threads": int(os.environ.get("TF_NUM_INTRAOP_THREADS", 0)) or len(os.sched_getaffinity(0)),
         "gpus": gpus([gpu.name for gpu in tf.config.get_visible_devices("GPU")], os.environ),
         "versions": versions(),
         "horovod": world.describe(),
-        "settings": settings(os.environ),
+        "settings": steering_variables(os.environ),
     }
 
 
-def launched(environ: Mapping[str, str]) -> int:
+def launched_ranks(environ: Mapping[str, str]) -> int:
     """The number of ranks that the launcher says it started; 1 without a launcher."""
     return next((int(environ[name]) for name in LAUNCHED_VARIABLES if name in environ), 1)
 
 
 def gpus(names: Sequence[str], environ: Mapping[str, str]) -> list[str]:
-    """The host's own numbers or ids of TensorFlow's devices, which count only what CUDA_VISIBLE_DEVICES leaves."""
+    """The host's numbers or ids of TensorFlow's devices, which TensorFlow counts within CUDA_VISIBLE_DEVICES."""
     numbers = [int(name.rsplit(":", 1)[1]) for name in names]
     visible = [word.strip() for word in environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if word.strip()]
     return [visible[number] if number < len(visible) else str(number) for number in numbers]
 
 
-def settings(environ: Mapping[str, str]) -> dict[str, str]:
-    """The variables in force that steer threads, Horovod and Open MPI."""
+def steering_variables(environ: Mapping[str, str]) -> dict[str, str]:
+    """The environment variables that steer threads, Horovod and Open MPI."""
     return {
         name: value
         for name, value in sorted(environ.items())
@@ -91,8 +91,8 @@ def settings(environ: Mapping[str, str]) -> dict[str, str]:
 
 
 def _time_allreduce(world: World, floats: int) -> dict[str, float]:
-    """Microseconds of one of Horovod's all-reduces, and the megabytes per second that this makes."""
-    found = measure(world, floats, ROUNDS, beside_mpi=False)["horovod"]
+    """Microseconds of one all-reduce, and megabytes per second."""
+    found = time_allreduce(world, floats, ROUNDS)
     microseconds = {name: 1e6 * seconds for name, seconds in found["seconds"].items()}
     return {"bytes": 4 * floats, **microseconds, "megabytes_per_second": found["bytes_per_second"] / 1e6}
 
@@ -101,11 +101,11 @@ Ranks = Sequence[dict[str, Any]]
 
 
 def problems(ranks: Ranks) -> list[str]:
-    """Everything wrong in what the ranks say of themselves, each with its cure."""
+    """Every problem in the reports of the ranks, each with its cure."""
     return list(dict.fromkeys(complaint for check in CHECKS for complaint in check(ranks)))
 
 
-def _alone_in_company(ranks: Ranks) -> Iterator[str]:
+def _unconnected_ranks(ranks: Ranks) -> Iterator[str]:
     for rank in ranks:
         if rank["size"] == 1 and rank["launched"] > 1:
             yield (
@@ -176,7 +176,7 @@ def _different_versions(ranks: Ranks) -> Iterator[str]:
 
 
 CHECKS: tuple[Callable[[Ranks], Iterator[str]], ...] = (
-    _alone_in_company,
+    _unconnected_ranks,
     _no_horovod,
     _shared_cores,
     _shared_gpu,

@@ -1,4 +1,4 @@
-"""One rank's copies of a Gymnasium environment: stepped together, saved where they stand, made anew after failures."""
+"""Steps, saves, restores and, after failures, restarts one rank's copies of a Gymnasium environment."""
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
@@ -10,9 +10,9 @@ from gymnasium.vector import AutoresetMode, VectorEnv
 
 from hvd_dqn.agent.transition import Transition
 from hvd_dqn.envs.frames import Frames
-from hvd_dqn.envs.restore import places_of
-from hvd_dqn.envs.vector import ask, build, end, is_native
-from hvd_dqn.envs.wrappers import Failure, line
+from hvd_dqn.envs.restore import restorer_for
+from hvd_dqn.envs.vector import build, call, close_vector, is_native
+from hvd_dqn.envs.wrappers import EnvFailure, one_line
 from hvd_dqn.errors import InputError, RunError, tell
 
 # How long environments and their processes may take to close before they are left or killed.
@@ -43,10 +43,10 @@ class Environments:
 
     frames: Frames
     actions: int
-    observation: np.ndarray  # [E, *frames.observation_shape]: what the agent sees now
+    observation: np.ndarray  # [E, *frames.observation_shape]: the current one
     returns: np.ndarray  # [E] float64: of the episodes under way, as in Episodes
-    restorable: bool  # whether `load_state` can put copies back where they stood; False until `probe`
-    restarted: int  # how often the copies were made anew, also in the runs before this one was resumed
+    restorable: bool  # whether `load_state` can restore episodes under way; False until `probe`
+    restarted: int  # how often the copies were made anew, also before this run was resumed
 
     def __init__(
         self,
@@ -93,8 +93,8 @@ class Environments:
 
     def _make(self) -> None:
         self._vector = self._build()
-        self._ask = functools.partial(ask, self._vector, self._first_index)
-        self._places = places_of(self._vector, self._first_index)
+        self._call = functools.partial(call, self._vector, self._first_index)
+        self._restorer = restorer_for(self._vector, self._first_index)
 
     def reset(self, seeds: Sequence[int]) -> None:
         """Starts an episode in every copy, from its own seed; an environment's vector class takes only the first."""
@@ -102,11 +102,11 @@ class Environments:
         self._seeds = [int(seed) for seed in seeds]
         try:
             self._start(self._first_frames(self._seeds))
-        except Failure as failure:
+        except EnvFailure as failure:
             self._recover(failure, "at its reset")
 
     def _first_frames(self, seeds: list[int], **options: Any) -> np.ndarray:
-        raw, _ = self._ask("reset", seed=seeds[0] if self._native else seeds, **options)
+        raw, _ = self._call("reset", seed=seeds[0] if self._native else seeds, **options)
         frame = self.frames.read(raw)
         self._check_finite("observation", frame)
         return frame
@@ -122,12 +122,12 @@ class Environments:
     def step(self, action: np.ndarray) -> tuple[Transition, Episodes]:
         """Takes `action`, [E] integers from 0, in all copies.
 
-        Where one has failed and all are made anew, no row is valid, and those whose episode was cut off are truncated.
+        If one fails and all are made anew, no row is valid, and interrupted episodes are truncated.
         """
         self._steps += 1
         try:
             return self._step(action)
-        except Failure as failure:
+        except EnvFailure as failure:
             frame, cut = self._frame, self._lengths > 0
             self._recover(failure, f"in step {self._steps}")
         none = np.zeros(self.copies, np.bool_)
@@ -135,7 +135,7 @@ class Environments:
         return Transition(frame, np.array(action, np.int64), reward, none, cut, self._frame, none), NO_EPISODES
 
     def _step(self, action: np.ndarray) -> tuple[Transition, Episodes]:
-        raw, raw_reward, raw_terminated, raw_truncated, info = self._ask("step", action + self._first_action)
+        raw, raw_reward, raw_terminated, raw_truncated, info = self._call("step", action + self._first_action)
         frame = self.frames.read(raw)
         reward = np.array(raw_reward, dtype=np.float64)
         terminated = np.array(raw_terminated, dtype=np.bool_)
@@ -183,25 +183,25 @@ class Environments:
     def probe(self) -> bool:
         """Finds out, by about a hundred steps and some resets of the first copy, whether the copies are `restorable`.
 
-        To be called before `reset`, which then begins as if there had been no probe, unless the environment carries
-        something over a seeded reset; such a one is not restorable. From then on restorable copies remember what they
-        need for it. An environment that fails here is not restorable.
+        Call it before `reset`, which then begins as if there had been no probe. (An environment that carries something
+        over a seeded reset is not restorable, nor is one that fails here.) Restorable copies record from then on what
+        they need for it.
         """
         self._probed = True
         try:
-            self.restorable = self._places.probe()
+            self.restorable = self._restorer.probe()
             if self.restorable:
-                self._places.remember()
-        except Failure:
+                self._restorer.record()
+        except EnvFailure:
             self.restorable = False
-            end(self._vector, CLOSING_SECONDS)
+            close_vector(self._vector, CLOSING_SECONDS)
             self._make()
         return self.restorable
 
     def state(self) -> dict[str, Any]:
-        """Where the copies stand: arrays, and what `json` can write.
+        """The state of the copies: arrays, and what `json` can write.
 
-        Where they are not `restorable`, only the seeds of new episodes follow from it.
+        If they are not `restorable`, it only determines the seeds of new episodes.
         """
         return {
             "settings": self._settings,
@@ -209,7 +209,7 @@ class Environments:
             "steps": self._steps,
             "restarted": self.restarted,
             **{name: mine.copy() for name, mine in self._episodes().items()},
-            **(self._places.state() if self.restorable else {}),
+            **(self._restorer.state() if self.restorable else {}),
         }
 
     def _episodes(self) -> dict[str, np.ndarray]:
@@ -222,10 +222,10 @@ class Environments:
         }
 
     def load_state(self, state: Mapping[str, Any]) -> np.ndarray:
-        """Puts copies back where they stood, and returns [E] bool: which of them now stand there.
+        """Restores the copies, and returns [E] bool: which of them are restored.
 
-        Their episodes go on bit by bit as those saved would have. The others, all of them where the settings have
-        changed, begin new episodes, from seeds that follow from those saved and the number of steps.
+        Their episodes continue exactly as the saved ones would have. The others (all, if the settings have changed)
+        begin new episodes, from seeds that follow from those saved and the number of steps.
         """
         if not self._probed:
             self.probe()
@@ -236,14 +236,14 @@ class Environments:
             self._start(self._first_frames(seeds))
             restored = np.zeros(self.copies, np.bool_)
             if self.restorable and state["settings"] == self._settings:
-                restored = self._put_back(state, seeds)
-        except Failure as failure:
-            self._recover(failure, "while it was put back where it stood")
+                restored = self._restore(state, seeds)
+        except EnvFailure as failure:
+            self._recover(failure, "while it was restored")
             return np.zeros(self.copies, np.bool_)
         return restored
 
-    def _put_back(self, state: Mapping[str, Any], seeds: list[int]) -> np.ndarray:
-        restored = self._places.put_back(state, self.frames.read)
+    def _restore(self, state: Mapping[str, Any], seeds: list[int]) -> np.ndarray:
+        restored = self._restorer.restore(state, self.frames.read)
         if not restored.all():
             partly = {} if self._native else {"options": {"reset_mask": ~restored}}
             self._start(self._first_frames(seeds, **partly))
@@ -254,10 +254,10 @@ class Environments:
 
     def close(self) -> None:
         """Ends the environments and their processes; a second call does nothing."""
-        end(self._vector, CLOSING_SECONDS)
+        close_vector(self._vector, CLOSING_SECONDS)
 
     def _with_final(self, frame: np.ndarray, ended: np.ndarray, info: dict[str, Any]) -> np.ndarray:
-        """`frame`, with the last one of the episode that has ended instead of the first of the next."""
+        """`frame`, with the last frame of each ended episode instead of the first one of the next episode."""
         if "final_obs" not in info:
             raise RunError(
                 f"The vector class of {self.id} must give the last observation of an episode as info['final_obs'], and "
@@ -273,7 +273,7 @@ class Environments:
             return
         place = np.argwhere(~np.isfinite(values))[0].tolist()
         where = f" at index {place[1:]}" if place[1:] else ""
-        raise Failure(
+        raise EnvFailure(
             [self._first_index + place[0]],
             f"returned a non-finite {what}",
             f"{values[tuple(place)]}{where}, which would spread to all weights",
@@ -286,15 +286,15 @@ class Environments:
         stream = np.random.SeedSequence(self._seeds, spawn_key=key)
         return (stream.generate_state(self.copies) % 2**31).tolist()
 
-    def _recover(self, failure: Failure, when: str) -> None:
-        """Makes all copies anew and begins their episodes. Raises RunError where no restart is left for that."""
+    def _recover(self, failure: EnvFailure, when: str) -> None:
+        """Makes all copies anew and begins their episodes. Raises RunError if no restart is left."""
         while True:
             which = ", ".join(map(str, failure.numbers))
             if failure.numbers == self._numbers() and self.copies > 2:
                 which = f"{failure.numbers[0]} to {failure.numbers[-1]}"
             told = f"Environment {which} ({self.id}) on rank {self._rank} {failure.did} {when}: {failure.why}"
             trace = f"\n{failure.trace}" if failure.trace else ""
-            end(self._vector, CLOSING_SECONDS)
+            close_vector(self._vector, CLOSING_SECONDS)
             if self.restarted >= self._restarts:
                 raise RunError(
                     f"{told}. Mend it, or have the copies that are trained with made anew after a failure: "
@@ -306,13 +306,13 @@ class Environments:
             try:
                 self._make()
                 if self.restorable:
-                    self._places.remember()
+                    self._restorer.record()
                 self._start(self._first_frames(self._fresh_seeds(RESTARTED, self.restarted)))
                 return
-            except Failure as again:
+            except EnvFailure as again:
                 failure = again
             except InputError as error:
-                failure = Failure(self._numbers(), "could not be made anew", line(error))
+                failure = EnvFailure(self._numbers(), "could not be made anew", one_line(error))
 
 
 NO_EPISODES = Episodes(np.empty(0, np.float64), np.empty(0, np.int64))

@@ -1,4 +1,4 @@
-"""What an agent sees: the frames of an observation space, and stacks of the last few of them."""
+"""Turns observations into frames, and stacks the last few frames."""
 
 from typing import Any
 

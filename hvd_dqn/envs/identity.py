@@ -1,4 +1,4 @@
-"""Identity: an environment that is learned within seconds, to see that a machine learns at all."""
+"""An environment that is learned within seconds, to check that a machine learns at all."""
 
 from typing import Any
 

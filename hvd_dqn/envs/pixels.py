@@ -1,4 +1,4 @@
-"""Images that cost next to nothing to step, for benchmarks: an environment of Atari's shapes."""
+"""A very cheap environment with images of Atari's shape, for benchmarks."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""Where a vector environment's copies stand within their episodes: whether that can be told, told, and gone back to."""
+"""Saves and restores the state of environments within their episodes, where that is possible."""
 
 import contextlib
 import functools
@@ -9,66 +9,66 @@ from typing import Any, Protocol
 import numpy as np
 from gymnasium.vector import VectorEnv
 
-from hvd_dqn.envs.vector import ask, is_native
-from hvd_dqn.envs.wrappers import PROBE_SECONDS, PROBE_STEPS, Failure, global_generators_kept, plain
+from hvd_dqn.envs.vector import call, is_native
+from hvd_dqn.envs.wrappers import PROBE_SECONDS, PROBE_STEPS, EnvFailure, jsonable, preserved_global_generators
 
 
-class Places(Protocol):
-    """Of the E copies of one vector environment. Each method but `state` raises Failure where a copy fails."""
+class Restorer(Protocol):
+    """Saves and restores the E copies of one vector environment. All methods but `state` raise EnvFailure if a copy fails."""
 
     def probe(self) -> bool:
-        """Finds out, by about a hundred steps and some resets of the first copy, whether copies can be put back.
+        """Finds out, by about a hundred steps and some resets of the first copy, whether copies can be restored.
 
-        Afterwards they must be reset with seeds.
+        Afterwards the copies must be reset with seeds.
         """
 
-    def remember(self) -> None:
-        """Has copies remember what `state` tells, from their next reset on."""
+    def record(self) -> None:
+        """Makes copies record what `state` needs, from their next reset on."""
 
     def state(self) -> dict[str, Any]:
         """Arrays, and what `json` can write."""
 
-    def put_back(self, state: Mapping[str, Any], frames: Callable[[Sequence[Any]], np.ndarray]) -> np.ndarray:
-        """Returns [E] bool: which copies now stand where `state` tells; the others must be reset.
+    def restore(self, state: Mapping[str, Any], frames: Callable[[Sequence[Any]], np.ndarray]) -> np.ndarray:
+        """Returns [E] bool: which copies are now in the saved state; the others must be reset.
 
-        They have been reset before. `frames` makes frames of observations, to compare with `state["frame"]`.
+        Reset all copies before. `frames` turns observations into frames, to compare with `state["frame"]`.
         """
 
 
-def places_of(vector: VectorEnv, first_index: int) -> Places:
-    """The copies' places, told in the way that suits `vector`; its first copy has the global number `first_index`."""
-    return Attributes(vector) if is_native(vector) else Traces(vector, first_index)
+def restorer_for(vector: VectorEnv, first_index: int) -> Restorer:
+    """The restorer that suits `vector`, whose first copy has the global number `first_index`."""
+    return AttributeRestorer(vector) if is_native(vector) else TraceRestorer(vector, first_index)
 
 
-class Traces:
-    """Of copies that are stepped one by one: each is led through its episode once more, and compared."""
+class TraceRestorer:
+    """Restores copies that are stepped one by one: each retraces its episode, and the result is compared."""
 
     def __init__(self, vector: VectorEnv, first_index: int) -> None:
         self._first_index = first_index
-        self._ask = functools.partial(ask, vector, first_index)
+        self._call = functools.partial(call, vector, first_index)
 
     def probe(self) -> bool:
-        return any(self._ask("call", "probe", self._first_index))
+        return any(self._call("call", "probe", self._first_index))
 
-    def remember(self) -> None:
-        self._ask("set_attr", "remembers", True)
+    def record(self) -> None:
+        self._call("set_attr", "records", True)
 
     def state(self) -> dict[str, Any]:
         try:
-            traces = self._ask("call", "trace")
-        except Failure:  # the next step will find it, too
+            traces = self._call("call", "trace")
+        except EnvFailure:  # the next step will fail too, and report it
             return {}
         actions = [np.empty(0, np.int64) if trace is None else trace.pop("actions") for trace in traces]
         counts = [len(each) for each in actions]
         return {"traces": list(traces), "counts": counts, "actions": np.concatenate(actions)}
 
-    def put_back(self, state: Mapping[str, Any], frames: Callable[[Sequence[Any]], np.ndarray]) -> np.ndarray:
+    def restore(self, state: Mapping[str, Any], frames: Callable[[Sequence[Any]], np.ndarray]) -> np.ndarray:
         if "traces" not in state:
             return np.zeros(len(state["frame"]), np.bool_)
         actions = np.split(state["actions"], np.cumsum(state["counts"])[:-1])
         traces = [t and {**t, "actions": a} for t, a in zip(state["traces"], actions, strict=True)]
-        self._ask("set_attr", "goal", traces)
-        arrived = self._ask("call", "retrace")
+        self._call("set_attr", "saved_trace", traces)
+        arrived = self._call("call", "retrace")
         return np.array(
             [
                 place is not None
@@ -79,8 +79,8 @@ class Traces:
         )
 
 
-class Attributes:
-    """Of an environment's own vector class: its plain attributes are set once more."""
+class AttributeRestorer:
+    """Restores an environment's own vector class by setting its plain attributes."""
 
     def __init__(self, vector: VectorEnv) -> None:
         self._vector = vector
@@ -91,7 +91,7 @@ class Attributes:
         actions = np.random.default_rng(0).integers(space.n, size=(2, PROBE_STEPS, self._vector.num_envs))
         actions += space.start
         try:
-            with global_generators_kept():
+            with preserved_global_generators():
                 began = time.monotonic()
                 self._vector.reset(seed=1)
                 self._play(actions[0])
@@ -113,14 +113,14 @@ class Attributes:
         steps = [self._vector.step(action)[:4] for action in actions]
         return [np.array(value).tobytes() for step in steps for value in step]
 
-    def remember(self) -> None:
-        """Nothing to be done: attributes are there to be read."""
+    def record(self) -> None:
+        """Does nothing: attributes can be read at any time."""
 
     def state(self) -> dict[str, Any]:
         found = vars(self._vector.unwrapped)
         numbers = {name: value for name, value in found.items() if value is None or type(value) in (bool, int, float)}
         generators = {
-            name: plain(value.bit_generator.state)
+            name: jsonable(value.bit_generator.state)
             for name, value in found.items()
             if isinstance(value, np.random.Generator)
         }
@@ -131,7 +131,7 @@ class Attributes:
         }
         return {"vector": {"numbers": numbers, "generators": generators}, **arrays}
 
-    def put_back(self, state: Mapping[str, Any], frames: Callable[[Sequence[Any]], np.ndarray]) -> np.ndarray:
+    def restore(self, state: Mapping[str, Any], frames: Callable[[Sequence[Any]], np.ndarray]) -> np.ndarray:
         try:
             self._set(state)
         except Exception:

@@ -1,4 +1,4 @@
-"""Which spaces can be learned: one Box or Discrete to see, Discrete to act in."""
+"""Checks that an environment has spaces that DQN can learn."""
 
 import gymnasium
 from gymnasium import spaces

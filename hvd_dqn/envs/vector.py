@@ -1,4 +1,4 @@
-"""Makes, calls and ends Gymnasium's vector environments: one rank's copies, or the environment's own vector class."""
+"""Makes, calls and closes Gymnasium's vector environments."""
 
 import contextlib
 import difflib
@@ -16,16 +16,16 @@ from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, Vecto
 
 from hvd_dqn.envs import worker_processes
 from hvd_dqn.envs.spaces import check_spaces
-from hvd_dqn.envs.wrappers import Failure, line, make
+from hvd_dqn.envs.wrappers import EnvFailure, make, one_line
 from hvd_dqn.errors import InputError
 
 
 def build(id: str, copies: int, kwargs: dict[str, Any], vectorization: str, first_index: int) -> VectorEnv:
-    """The copies in Gymnasium's vector environment, whose spaces DQN can learn; InputError where that cannot be."""
-    spec = find(id)
+    """A vector environment of so many copies. Raises InputError if it cannot be made, or has spaces that DQN cannot learn."""
+    spec = find_spec(id)
     try:
         native, own = None, spec.vector_entry_point is not None and not spec.additional_wrappers
-        if own and vectorization == "auto" and copies > 1:  # a single copy is stepped sooner without arrays around it
+        if own and vectorization == "auto" and copies > 1:  # a single copy is faster without arrays around it
             native = _native(id, spec, copies, kwargs)
         if native is not None:
             check_spaces(id, native.single_observation_space, native.single_action_space)
@@ -60,7 +60,7 @@ def _identity(copy: gymnasium.Env) -> gymnasium.Env:
 
 
 def _native(id: str, spec: EnvSpec, copies: int, kwargs: dict[str, Any]) -> VectorEnv | None:
-    """The environment's own vector class; None where it cannot take `kwargs` or does not say how it resets."""
+    """The environment's own vector class; None if it cannot take `kwargs` or does not declare how it resets."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about what is decided here: a missing autoreset mode
@@ -69,7 +69,9 @@ def _native(id: str, spec: EnvSpec, copies: int, kwargs: dict[str, Any]) -> Vect
         return None
     except (ImportError, gymnasium.error.DependencyNotInstalled) as error:
         package = getattr(error, "name", None)
-        missing = f"the package `{package}`, which is not installed" if package else f"a missing package: {line(error)}"
+        missing = (
+            f"the package `{package}`, which is not installed" if package else f"a missing package: {one_line(error)}"
+        )
         raise InputError(
             f"The vector class of the environment `{id}` needs {missing}. "
             "Install it, or step the copies one by one with --env.vectorization sync."
@@ -86,11 +88,11 @@ def is_native(vector: VectorEnv) -> bool:
     return not isinstance(vector, SyncVectorEnv | AsyncVectorEnv)
 
 
-def ask(vector: VectorEnv, first_index: int, method: str, *args: Any, **kwargs: Any) -> Any:
-    """Calls a method of `vector`, whose first copy has the global number `first_index`. Raises Failure."""
+def call(vector: VectorEnv, first_index: int, method: str, *args: Any, **kwargs: Any) -> Any:
+    """Calls a method of `vector`, whose first copy has the global number `first_index`. Raises EnvFailure."""
     try:
         return getattr(vector, method)(*args, **kwargs)
-    except Failure:
+    except EnvFailure:
         raise
     except Exception as error:
         if vector.closed:
@@ -99,11 +101,11 @@ def ask(vector: VectorEnv, first_index: int, method: str, *args: Any, **kwargs: 
             raise worker_processes.failure(vector, error, first_index) from error
         text = "".join(traceback.format_exception(error)).rstrip()
         numbers = range(first_index, first_index + vector.num_envs)
-        raise Failure(numbers, "failed", f"{type(error).__name__}: {line(error)}", text) from error
+        raise EnvFailure(numbers, "failed", f"{type(error).__name__}: {one_line(error)}", text) from error
 
 
-def end(vector: VectorEnv, seconds: float) -> None:
-    """Closes all copies, whatever that raises, and leaves them after `seconds`."""
+def close_vector(vector: VectorEnv, seconds: float) -> None:
+    """Closes all copies, ignores what they raise, and gives up after `seconds`."""
     if isinstance(vector, AsyncVectorEnv):
         worker_processes.end(vector, seconds)
         return
@@ -120,8 +122,8 @@ def end(vector: VectorEnv, seconds: float) -> None:
         vector.closed = True
 
 
-def find(id: str) -> EnvSpec:
-    """Gymnasium's record of `id`; `module:EnvId-v0` imports `module` first."""
+def find_spec(id: str) -> EnvSpec:
+    """Gymnasium's specification of `id`; `module:EnvId-v0` imports `module` first."""
     module, _, name = id.rpartition(":")
     if module:
         try:
@@ -134,12 +136,12 @@ def find(id: str) -> EnvSpec:
                 ) from error
             raise InputError(
                 f"The module `{module}` of the environment `{id}` cannot be imported: "
-                f"{type(error).__name__}: {line(error)}"
+                f"{type(error).__name__}: {one_line(error)}"
             ) from error
     try:
         return gymnasium.spec(name)
     except (gymnasium.error.VersionNotFound, gymnasium.error.DeprecatedEnv) as error:
-        raise InputError(f"There is no environment `{id}`. {line(error)}") from error
+        raise InputError(f"There is no environment `{id}`. {one_line(error)}") from error
     except gymnasium.error.Error as error:
         known = {key.lower(): key for key in gymnasium.registry}
         close = [known[key] for key in difflib.get_close_matches(name.lower(), known, n=3, cutoff=0.6)]
@@ -150,8 +152,8 @@ def find(id: str) -> EnvSpec:
 
 
 def refusal(id: str, kwargs: dict[str, Any], error: Exception) -> InputError:
-    """Says in one line why an environment could not be made, and the way out."""
-    text = line(error)
+    """One line that says why an environment could not be made, and the way out."""
+    text = one_line(error)
     unknown = re.search(r"unexpected keyword argument '(\w+)'", text)
     if isinstance(error, ImportError | gymnasium.error.DependencyNotInstalled):
         if "box2d" in text.lower():

@@ -1,4 +1,4 @@
-"""The processes in which Gymnasium steps the copies of an environment: started bare, ended in time, told apart."""
+"""Starts and ends the worker processes in which Gymnasium steps environments, and explains their failures."""
 
 import contextlib
 import functools
@@ -15,7 +15,7 @@ from multiprocessing.process import BaseProcess
 import gymnasium
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode
 
-from hvd_dqn.envs.wrappers import Failure, line
+from hvd_dqn.envs.wrappers import EnvFailure, one_line
 
 
 def start(makers: Sequence[Callable[[], gymnasium.Env]]) -> AsyncVectorEnv:
@@ -40,10 +40,10 @@ def _make_in_worker(maker: Callable[[], gymnasium.Env]) -> gymnasium.Env:
 
 @contextlib.contextmanager
 def _plain_children() -> Iterator[None]:
-    """Lets processes start as bare Python: they neither run the main module again nor see that their parent is a rank.
+    """Hides the main module and the launcher's variables from processes that start meanwhile.
 
-    The main module would import TensorFlow and Horovod in every worker; an `import mpi4py` in an environment would take
-    the worker for the rank itself.
+    A worker would run the main module again, which imports TensorFlow and Horovod; and an `import mpi4py` in an environment
+    would take the worker for the rank itself.
     """
     main = sys.modules["__main__"]
     names = {name: getattr(main, name, None) for name in ("__file__", "__spec__")}
@@ -67,7 +67,7 @@ def end(vector: AsyncVectorEnv, seconds: float) -> None:
     vector.closed = True
     deadline = time.monotonic() + seconds
     for pipe in vector.parent_pipes:
-        with contextlib.suppress(OSError, AttributeError):  # None stands for a worker that has failed
+        with contextlib.suppress(OSError, AttributeError):  # None: the worker has failed
             pipe.send(("close", None))
     for process in vector.processes:
         _wait(process, deadline)
@@ -80,21 +80,21 @@ def end(vector: AsyncVectorEnv, seconds: float) -> None:
             pipe.close()
 
 
-def failure(vector: AsyncVectorEnv, error: Exception, first: int) -> Failure:
-    """What `error`, which a call of `vector` raised, tells of its workers; the number of the first copy is `first`."""
-    if isinstance(error, Failure):
+def failure(vector: AsyncVectorEnv, error: Exception, first: int) -> EnvFailure:
+    """Which workers caused `error`, which a call of `vector` raised, and why; `first` is the number of the first copy."""
+    if isinstance(error, EnvFailure):
         return error
     raised = [i for i, pipe in enumerate(vector.parent_pipes) if pipe is None]
     if raised:
-        return Failure([first + i for i in raised], "failed", f"{type(error).__name__}: {line(error)}")
+        return EnvFailure([first + i for i in raised], "failed", f"{type(error).__name__}: {one_line(error)}")
     gone = [i for i, pipe in enumerate(vector.parent_pipes) if _hung_up(pipe)]
     ends = []
     for process in (vector.processes[i] for i in gone):
         _wait(process, time.monotonic() + 1)  # the pipe closes a moment before the exit code is known
         ends.append("hung up" if process.exitcode is None else f"ended with exit code {process.exitcode}")
     if gone:
-        return Failure([first + i for i in gone], "failed", f"its process {', '.join(sorted(set(ends)))}")
-    return Failure(range(first, first + vector.num_envs), "failed", f"{type(error).__name__}: {line(error)}")
+        return EnvFailure([first + i for i in gone], "failed", f"its process {', '.join(sorted(set(ends)))}")
+    return EnvFailure(range(first, first + vector.num_envs), "failed", f"{type(error).__name__}: {one_line(error)}")
 
 
 def _wait(process: BaseProcess, deadline: float) -> None:

@@ -1,4 +1,4 @@
-"""Finds out whether this process is alone or a rank of many, and refuses jobs whose ranks could not work together."""
+"""Connects this process to the ranks it was started with, and refuses jobs whose ranks could not work together."""
 
 import importlib.util
 import os
@@ -18,26 +18,26 @@ from hvd_dqn.ranks.world import HorovodWorld, Solo, World, mpi_size
 
 
 def connect() -> World:
-    """The world this process was started into; alone, neither Horovod, mpi4py nor TensorFlow is imported."""
+    """The world of this process. A process alone imports neither Horovod, mpi4py nor TensorFlow."""
     if not is_launched():
-        _refuse_strangers()
+        _refuse_unconnected_tasks()
         return Solo()
     set_communication_defaults()
     if is_elastic():
         check_restart()
-        # A collective would meet the ones in which the others are training: until it joins them, each works alone.
+        # Other ranks may be training already, and a collective would mix with theirs: until it joins them, each works alone.
         return Solo(int(os.environ["HOROVOD_RANK"]))
     under_gloo = "HOROVOD_GLOO_RENDEZVOUS_ADDR" in os.environ
     size = int(os.environ["HOROVOD_SIZE"]) if under_gloo else mpi_size()
     if size == 1:
-        _refuse_strangers()
+        _refuse_unconnected_tasks()
         return Solo()
     if importlib.util.find_spec("horovod") is None:
         raise InputError(
             f"{size} ranks need Horovod, which is not installed: run launch/setup.sh, or start one process."
         )
     world = HorovodWorld()
-    # Asked on every rank: how Horovod was built is one host's affair, and whether ranks meet must not be.
+    # Every rank asks: hosts may have different builds of Horovod, but all ranks must decide alike.
     places = world.gather((world.describe()["nccl_built"], world.hostname, world.gpu))
     if all(has_nccl for has_nccl, *_ in places):
         conflict = gpu_conflict([(host, gpu) for _, host, gpu in places])
@@ -46,8 +46,8 @@ def connect() -> World:
     return world
 
 
-def _refuse_strangers() -> None:
-    """srun without MPI would start the same training several times over, each in a process that finds itself alone."""
+def _refuse_unconnected_tasks() -> None:
+    """Without MPI, srun starts unconnected processes, each of which would run the same training alone."""
     if srun_tasks() > 1:
         _refuse(
             f"srun started {srun_tasks()} tasks that know nothing of each other: use `srun --mpi=pmix`, or mpirun "
@@ -57,7 +57,7 @@ def _refuse_strangers() -> None:
 
 
 def _refuse(complaint: str, rank: int) -> NoReturn:
-    """Bad input that all ranks see before there is a world to agree in: the first alone says so."""
+    """Ends every rank for bad input that all of them see, before there is a world; only the first one prints it."""
     if rank == 0:
         raise InputError(complaint)
     sys.exit(2)

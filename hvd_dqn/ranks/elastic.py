@@ -1,7 +1,7 @@
-"""Ranks that may be lost and that may join while the job goes on: Horovod's elastic Gloo, without its decorator.
+"""A world whose ranks may be lost and may join while the job runs: Horovod's elastic Gloo, without its decorator.
 
-`horovod.elastic.run` is not used: it knows a lost rank by the names of three operations, and takes the error of a grouped
-all-reduce, which every update makes, for the end of the training.
+`horovod.elastic.run` is not used: it recognises a lost rank by the names of three operations. The grouped all-reduce of every
+update is not among them, so its error would end the training.
 """
 
 import os
@@ -11,12 +11,12 @@ from hvd_dqn.errors import RanksChanged
 from hvd_dqn.ranks.world import HorovodWorld
 
 T = TypeVar("T")
-# Until a rank that joins has started, all others wait for it; one that takes longer ends the job. Horovod's own is 30.
+# All ranks wait until a joining rank has started; if it takes longer, the job ends. Horovod's default is 30.
 JOIN_SECONDS = "120"
 
 
 class ElasticWorld(HorovodWorld):
-    """The ranks of one generation after another. `regroup` begins the next."""
+    """Successive generations of ranks. `regroup` begins the next one."""
 
     elastic = True
 
@@ -35,23 +35,23 @@ class ElasticWorld(HorovodWorld):
     def recovers_from(self, error: Exception) -> bool:
         import tensorflow as tf
 
-        # Horovod: its operation is told by its name or, with a name of ours, by where in Horovod's source it was made.
+        # Horovod: the message holds the name of its operation or, if we named that, the path of Horovod's source.
         return isinstance(error, RanksChanged) or (
             isinstance(error, tf.errors.UnknownError) and "horovod" in str(error).lower()
         )
 
     def regroup(self) -> None:
         """Waits for all ranks of the next generation. Networks, optimizer and graphs stay as they are."""
-        # Before Horovod asks who is there: what changes from here on is a reason to ask once more.
+        # Before Horovod counts the ranks: a change after this point needs another regroup.
         self.changed = False
         self._hvd.shutdown()
         self._hvd.init()
-        self._ask_places()
+        self._read_ranks()
 
     def furthest(self, held: T | None, total_steps: int) -> tuple[T | None, bool]:
-        """What the rank with the most total steps holds, and whether some rank holds nothing while another does.
+        """What the rank with the most total steps holds, and whether some ranks hold nothing while others do.
 
-        A collective, and the first of every generation: ranks that join do nothing with others before it.
+        A collective, and the first one of every generation.
         """
         steps = self.gather(-1 if held is None else total_steps)
         if max(steps) < 0:

@@ -1,4 +1,4 @@
-"""What ranks agree on before they go on: the chief's weights, weights that are still equal, and input good for all."""
+"""Keeps ranks in lockstep: broadcasts the chief's weights, checks for drift, and spreads an error of one rank to all."""
 
 import zlib
 from collections.abc import Callable, Mapping
@@ -43,10 +43,7 @@ def check_drift(world: World, variables: Mapping[str, Any], when: str) -> None:
 
 
 def in_step(world: World, action: Callable[[], T]) -> T:
-    """Does `action` on every rank and goes on only if none of them refuses. A collective.
-
-    Where one raises InputError, all raise that of the first such rank: bad input seen by one ends every rank together.
-    """
+    """Does `action` on every rank. A collective. If some raise InputError, all ranks raise that of the first of them."""
     complaint = None
     try:
         result = action()

@@ -1,11 +1,11 @@
-"""What this rank has of its host: cores, threads and a GPU, as the launcher and the environment say."""
+"""Gives this rank its cores, threads and GPU, as the launcher and the environment variables say."""
 
 import contextlib
 import ctypes
 import os
 import re
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from hvd_dqn.errors import InputError
 
@@ -13,9 +13,9 @@ from hvd_dqn.errors import InputError
 LAUNCHER_VARIABLES = ("OMPI_COMM_WORLD_RANK", "HOROVOD_RANK", "PMIX_RANK", "PMI_RANK")
 LOCAL_RANK_VARIABLES = ("OMPI_COMM_WORLD_LOCAL_RANK", "HOROVOD_LOCAL_RANK", "SLURM_LOCALID", "MPI_LOCALRANKID")
 LOCAL_SIZE_VARIABLES = ("OMPI_COMM_WORLD_LOCAL_SIZE", "HOROVOD_LOCAL_SIZE", "MPI_LOCALNRANKS")
-SAID = dict(os.environ)  # before this process set its own defaults
-FUSED_FLOATS = 1 << 18  # 1 MB: what takes longer to copy into one message with others than to send by itself
-UNKNOWN_GPU = "unknown"  # there is one, whose id cannot be asked for
+ORIGINAL_ENVIRONMENT = dict(os.environ)  # before this process set its own defaults
+FUSED_FLOATS = 1 << 18  # 1 MB: copying more into one message with others takes longer than sending it by itself
+UNKNOWN_GPU = "unknown"  # a GPU whose id CUDA does not tell
 
 
 def is_launched() -> bool:
@@ -29,7 +29,7 @@ def is_elastic() -> bool:
 
 
 def set_communication_defaults() -> None:
-    """How ranks that fill their cores wait and talk; whatever the environment already says wins. Call before MPI starts."""
+    """Sets how ranks wait and communicate; variables that are already set win. Call it before MPI starts."""
     # Open MPI spins while it waits, which takes the core from the rank that is still computing: let it yield.
     os.environ.setdefault("OMPI_MCA_mpi_yield_when_idle", "1")
     # It also asks before it sends more than 4 KB to a rank of the same host: the gradient of 64-64, 18 KB, takes half the time.
@@ -42,23 +42,23 @@ def set_communication_defaults() -> None:
         os.environ.setdefault("HOROVOD_CYCLE_TIME", pause)
 
 
-def check_restart(on_any_rank: Callable[[bool], bool] = bool) -> None:
-    """Raises InputError where Horovod could not be started a second time in this process, or, with a vote, in any rank's.
+def check_restart() -> None:
+    """Raises InputError if Horovod could not be started a second time in this process, as an elastic job needs.
 
-    Its tuner of the two, once both are fixed, has no place left for the defaults that every start writes first.
+    Its tuner, once both values are fixed, has no place left for the defaults that every start writes first.
     """
-    if on_any_rank({"HOROVOD_CYCLE_TIME", "HOROVOD_FUSION_THRESHOLD"} <= os.environ.keys()):
+    if {"HOROVOD_CYCLE_TIME", "HOROVOD_FUSION_THRESHOLD"} <= os.environ.keys():
         raise InputError(
-            "Horovod 0.28 ends by a segmentation fault when it is started again, as elastic jobs and `hvd-dqn bench "
-            "allreduce` do, with both HOROVOD_CYCLE_TIME and HOROVOD_FUSION_THRESHOLD in the environment: unset the second."
+            "Horovod 0.28 crashes when an elastic job starts it again while both HOROVOD_CYCLE_TIME and "
+            "HOROVOD_FUSION_THRESHOLD are in the environment: unset the second."
         )
 
 
 def set_thread_defaults() -> int:
-    """Gives this rank its share of the cores; whatever the environment already says wins. Call before NumPy is loaded."""
+    """Gives this rank its share of the cores; variables that are already set win. Call it before NumPy is loaded."""
     share = threads(len(os.sched_getaffinity(0)), os.cpu_count() or 1, _is_bound())
     os.environ.setdefault("TF_NUM_INTRAOP_THREADS", str(share))
-    # NumPy's: it only values a few observations, and its threads wait for each other where the learner has the other cores.
+    # NumPy's: it only evaluates a few observations, and its threads would wait for the cores that the learner uses.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     # A phase is one chain of operations: a second thread between them only costs (up to 1.6x on two ranks here).
     os.environ.setdefault("TF_NUM_INTEROP_THREADS", "1")
@@ -80,18 +80,18 @@ def compute_concurrently() -> None:
 
 
 def _set_threads(kind: str, count: int) -> None:
-    """Unless the environment said otherwise when this process began.
+    """Sets it unless an environment variable did when this process began.
 
-    In vain where TensorFlow has computed before, as it has under Gloo, where Horovod gathers by it.
+    Without effect once TensorFlow has computed, as it has under Gloo, where Horovod gathers by TensorFlow.
     """
     name = f"TF_NUM_{kind.upper()}OP_THREADS"
-    if name in SAID:
+    if name in ORIGINAL_ENVIRONMENT:
         return
     import tensorflow as tf
 
     with contextlib.suppress(RuntimeError):
         getattr(tf.config.threading, f"set_{kind}_op_parallelism_threads")(count)
-        os.environ[name] = str(count)  # for who asks
+        os.environ[name] = str(count)  # for the doctor and the benchmarks, which report it
 
 
 def threads(usable: int, on_host: int, is_bound: bool) -> int:
@@ -142,9 +142,9 @@ def srun_tasks() -> int:
 
 
 def pin_gpu() -> str | None:
-    """Leaves this rank one GPU and lets its memory grow. Returns that GPU's id, or None where there is none.
+    """Leaves this rank one GPU and lets its memory grow. Returns that GPU's id, or None if there is no GPU.
 
-    Ranks that all see the same GPUs take them in turn, and a rank that sees but its own takes that one.
+    Ranks that see the same GPUs take them in turn; a rank that sees only one takes that one.
     """
     import tensorflow as tf
 
@@ -158,15 +158,15 @@ def pin_gpu() -> str | None:
 
 
 def gpu_id(index: int, library: str = "libcuda.so.1") -> str:
-    """The id that no other GPU has, of the visible GPU of that number.
+    """The unique id of the visible GPU of this number.
 
-    Its number says little: where a launcher shows each rank only its own GPU, every rank calls it 0.
+    The number is not unique: if a launcher shows each rank only its own GPU, every rank calls it 0.
     """
     uuid, device = (ctypes.c_ubyte * 16)(), ctypes.c_int()
     try:
         cuda = ctypes.CDLL(library)
-        ask = cuda.cuDeviceGetUuid_v2 if hasattr(cuda, "cuDeviceGetUuid_v2") else cuda.cuDeviceGetUuid
-        failed = cuda.cuInit(0) or cuda.cuDeviceGet(ctypes.byref(device), index) or ask(ctypes.byref(uuid), device)
+        get_uuid = cuda.cuDeviceGetUuid_v2 if hasattr(cuda, "cuDeviceGetUuid_v2") else cuda.cuDeviceGetUuid
+        failed = cuda.cuInit(0) or cuda.cuDeviceGet(ctypes.byref(device), index) or get_uuid(ctypes.byref(uuid), device)
     except (OSError, AttributeError):
         failed = True
     return UNKNOWN_GPU if failed else bytes(uuid).hex()

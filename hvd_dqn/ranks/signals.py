@@ -1,17 +1,17 @@
-"""The wish of the outside world that this job stop."""
+"""Turns signals into a request to stop the job."""
 
 import os
 import signal
 from types import FrameType
 
 # Slurm's --signal=USR1@120, a cluster's preemption, and Ctrl-C.
-WISHES = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
 class StopRequest:
-    """Notes a signal, for the ranks to vote on at their next fixed cycle; a second Ctrl-C ends this process at once.
+    """Notes a signal. The ranks vote on it at their next fixed cycle; a second Ctrl-C ends this process at once.
 
-    Signals come to one rank or to several, in any order: what a rank does never depends on its own alone.
+    Signals reach one rank or several, in any order, so that no rank may act on its own signal alone.
     """
 
     def __init__(self) -> None:
@@ -19,15 +19,15 @@ class StopRequest:
         self._interrupts = 0
 
     def install(self, for_all: bool = True) -> None:
-        """In the main thread, as Python wants it. `for_all`: a SIGTERM stops the whole job and not this process alone."""
-        for wish in WISHES:
-            if for_all or wish != signal.SIGTERM:
-                signal.signal(wish, self._note)
+        """Call it in the main thread, as Python demands. `for_all`: a SIGTERM stops the whole job, not this process alone."""
+        for number in STOP_SIGNALS:
+            if for_all or number != signal.SIGTERM:
+                signal.signal(number, self._note)
 
     def ignore(self) -> None:
-        """For the way out: a launcher that sees one rank end sends SIGTERM to those that are still ending."""
-        for wish in WISHES:
-            signal.signal(wish, signal.SIG_IGN)
+        """Call it at the end: a launcher that sees one rank end sends SIGTERM to those that are still ending."""
+        for number in STOP_SIGNALS:
+            signal.signal(number, signal.SIG_IGN)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self._interrupts += number == signal.SIGINT

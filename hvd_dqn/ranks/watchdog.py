@@ -1,8 +1,8 @@
-"""A thread on every rank that ends the whole job when one of its ranks is dead, frozen or no longer gets on.
+"""Ends the whole job when one of its ranks is dead, frozen or stalled, from a thread on every rank.
 
 A collective has no timeout, and Horovod's stall inspector sees neither a frozen process nor mpi4py. So each rank holds one
-TCP connection to the chief, apart from MPI, Horovod and Gloo, and says over it that it lives and how long ago its main
-thread got on. The chief watches the ranks, and each rank watches the chief. Messages are lines of JSON.
+TCP connection to the chief, apart from MPI, Horovod and Gloo. Over it the rank reports that it is alive, and how long ago
+its main thread last beat. The chief watches the ranks, and each rank watches the chief. Messages are lines of JSON.
 """
 
 import contextlib
@@ -25,23 +25,23 @@ from hvd_dqn.ranks.world import World
 
 CONNECT_SECONDS = 30.0  # for reaching the chief at one of its addresses
 ATTEMPT_SECONDS = 3.0  # for one of them
-PARTING_SECONDS = 2.0  # for the answer to a goodbye
+GOODBYE_SECONDS = 2.0  # for the answer to a goodbye
 ABORT_SECONDS = 5.0  # for world.abort: MPI_Abort may block while the main thread sits inside MPI
-TURN_SECONDS = 0.5  # between the ranks that all see the chief's end: the first to speak ends the others
+TURN_SECONDS = 0.5  # between the ranks that all see the chief's end: the first that reports it ends the others
 LONGEST_LINE = 4096  # bytes
-STRANGER = -1  # the rank of a peer that has not shown the token
-# Whose code runs in the innermost frame of a main thread that waits for other ranks, or for its own thread that learns.
+UNKNOWN_RANK = -1  # of a peer that has not shown the token
+# The innermost frame of a main thread that waits for other ranks, or for its own learning thread, is in one of these.
 WAITS_IN = ("horovod.", "mpi4py.", "tensorflow.", "hvd_dqn.ranks.world.", "hvd_dqn.training.worker.settle.")
-WAITS_BY = ("threading", "concurrent.futures._base")  # the frames inside that do not tell who waits
+WAITS_BY = ("threading", "concurrent.futures._base")  # frames further inside, which do not tell who waits
 
 
-class Progress(NamedTuple):
-    """How the main thread of a rank gets on."""
+class Status(NamedTuple):
+    """Where the main thread of a rank is."""
 
-    beaten: float  # when it last said so, by the reader's own clock
+    beaten: float  # time of its last beat, by the reader's own clock
     where: str  # what it was about to do then
-    line: str  # of the program, at which it is now
-    waits: bool  # inside a collective, as far as its innermost frame tells
+    line: str  # of the program, where it is now
+    waits: bool  # whether it is in a collective, as far as its innermost frame tells
 
 
 class Peer:
@@ -51,49 +51,49 @@ class Peer:
         connection.setblocking(False)
         self.connection = connection
         self.rank = rank
-        self.is_watched = rank != STRANGER  # else from its first report on
+        self.is_watched = rank != UNKNOWN_RANK  # else from its first report on
         self.heard = monotonic()
-        self._begun = b""  # of a line whose end has not come
+        self._partial = b""  # the line whose end has not come
 
     def send(self, **message: Any) -> None:
-        # A full buffer or a closed connection needs no care here: such a peer will be found silent or gone.
+        # A full buffer or a closed connection is ignored here: such a peer will be found silent or gone.
         with contextlib.suppress(OSError):
             self.connection.send(json.dumps(message).encode() + b"\n")
 
     def receive(self) -> list[Any] | None:
-        """The messages that have arrived; None at the connection's end, or where it carries something else."""
+        """The messages that have arrived; None if the connection has ended or carries something else."""
         try:
             data = self.connection.recv(65536)
-            *lines, self._begun = (self._begun + data).split(b"\n")
+            *lines, self._partial = (self._partial + data).split(b"\n")
             messages = [json.loads(line) for line in lines]
         except BlockingIOError:
             return []
         except (OSError, ValueError):
             return None
-        return messages if data and len(self._begun) <= LONGEST_LINE else None
+        return messages if data and len(self._partial) <= LONGEST_LINE else None
 
 
 class Watchdog:
-    """Ends the job by `world.abort`, from a thread of its own, with a message that names the culprit's rank and host.
+    """Ends the job by `world.abort`, from a thread of its own, with a message that names the rank at fault and its host.
 
     A rank is *gone* when its connection closes without a goodbye. It is *silent* when nothing was heard from it for
-    `silence_seconds`, which must exceed the longest time for which anything holds the interpreter's lock. A *stall* is
-    found when not one rank has beaten for `stall_seconds`, which must exceed the longest way from a beat to the next: as long
-    as one rank gets on, others may have to wait for it. The culprit has the oldest beat of those in no collective.
+    `silence_seconds`, which must exceed the longest time for which anything holds the interpreter's lock. The job has
+    *stalled* when no rank at all has beaten for `stall_seconds`, which must exceed the longest time between two beats: while
+    one rank beats, others may have to wait for it. At fault is the rank with the oldest beat of those in no collective.
 
-    A rank that cannot reach the chief is not watched, and the chief says so. Stalls are then not judged either: that
-    rank may be getting on unheard. To open a watchdog is a collective.
+    A rank that cannot reach the chief is not watched, and the chief says so. Then stalls are not judged either, because that
+    rank may be beating unheard. Opening a watchdog is a collective.
     """
 
     def __init__(self, world: World, silence_seconds: float, stall_seconds: float) -> None:
         self._world, self._silence, self._stall = world, silence_seconds, stall_seconds
-        self._interval = min(1.0, silence_seconds / 4, stall_seconds / 4)  # between reports; the news must not be stale
+        self._interval = min(1.0, silence_seconds / 4, stall_seconds / 4)  # between reports
         self._main_thread = threading.get_ident()
         self._selector, self._ends = selectors.DefaultSelector(), contextlib.ExitStack()
         self._peers: list[Peer] = []
-        self._progress: dict[int, Progress] = {}  # on the chief: of the others
+        self._statuses: dict[int, Status] = {}  # on the chief: of the others
         self._leaves = False
-        self._bell, bell = socket.socketpair()  # wakes the thread for its goodbye
+        self._bell, bell = socket.socketpair()  # wakes the thread when this rank closes
         self._ends.enter_context(self._bell)
         self._on_arrival(bell, lambda: self._leave(bell))
         self.beat("the start")
@@ -101,14 +101,14 @@ class Watchdog:
         self._open()
 
     def beat(self, where: str) -> None:
-        """The main thread says that it gets on, and what it is about to do."""
+        """The main thread reports that it is alive, and what it is about to do."""
         self._beat = (monotonic(), where)
 
     def close(self) -> None:
-        """Says goodbye: from now on this rank neither reports nor is reported. All ranks close at the same point."""
+        """Says goodbye: from now on this rank neither watches nor is watched. All ranks close at the same point."""
         with contextlib.suppress(OSError):  # closed before
             self._bell.send(b"!")
-        self._thread.join(PARTING_SECONDS)
+        self._thread.join(GOODBYE_SECONDS)
 
     def __enter__(self) -> "Watchdog":
         return self
@@ -120,7 +120,7 @@ class Watchdog:
         world, chief = self._world, self._world.rank == 0
         offer: Any = None
         if chief:
-            self._token = secrets.token_hex(16)  # against strangers that come by mistake: it travels unencrypted
+            self._token = secrets.token_hex(16)  # against mistaken connections, not attacks: it travels unencrypted
             listener = socket.create_server(("", 0), backlog=1024)
             listener.setblocking(False)
             self._on_arrival(listener, lambda: self._accept(listener))
@@ -180,11 +180,11 @@ class Watchdog:
         self._ends.close()
 
     def _restart_clocks(self, now: float) -> None:
-        """After this process was suspended: perhaps the whole job was, and no rank may be blamed for that time."""
+        """After this process was suspended. Perhaps the whole job was: that time must count against no rank."""
         self._beat = (now, self._beat[1])
         for peer in self._peers:
             peer.heard = now
-        self._progress = {rank: progress._replace(beaten=now) for rank, progress in self._progress.items()}
+        self._statuses = {rank: status._replace(beaten=now) for rank, status in self._statuses.items()}
 
     def _judge(self, now: float) -> None:
         for peer in [peer for peer in self._peers if now - peer.heard > self._silence]:
@@ -194,32 +194,32 @@ class Watchdog:
                     "or the link to it is down."
                 )
             self._drop(peer)
-        ranks = {0: self._own_progress(), **self._progress}
+        ranks = {0: self._own_status(), **self._statuses}
         is_complete = self._world.rank == 0 and len(ranks) == self._world.size
-        if is_complete and all(now - progress.beaten > self._stall for progress in ranks.values()):
-            culprit, seen = min(ranks.items(), key=lambda item: (item[1].waits, item[1].beaten))
+        if is_complete and all(now - status.beaten > self._stall for status in ranks.values()):
+            at_fault, seen = min(ranks.items(), key=lambda item: (item[1].waits, item[1].beaten))
             raise RunError(
-                f"{self._names[culprit]} has not got on for {now - seen.beaten:.0f} s since: {seen.where}. It is at "
+                f"{self._names[at_fault]} has not got on for {now - seen.beaten:.0f} s since: {seen.where}. It is at "
                 f"{seen.line}, and the others wait. Raise --ranks.stall_seconds if it may take so long."
             )
 
     def _report(self, now: float) -> None:
         if self._world.rank != 0:  # the chief answers what it hears
-            beaten, *rest = self._own_progress()
+            beaten, *rest = self._own_status()
             for chief in self._peers:
-                chief.send(age=now - beaten, progress=rest)
+                chief.send(age=now - beaten, status=rest)
 
-    def _own_progress(self) -> Progress:
+    def _own_status(self) -> Status:
         beaten, where = self._beat
         frame = sys._current_frames().get(self._main_thread)
         # Those generated are TensorFlow's wrappers of operations.
         while frame and (frame.f_code.co_filename.startswith("<") or frame.f_globals.get("__name__") in WAITS_BY):
             frame = frame.f_back
         if not frame:
-            return Progress(beaten, where[:200], "its end", waits=False)
+            return Status(beaten, where[:200], "its end", waits=False)
         line = f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno} in {frame.f_code.co_name}"
         waits = f"{frame.f_globals.get('__name__')}.{frame.f_code.co_name}.".startswith(WAITS_IN)
-        return Progress(beaten, where[:200], line[:200], waits)
+        return Status(beaten, where[:200], line[:200], waits)
 
     def _hear(self, peer: Peer) -> None:
         messages = peer.receive()
@@ -232,28 +232,28 @@ class Watchdog:
                 f"{name} is gone: its connection closed without a goodbye. Unless it said why, it was killed."
             )
         for message in messages:
-            if peer.rank == STRANGER:
+            if peer.rank == UNKNOWN_RANK:
                 if not isinstance(message, dict) or message.get("token") != self._token:
                     return self._drop(peer)
                 peer.rank = int(message["rank"])
                 peer.send(welcome=True)
-            elif "abort" in message:  # its sender names the culprit
+            elif "abort" in message:  # its sender says why
                 _exit_later()
                 return self._drop(peer)
             elif "goodbye" in message:
                 if self._world.rank == 0:
-                    self._progress[peer.rank] = Progress(peer.heard, "its goodbye", "its end", waits=False)
+                    self._statuses[peer.rank] = Status(peer.heard, "its goodbye", "its end", waits=False)
                 if not self._leaves:
                     peer.send(goodbye=True)
                 return self._drop(peer)
             elif self._world.rank == 0:
                 peer.is_watched = True
-                self._progress[peer.rank] = Progress(peer.heard - message["age"], *message["progress"])
+                self._statuses[peer.rank] = Status(peer.heard - message["age"], *message["status"])
                 peer.send(heard=True)
 
     def _accept(self, listener: socket.socket) -> None:
         with contextlib.suppress(OSError):  # it has hung up again
-            self._add(Peer(listener.accept()[0], rank=STRANGER))
+            self._add(Peer(listener.accept()[0], rank=UNKNOWN_RANK))
 
     def _leave(self, bell: socket.socket) -> None:
         bell.recv(64)
@@ -263,7 +263,7 @@ class Watchdog:
 
 
 class NullWatchdog:
-    """Of a process alone: nobody waits for it."""
+    """The watchdog of a process alone, or one that is turned off: does nothing."""
 
     def beat(self, where: str) -> None:
         pass
@@ -279,7 +279,7 @@ class NullWatchdog:
 
 
 def open_watchdog(world: World, silence_seconds: float | None, stall_seconds: float) -> Watchdog | NullWatchdog:
-    """The watchdog of this rank; with a `silence_seconds` of None it watches nobody. A collective."""
+    """The watchdog of this rank; `silence_seconds` None turns it off. A collective."""
     if world.size == 1 or silence_seconds is None:
         return NullWatchdog()
     return Watchdog(world, silence_seconds, stall_seconds)
@@ -299,7 +299,7 @@ def _addresses() -> list[str]:
 
 
 def _reach(addresses: list[str], port: int, hello: dict[str, Any]) -> socket.socket | None:
-    """A connection to the chief, at whichever address it answers as such."""
+    """A connection to the chief, at the first of the addresses where it answers; None if it does at none."""
     deadline = monotonic() + CONNECT_SECONDS
     while True:
         for address in addresses:

@@ -1,4 +1,4 @@
-"""The only room that talks: what ranks say to each other, through Horovod and MPI, or nothing when a process is alone."""
+"""Collectives among ranks by Horovod and MPI, or their identities in a process alone. No other module calls either library."""
 
 import functools
 import importlib.util
@@ -7,7 +7,7 @@ import socket
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, NoReturn, Protocol
@@ -15,13 +15,13 @@ from typing import Any, NoReturn, Protocol
 import numpy as np
 
 from hvd_dqn.errors import InputError, RunError
-from hvd_dqn.ranks.placement import FUSED_FLOATS, check_restart, pin_gpu
+from hvd_dqn.ranks.placement import FUSED_FLOATS, pin_gpu
 
 
 class World(Protocol):
     """All ranks of a job, as one of them sees them.
 
-    `broadcast`, `average`, `sum`, `max`, `any`, `gather`, `barrier` and `raw_sum` are collectives: all ranks call one or none.
+    `broadcast`, `average`, `sum`, `max`, `any`, `gather` and `barrier` are collectives: all ranks call one or none.
     """
 
     rank: int
@@ -30,7 +30,7 @@ class World(Protocol):
     local_size: int
     hostname: str
     elastic: bool  # the ranks may become fewer or more while the job runs
-    changed: bool  # and this one has heard that they will
+    changed: bool  # this rank was told that they will
 
     def wrap(self, optimizer: Any, compression: str) -> Any:
         """A Keras optimizer whose `compute_gradients` averages over ranks. Wrap before `build`."""
@@ -58,14 +58,10 @@ class World(Protocol):
 
     def barrier(self) -> None: ...
 
-    def raw_sum(self) -> AbstractContextManager[Callable[[np.ndarray], None] | None]:
-        """While it is open Horovod rests, and there is MPI's own sum over ranks, in place; None where MPI is not in charge."""
-        ...
-
     def timeline(self, path: Path) -> AbstractContextManager[None]:
-        """While it is open, Horovod writes each of its collectives to `path`, on the chief, as chrome://tracing reads it.
+        """While it is open, Horovod writes its collectives to `path` on the chief, in the format of chrome://tracing.
 
-        No collective. HOROVOD_TIMELINE must have been DYNAMIC before the world was made.
+        Not a collective. HOROVOD_TIMELINE must have been DYNAMIC before the world was made.
         """
         ...
 
@@ -89,7 +85,7 @@ class Solo:
     elastic = changed = False
 
     def __init__(self, rank: int = 0) -> None:
-        self.rank = rank  # of many that each work alone
+        self.rank = rank  # above 0 in an elastic job that has not connected its ranks yet
         self.hostname = socket.gethostname()
 
     def wrap(self, optimizer: Any, compression: str) -> Any:
@@ -116,11 +112,8 @@ class Solo:
     def barrier(self) -> None:
         pass
 
-    def raw_sum(self) -> AbstractContextManager[None]:
-        return nullcontext()
-
     def timeline(self, path: Path) -> AbstractContextManager[None]:
-        return nullcontext()  # there is nobody to talk to
+        return nullcontext()
 
     def describe(self) -> dict[str, Any]:
         return _horovod_build()
@@ -158,13 +151,13 @@ class HorovodWorld:
             self._comm = MPI.COMM_WORLD
             # Horovod: joining mpi4py's communicator makes the two one job by construction.
             hvd.init(comm=self._comm)
-        self._ask_places()
+        self._read_ranks()
         self.hostname = socket.gethostname()
         if self._comm is not None:
             self._check_mpi()
         self._abort_on_uncaught_exceptions()
 
-    def _ask_places(self) -> None:
+    def _read_ranks(self) -> None:
         hvd = self._hvd
         self.rank, self.size = hvd.rank(), hvd.size()
         self.local_rank, self.local_size = hvd.local_rank(), hvd.local_size()
@@ -250,20 +243,6 @@ class HorovodWorld:
 
     def barrier(self) -> None:
         self.sum(np.zeros(1))  # horovod.tensorflow has no barrier of its own
-
-    @contextmanager
-    def raw_sum(self) -> Iterator[Callable[[np.ndarray], None] | None]:
-        if self._comm is None:
-            yield None
-            return
-        from mpi4py import MPI
-
-        check_restart(self.any)
-        # Horovod: its thread looks for work all the time, and a rank that waits for MPI yields its core to it.
-        self._hvd.shutdown()
-        yield lambda values: self._comm.Allreduce(MPI.IN_PLACE, values)
-        # Not where this rank failed: it would wait here for others, which wait for it.
-        self._hvd.init(comm=self._comm)
 
     @contextmanager
     def timeline(self, path: Path) -> Iterator[None]:

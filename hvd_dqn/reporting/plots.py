@@ -1,4 +1,4 @@
-"""Pictures of learning: the return over total steps and over wall time, from the files of run directories."""
+"""Plots learning curves from run directories: the return over total steps and over wall time."""
 
 import json
 from collections.abc import Sequence
@@ -52,7 +52,7 @@ class RunCurve:
 
 
 @dataclass(frozen=True)
-class Group:
+class SeedGroup:
     """Runs that differ in nothing but their seed, drawn in one colour."""
 
     label: str
@@ -108,12 +108,13 @@ def _select(curve: Curve, chosen: np.ndarray) -> Curve:
 
 
 def learning_curves(runs: Sequence[RunCurve], path: Path) -> None:
-    """Return over total steps (left) and wall time (right): one colour per run, or per number of ranks and the like
-    where runs differ in it; runs that differ in the seed only become their mean with a band from lowest to highest.
+    """Plots the return over total steps (left) and over wall time (right), in one colour per group of runs.
+
+    Runs that differ in their seed only are one group, shown as the mean with a band from the lowest to the highest.
     """
     if not runs:
         raise InputError("Nothing to plot. Expected: at least one run directory.")
-    groups = group(runs)
+    groups = group_by_seed(runs)
     figure = Figure(figsize=(9, 3.9), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True)
     seconds = max((x for run in runs for x in (*run.training.seconds[-1:], *run.evaluations.seconds[-1:])), default=0.0)
@@ -138,8 +139,8 @@ def learning_curves(runs: Sequence[RunCurve], path: Path) -> None:
         raise InputError(f"Cannot write the picture {path}: {error}") from None
 
 
-def group(runs: Sequence[RunCurve]) -> list[Group]:
-    """Puts runs together that differ in their seed only, each group labelled by what tells it from the others."""
+def group_by_seed(runs: Sequence[RunCurve]) -> list[SeedGroup]:
+    """Groups the runs that differ in their seed only. A group's label is what distinguishes it from the others."""
 
     def key(run: RunCurve) -> tuple[Any, ...]:
         return run.env, run.preset or "", run.size, run.scaling or "", run.target_return is None or run.target_return
@@ -148,8 +149,8 @@ def group(runs: Sequence[RunCurve]) -> list[Group]:
     for run in sorted(runs, key=key):
         members.setdefault(key(run), []).append(run)
     if any(len({run.seed for run in same}) < len(same) for same in members.values()):
-        # Two runs with one seed differ in a setting that is not known here: only their names tell them apart.
-        return [Group(run.name, PALETTE[i % len(PALETTE)], [run]) for i, run in enumerate(runs)]
+        # Two runs with one seed differ in a setting that run.json does not hold: only their names distinguish them.
+        return [SeedGroup(run.name, PALETTE[i % len(PALETTE)], [run]) for i, run in enumerate(runs)]
     groups = []
     for i, same in enumerate(members.values()):
         parts = [_differing(runs, same[0], "env"), _differing(runs, same[0], "preset")]
@@ -159,7 +160,7 @@ def group(runs: Sequence[RunCurve]) -> list[Group]:
         label = ", ".join(part for part in parts if part) or (same[0].name if len(members) > 1 else "")
         if len(same) > 1:
             label = f"{label} ({len(same)} seeds)" if label else f"mean of {len(same)} seeds"
-        groups.append(Group(label, PALETTE[i % len(PALETTE)], same))
+        groups.append(SeedGroup(label, PALETTE[i % len(PALETTE)], same))
     return groups
 
 
@@ -180,7 +181,7 @@ def _style(axes: Axes) -> None:
     axes.xaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
 
 
-def _draw(axes: Axes, one: Group, x: str, scale: float, bands_over_seeds: bool) -> None:
+def _draw(axes: Axes, one: SeedGroup, x: str, scale: float, bands_over_seeds: bool) -> None:
     for run in one.runs:
         marker = "." if len(run.training.mean) == 1 else ""  # a line through one point would not be seen
         axes.plot(getattr(run.training, x) / scale, run.training.mean, color=one.color, marker=marker, **TRAINING)
@@ -209,7 +210,7 @@ def over_seeds(curves: Sequence[Curve]) -> Curve:
     return Curve(steps, seconds.mean(axis=0), means.mean(axis=0), means.min(axis=0), means.max(axis=0))
 
 
-def _add_legend(figure: Figure, groups: Sequence[Group]) -> None:
+def _add_legend(figure: Figure, groups: Sequence[SeedGroup]) -> None:
     """A line per group, below them what the kinds of line mean."""
     several = any(len(one.runs) > 1 for one in groups)
     colors: list[Any] = [Line2D([], [], color=one.color, linewidth=3.5, label=one.label) for one in groups if one.label]

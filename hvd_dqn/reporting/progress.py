@@ -1,4 +1,4 @@
-"""What a person sees of a run: a live display where the stream is a terminal, else one aligned line per report."""
+"""Shows the progress of a run: a live display on a terminal, else one aligned line per report."""
 
 import contextlib
 import errno
@@ -51,7 +51,7 @@ def open_stream() -> TextIO:
 
 
 def short(value: float) -> str:
-    """To compare at a glance: 0.0123, 487.5, 9,500 (of a count), 12.3k, -1.5M; `-` where there is none."""
+    """A number in a few characters: 0.0123, 487.5, 9,500 (of a count), 12.3k, -1.5M; `-` where there is none."""
     if not math.isfinite(value):
         return "-" if math.isnan(value) else str(value)
     if abs(value) < 10:
@@ -74,7 +74,7 @@ def clock(seconds: float) -> str:
 
 
 class Progress:
-    """The chief's. A stream that breaks (a closed terminal, a reader that left) silences it and never stops the run."""
+    """Shows a run on the chief. If the stream breaks (the terminal is closed), the run goes on without it."""
 
     def __init__(self, total_steps: int, stream: TextIO) -> None:
         self._total_steps = total_steps
@@ -82,7 +82,7 @@ class Progress:
         self._broken = False
         self._recent: deque[tuple[float, float]] = deque(maxlen=RATE_REPORTS)  # (total steps, seconds)
         live = stream.isatty() and os.environ.get("TERM") not in ("dumb", "unknown")
-        self._display: _Live | _Lines = _Live(stream) if live else _Lines(stream)
+        self._display: _LiveDisplay | _LogDisplay = _LiveDisplay(stream) if live else _LogDisplay(stream)
 
     def plan(self, rows: dict[str, str]) -> None:
         """What the settings amount to, by name."""
@@ -124,18 +124,18 @@ class Progress:
             self._broken = True
             self._display.give_up()
             if isinstance(error, OSError) and error.errno in (errno.EPIPE, errno.EIO):
-                self._divert()
+                self._redirect_to_null()
 
-    def _divert(self) -> None:
-        """Leads a dead stream into nothing: Python would flush what is left in it at exit, and fail."""
+    def _redirect_to_null(self) -> None:
+        """Redirects the broken stream to /dev/null: else Python would fail to flush it at exit."""
         with contextlib.suppress(OSError, ValueError):
             nothing = os.open(os.devnull, os.O_WRONLY)
             os.dup2(nothing, self._stream.fileno())
             os.close(nothing)
 
 
-class _Lines:
-    """Lines for a log file."""
+class _LogDisplay:
+    """One line per report, for a log file."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
@@ -173,13 +173,13 @@ class _Console(Console):
         raise  # rich would end the whole program here
 
 
-class _Live:
+class _LiveDisplay:
     """Three lines at the foot of a terminal, redrawn in place; everything else scrolls by above them."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
         self._console = _Console(file=stream, force_terminal=True, highlight=False, markup=False, emoji=False)
-        # Without a thread that redraws: it could break on its own. What others write to stderr goes above the display.
+        # Without a thread that redraws, since that could fail by itself. What others write to stderr appears above.
         self._live = Live(
             console=self._console, auto_refresh=False, redirect_stdout=False, redirect_stderr=stream is sys.stderr
         )
@@ -217,7 +217,7 @@ class _Live:
 
     def give_up(self) -> None:
         self._console.quiet = True
-        # To give sys.stderr back. A display that broke while it started fails to stop, too: rich pops an empty list.
+        # Gives sys.stderr back. A display that broke while it started also fails to stop: rich pops an empty list.
         with contextlib.suppress(Exception):
             self._live.stop()
 

@@ -1,4 +1,4 @@
-"""What a person gets from a run: its files, the display while it goes on, and the closing line."""
+"""Connects a run to what a person sees of it: its files, the display, and the closing line."""
 
 import contextlib
 from types import TracebackType
@@ -6,7 +6,7 @@ from types import TracebackType
 from hvd_dqn.errors import InputError, tell
 from hvd_dqn.reporting.plots import plot
 from hvd_dqn.reporting.progress import Progress, open_stream
-from hvd_dqn.reporting.writers import CsvWriter, TensorBoardWriter, Writer, Writers
+from hvd_dqn.reporting.writers import CsvWriter, TensorBoardWriter, Writers
 from hvd_dqn.storage.checkpoint import Snapshot
 from hvd_dqn.storage.run_directory import Run, differing, now
 from hvd_dqn.training.evaluation import COLUMNS as EVALUATION_COLUMNS
@@ -14,14 +14,14 @@ from hvd_dqn.training.ledger import COLUMNS, Ledger, Row
 from hvd_dqn.training.trainer import Record, Trainer
 
 
-class Session:
-    """Takes the records of a run on the chief. Used as a context, so that run.json says how the run ended."""
+class ChiefSession:
+    """Writes and shows the records of a run. As a context it notes in run.json how the run ended."""
 
-    def __init__(self, run: Run, trainer: Trainer, reports: Writer, evaluations: Writer, display: Progress) -> None:
+    def __init__(self, run: Run, trainer: Trainer, reports: Writers, evaluations: Writers, display: Progress) -> None:
         self._run, self._trainer = run, trainer
         self._reports, self._evaluations, self._display = reports, evaluations, display
 
-    def __enter__(self) -> "Session":
+    def __enter__(self) -> "ChiefSession":
         return self
 
     def show(self, record: Record) -> None:
@@ -74,7 +74,7 @@ class Session:
     ) -> None:
         if kind is None:
             self.close()
-        else:  # nothing may take the place of what ended the run
+        else:  # no error in here may replace the one that ended the run
             with contextlib.suppress(OSError):
                 self.close()
             with contextlib.suppress(InputError, OSError):
@@ -82,30 +82,30 @@ class Session:
 
 
 def where_the_time_went(ledger: Ledger) -> str:
-    """The parts of this rank's time, the largest first. Averaging apart, waiting is part of what was waited in."""
+    """The parts of this rank's time, the largest first. Only the wait before averaging is a part of its own (idle)."""
     spent = ledger.spent | {"rest": ledger.seconds - sum(ledger.spent.values())}
     parts = sorted(spent.items(), key=lambda part: -part[1])
     return "time: " + ", ".join(f"{100 * seconds / ledger.seconds:.0f} % {name}" for name, seconds in parts)
 
 
-class NullSession(Session):
-    """The session of the ranks that are not the chief."""
+class NullSession:
+    """The session of ranks other than the chief: shows and writes nothing."""
 
-    def __init__(self) -> None:
-        pass
+    def __enter__(self) -> "NullSession":
+        return self
 
     def show(self, record: Record) -> None:
-        pass
-
-    def close(self) -> None:
         pass
 
     def __exit__(self, *_: object) -> None:
         pass
 
 
+Session = ChiefSession | NullSession
+
+
 def open_session(run: Run, name: str, trainer: Trainer, snapshot: Snapshot | None, again: bool = False) -> Session:
-    """Makes or continues the run directory, or makes it `again`. Raises InputError where that cannot be done."""
+    """Creates the run directory or continues it; `again` creates one anew that a start left behind. Raises InputError."""
     if trainer.world.rank != 0:
         return NullSession()
     config, world = trainer.config, trainer.world
@@ -115,8 +115,6 @@ def open_session(run: Run, name: str, trainer: Trainer, snapshot: Snapshot | Non
         "seed": config.seed,
         "size": world.size,
         "scaling": config.ranks.scaling,
-    }
-    about |= {
         "target_return": config.evaluation.target_return,
         "host": world.hostname,
         "plan": trainer.agent.describe(),
@@ -126,26 +124,18 @@ def open_session(run: Run, name: str, trainer: Trainer, snapshot: Snapshot | Non
         run.create(config, about, again)
     else:
         reported = snapshot.total_steps
-        # An evaluation that was broken off is made again.
+        # An interrupted evaluation is repeated.
         evaluated = reported - bool(snapshot.state.get("evaluation_due"))
         changed = differing(run.config(), config)
         run.resume(config, about, reported)
-    path = run.path
-    reports = Writers(
-        [
-            CsvWriter(path / "metrics.csv", COLUMNS, reported),
-            TensorBoardWriter(path / "tensorboard/training"),
-        ]
-    )
+    board = run.path / "tensorboard"
+    reports = Writers(CsvWriter(run.path / "metrics.csv", COLUMNS, reported), TensorBoardWriter(board / "training"))
     evaluations = Writers(
-        [
-            CsvWriter(path / "evaluations.csv", EVALUATION_COLUMNS, evaluated),
-            TensorBoardWriter(path / "tensorboard/evaluation"),
-        ]
+        CsvWriter(run.path / "evaluations.csv", EVALUATION_COLUMNS, evaluated), TensorBoardWriter(board / "evaluation")
     )
     display = Progress(config.total_steps, open_stream())
     display.plan(trainer.agent.describe())
     if snapshot is not None:
         where = snapshot.path if snapshot.path.name else "the memory of the ranks that are left"
         display.message(f"Going on from {where}." + (f" Changed settings: {', '.join(changed)}." if changed else ""))
-    return Session(run, trainer, reports, evaluations, display)
+    return ChiefSession(run, trainer, reports, evaluations, display)

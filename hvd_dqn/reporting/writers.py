@@ -3,7 +3,7 @@
 import csv
 import math
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from time import time
 from typing import Protocol
@@ -22,8 +22,8 @@ class Writer(Protocol):
 class Writers:
     """Several writers as one."""
 
-    def __init__(self, writers: Iterable[Writer]) -> None:
-        self._writers = tuple(writers)
+    def __init__(self, *writers: Writer) -> None:
+        self._writers = writers
 
     def write(self, row: Row) -> None:
         for writer in self._writers:
@@ -37,15 +37,15 @@ class Writers:
 class CsvWriter:
     """A line per row, in the file as soon as it is written; NaN is an empty cell.
 
-    With `append_after` a file that exists is continued after that many total steps, the rows beyond them being dropped:
-    the resumed run makes them again. Without it the file begins anew.
+    With `append_after` an existing file is continued after that many total steps. Later rows are dropped: the resumed run
+    writes them again. Without it the file begins anew.
     """
 
     def __init__(self, path: Path, columns: Sequence[str] = COLUMNS, append_after: int | None = None) -> None:
         self._columns = tuple(columns)
         header = ",".join(columns) + "\n"
         kept = [] if append_after is None else _rows_until(path, header, append_after)
-        # Renamed into place, so that a crash in here loses no row that the checkpoint stands behind.
+        # Renamed into place, so that a crash in here loses no row from before the checkpoint.
         temporary = path.with_name(path.name + ".tmp")
         self._file = temporary.open("w", encoding="utf-8", newline="\n")
         self._file.writelines([header, *kept])

@@ -1,5 +1,6 @@
-"""Arrays in files: .npz archives without pickle, written in one pass and read row by row, and files that appear whole."""
+"""Writes files atomically, and arrays as .npz archives without pickle, which are read row by row."""
 
+import contextlib
 import hashlib
 import io
 import os
@@ -14,7 +15,7 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 
 CHUNK = 1 << 24  # bytes read at once
-# What reading files that were tampered with raises: NumPy, zipfile and json have no common error.
+# What reading a damaged file can raise: NumPy, zipfile and json have no common error.
 UNREADABLE = (
     OSError, EOFError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RuntimeError, MemoryError,
     SyntaxError, zipfile.BadZipFile, zipfile.LargeZipFile, zlib.error, struct.error, TokenError,
@@ -22,14 +23,14 @@ UNREADABLE = (
 
 
 class Entry(NamedTuple):
-    """What a file must be like to be believed."""
+    """Size and checksum of a file, as a manifest names them."""
 
     bytes: int
     sha256: str
 
 
-class _Measured(io.RawIOBase):
-    """A file that can only be appended to, so that its checksum is known when its last byte is written."""
+class _HashingFile(io.RawIOBase):
+    """A file that is only appended to, and whose checksum is computed meanwhile."""
 
     def __init__(self, file: BinaryIO) -> None:
         self._file, self._sha, self._bytes = file, hashlib.sha256(), 0
@@ -48,16 +49,16 @@ class _Measured(io.RawIOBase):
 
 
 def write(path: Path, content: bytes) -> Entry:
-    """Makes the file appear whole or not at all: temporary name, fsync, rename, fsync of the directory."""
-    with _appearing(path) as file:
+    """Writes the file atomically: temporary name, fsync, rename, fsync of the directory."""
+    with _replacing(path) as file:
         file.write(content)
     return Entry(len(content), hashlib.sha256(content).hexdigest())
 
 
 def write_arrays(path: Path, arrays: Mapping[str, np.ndarray], compress: bool = False) -> Entry:
-    """Writes an .npz archive as `write` does, each array in pieces: no second copy is made of any."""
-    with _appearing(path) as file:
-        measured = _Measured(file)
+    """Writes an .npz archive as `write` does, each array in pieces, so that none is copied in memory."""
+    with _replacing(path) as file:
+        measured = _HashingFile(file)
         kind = zipfile.ZIP_DEFLATED if compress else zipfile.ZIP_STORED
         with zipfile.ZipFile(measured, "w", kind, allowZip64=True, compresslevel=1) as archive:
             for name, array in arrays.items():
@@ -66,27 +67,20 @@ def write_arrays(path: Path, arrays: Mapping[str, np.ndarray], compress: bool = 
     return measured.entry()
 
 
-class _appearing:  # read as a verb: with _appearing(path) as file
-    """A file under a temporary name that gets its own when the block ends well, and vanishes when it does not."""
-
-    def __init__(self, path: Path) -> None:
-        self._path, self._temporary = path, path.with_name(path.name + ".tmp")
-
-    def __enter__(self) -> BinaryIO:
-        self._file = self._temporary.open("wb")
-        return self._file
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        try:
-            with self._file:
-                if kind is None:
-                    self._file.flush()
-                    os.fsync(self._file.fileno())
-            if kind is None:
-                self._temporary.rename(self._path)
-                sync_directory(self._path.parent)
-        finally:
-            self._temporary.unlink(missing_ok=True)
+@contextlib.contextmanager
+def _replacing(path: Path) -> Iterator[BinaryIO]:
+    """Opens a temporary file that takes the place of `path` if the block succeeds, and vanishes if it does not."""
+    temporary = path.with_name(path.name + ".tmp")
+    file = temporary.open("wb")
+    try:
+        with file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.rename(path)
+        sync_directory(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def sync_directory(path: Path) -> None:
@@ -97,8 +91,8 @@ def sync_directory(path: Path) -> None:
         os.close(directory)
 
 
-def measure(path: Path) -> Entry:
-    """The size and checksum of a file that lies on disk."""
+def entry_of(path: Path) -> Entry:
+    """Size and checksum of a file on disk."""
     sha, size = hashlib.sha256(), 0
     with path.open("rb") as file:
         while chunk := file.read(CHUNK):
@@ -108,34 +102,37 @@ def measure(path: Path) -> Entry:
 
 
 class Rows:
-    """One array of an archive, read when it is iterated: along its first axis, one row at a time."""
+    """One array of an archive, which is read from disk when it is iterated, one row of its first axis at a time."""
 
     def __init__(self, path: Path, name: str) -> None:
         self._path, self._name = path, name
-        with zipfile.ZipFile(path) as archive, archive.open(f"{name}.npy") as member:
-            self.shape, self.dtype = _header(member)
+        with self._open() as (_, self.shape, self.dtype):
+            pass
+
+    @contextlib.contextmanager
+    def _open(self) -> Iterator[tuple[Any, tuple[int, ...], np.dtype]]:
+        with zipfile.ZipFile(self._path) as archive, archive.open(f"{self._name}.npy") as member:
+            yield (member, *_header(member))
 
     def __len__(self) -> int:
         return self.shape[0]
 
     def __iter__(self) -> Iterator[np.ndarray]:
-        with zipfile.ZipFile(self._path) as archive, archive.open(f"{self._name}.npy") as member:
-            shape, dtype = _header(member)
+        with self._open() as (member, shape, dtype):
             for _ in range(shape[0]):
                 row = np.empty(shape[1:], dtype)
                 _fill(member, row)
                 yield row
 
     def read(self) -> np.ndarray:
-        with zipfile.ZipFile(self._path) as archive, archive.open(f"{self._name}.npy") as member:
-            shape, dtype = _header(member)
+        with self._open() as (member, shape, dtype):
             array = np.empty(shape, dtype)
             _fill(member, array)
             return array
 
 
 def read_arrays(path: Path) -> dict[str, Rows]:
-    """The arrays of an archive by name. Reading one raises one of UNREADABLE where the archive is damaged."""
+    """The arrays of an archive by name. Reading one raises one of UNREADABLE if the archive is damaged."""
     with zipfile.ZipFile(path) as archive:
         names = archive.namelist()
     return {name.removesuffix(".npy"): Rows(path, name.removesuffix(".npy")) for name in names}
@@ -150,7 +147,7 @@ def _header(member: Any) -> tuple[tuple[int, ...], np.dtype]:
     if dtype.hasobject:
         raise ValueError("an array of Python objects, which would need pickle")
     if fortran:
-        raise ValueError("an array in Fortran's order, which write_arrays does not write")
+        raise ValueError("an array in Fortran order, which write_arrays does not write")
     if any(length < 0 for length in shape):
         raise ValueError(f"an array of shape {shape}")
     return shape, dtype

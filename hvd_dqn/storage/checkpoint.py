@@ -1,4 +1,4 @@
-"""Saves and finds checkpoints: one exists when its manifest does."""
+"""Saves and finds checkpoints. A checkpoint exists when its manifest does."""
 
 import contextlib
 import json
@@ -12,7 +12,7 @@ import numpy as np
 
 from hvd_dqn.errors import JobError
 from hvd_dqn.ranks.world import World
-from hvd_dqn.storage.arrays import UNREADABLE, Entry, Rows, measure, read_arrays, sync_directory, write, write_arrays
+from hvd_dqn.storage.arrays import UNREADABLE, Entry, Rows, entry_of, read_arrays, sync_directory, write, write_arrays
 
 T = TypeVar("T")
 MANIFEST, MODEL, STATE = "MANIFEST.json", "model.npz", "state.json"
@@ -23,7 +23,7 @@ class Damaged(Exception):
 
 
 class Snapshot(NamedTuple):
-    """A checkpoint: what all ranks share in memory, and where each rank's own part lies."""
+    """A checkpoint: what all ranks share, in memory, and where each rank's own part lies on disk."""
 
     path: Path
     total_steps: int
@@ -34,7 +34,7 @@ class Snapshot(NamedTuple):
     files: dict[str, Entry]
 
     def part(self, rank: int) -> dict[str, Any]:
-        """What this rank saved: a tree with `Rows` for arrays, which are read when they are asked for. Raises Damaged."""
+        """What this rank saved: a tree with `Rows` for arrays, which are read later. Raises Damaged."""
         try:
             tree = json.loads((self.path / rank_file(rank)).read_text())
             for name, rows in read_arrays(self.path / replay_file(rank, self.ranks)).items():
@@ -53,7 +53,7 @@ class Snapshot(NamedTuple):
 
 
 class Saved(NamedTuple):
-    """What writing a checkpoint cost."""
+    """Size of a checkpoint, and the time that it took to write it."""
 
     bytes: int
     seconds: float
@@ -99,9 +99,9 @@ def load(path: Path) -> Snapshot:
 
 
 def verify(file: Path, expected: Entry) -> None:
-    """Raises Damaged where the file is not the one that was written."""
+    """Raises Damaged unless the file has the size and the checksum of its manifest."""
     try:
-        found = measure(file)
+        found = entry_of(file)
     except OSError as error:
         raise Damaged(f"{file.name} cannot be read ({error.strerror})") from None
     if found.bytes != expected.bytes:
@@ -174,7 +174,7 @@ class Checkpoints:
         return Saved(sum(entry.bytes for entry in files.values()), time.perf_counter() - began)
 
     def _together(self, target: Path, action: Callable[[], T]) -> list[T]:
-        """Does `action` on every rank. Where the file system refuses one of them, all give the checkpoint up."""
+        """Does `action` on every rank. If one of them cannot write, all give the checkpoint up."""
         result, complaint = None, None
         try:
             result = action()
@@ -193,9 +193,8 @@ class Checkpoints:
 
     def _prepare(self, target: Path) -> None:
         target.mkdir(parents=True, exist_ok=True)
-        for old in target.iterdir():  # of a run that went on from an earlier checkpoint than this
-            if old.name == MANIFEST:
-                old.unlink()
+        # Files of a run that was resumed from an earlier checkpoint: first the manifest, so that none is left half removed.
+        (target / MANIFEST).unlink(missing_ok=True)
         for old in target.iterdir():
             old.unlink()
         sync_directory(target.parent)
@@ -267,7 +266,7 @@ class Checkpoints:
 
 
 def _is_resumable(path: Path) -> bool:
-    """A manifest that cannot be read counts as one: whoever loads it says what is wrong."""
+    """Whether a run can go on from it. True if the manifest cannot be read: `load` then says what is wrong."""
     try:
         return bool(json.loads((path / MANIFEST).read_text())["resumable"])
     except UNREADABLE:

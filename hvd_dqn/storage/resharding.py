@@ -1,15 +1,15 @@
-"""Deals the replays that N ranks saved out to the rings of M ranks: nothing lost, evenly, the oldest first.
+"""Redistributes the replays that N ranks saved to the rings of M ranks: evenly, the oldest first, losing nothing.
 
-Every rank computes the same `deal` from the kinds and ages of all old replays, then collects its own rings with
-`gather_state` by reading the old replays one after another. In a dealt ring
+Every rank computes the same `deal` from the kinds and ages of all old replays. Then it collects its own rings with
+`gather_state`, which reads the old replays one after another. In a new ring
 
-  - every transition that had all frames of its stack in the old ring may be sampled, with the same stack. One that had
-    lost some of them (the oldest few of a ring that has wrapped) could not be sampled before, and is now context only;
-  - every episode has ended. The one under way ends as truncated at its newest observation, since the environments begin
-    anew: its newest n - 1 transitions, which waited for their windows, can be sampled at once;
-  - an episode that was cut is two: the first part ends as truncated, with the observation at the cut as its last one;
-    the second part begins with the frame_stack - 1 observations before the cut, of kind NOTHING, which serve its stacks.
-    The n - 1 windows across a cut become shorter and bootstrap from the cut with gamma**m, as at any truncation;
+  - every transition whose stack was complete in the old ring can be sampled, with the same stack. The others (the oldest
+    few of a ring that has wrapped) could not be sampled before, and are now context only;
+  - every episode has ended. An episode under way is truncated at its newest observation, since the environments begin
+    anew. So its newest n - 1 transitions, whose windows were incomplete, can be sampled at once;
+  - an episode that was cut becomes two. The first part is truncated, and the observation at the cut is its last one. The
+    second part begins with the frame_stack - 1 observations before the cut, of kind NOTHING, for its stacks. The n - 1
+    windows across a cut become shorter and bootstrap from the cut with gamma**m, as at any truncation;
   - ages are counted from a piece's first slot, so that no stack ever reaches into the piece before it.
 """
 
@@ -22,10 +22,10 @@ import numpy as np
 
 from hvd_dqn.agent.replay import GOES_ON, NOTHING, TRUNCATED
 
-# An episode longer than a quarter of a ring's share is cut even where the rings would fill evenly without: an endless
-# one would leave some rings with old transitions only, which are overwritten together, and others with new ones only.
+# An episode longer than a quarter of a ring's share is cut, even if the rings would fill evenly without. Otherwise an endless
+# episode would give some rings only old transitions, which are overwritten together, and others only new ones.
 PARTS = 4
-# An episode that takes a smaller part of a ring than this is never cut, for what little it would even out.
+# An episode that takes a smaller part of a ring than this is never cut: it would even out too little.
 SHORT = 1 / 100
 # Slots copied at once: 4,096 * 84 * 84 B = 29 MB of Atari frames in passing.
 CHUNK = 4096
@@ -51,9 +51,9 @@ PIECE = np.dtype(
 class Deal(NamedTuple):
     """For every new ring the pieces to lay in it."""
 
-    slots: int  # that the new rings must have, the head included: the planned number, or more where that is needed
-    transitions: int  # in all old replays together, without those whose stack had lost a frame
-    dropped: int  # of these, the oldest, for which `limit` left no room
+    slots: int  # per new ring, the head included: the planned number, or more if needed
+    transitions: int  # in all old replays together, without those with incomplete stacks
+    dropped: int  # the oldest of these, for which `limit` left no room
     cuts: int
     heads: np.ndarray  # [R] slots filled in each new ring
     counts: np.ndarray  # [R] transitions in each new ring; all of them can be sampled at once
@@ -63,7 +63,7 @@ class Deal(NamedTuple):
     def describe(self, ranks: int) -> str:
         """One sentence for the log; each of the `ranks` has an equal number of the rings."""
         counts = self.counts.reshape(ranks, -1).sum(axis=1)
-        # More than eight numbers nobody reads.
+        # Nobody reads more than eight numbers.
         shares = ", ".join(f"{n:,}" for n in counts) if ranks <= 8 else f"{counts.min():,} to {counts.max():,} each"
         return (
             f"{self.transitions:,} transitions of {self.ranks} rank{'s' * (self.ranks != 1)} dealt out to {ranks}: {shares}; "

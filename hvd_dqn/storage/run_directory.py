@@ -1,4 +1,4 @@
-"""The run directory: what a run leaves behind, and how a later command finds its way in it."""
+"""Writes and reads a run directory: the settings of a run and what is known about it."""
 
 import contextlib
 import datetime
@@ -21,7 +21,7 @@ PACKAGES = ("hvd_dqn", "tensorflow", "tensorflow-cpu", "keras", "horovod", "mpi4
 
 
 class Run:
-    """The directory of one run. Its files: config.yaml (the resolved settings) and run.json (all about the job)."""
+    """The directory of one run, with config.yaml (its settings) and run.json (facts about the job)."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -31,7 +31,7 @@ class Run:
         return (self.path / "run.json").exists()
 
     def create(self, config: Config, about: dict[str, Any], again: bool = False) -> None:
-        """Makes the directory. Raises InputError where it holds a run, unless it is made `again`, or cannot be written."""
+        """Makes the directory. Raises InputError if it cannot be written, or holds a run that is not to be made `again`."""
         if self.exists and not (again and self.about().get("ended") == "running"):
             raise InputError(
                 f"{self.path} already holds a run. Go on with it by --resume, or choose another --run-dir."
@@ -101,7 +101,7 @@ def now() -> str:
 
 
 def versions() -> dict[str, str]:
-    """Of Python and of what is installed, without importing it."""
+    """Versions of Python and of installed packages, without importing them."""
     found = {"python": platform.python_version()}
     for package in PACKAGES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):

@@ -16,7 +16,7 @@ from typing import Any
 
 from rich.table import Table
 
-from hvd_dqn.bench.learner import CASES
+from hvd_dqn.bench.learner import LEARNER_CASES
 from tests.benchmarks import compare
 from tests.benchmarks.compare import Round, cell, ratio, spread, target
 
@@ -37,9 +37,9 @@ RATIOS = {
 def main() -> None:
     parser = compare.arguments(__doc__)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--networks", nargs="+", choices=list(CASES), default=list(CASES))
+    parser.add_argument("--networks", nargs="+", choices=list(LEARNER_CASES), default=list(LEARNER_CASES))
     options = parser.parse_args()
-    cases = {name: CASES[name]._asdict() for name in options.networks}
+    cases = {name: LEARNER_CASES[name]._asdict() for name in options.networks}
     request = {"what": "learner", "repeats": REPEATS, "cases": cases}
     jobs = {
         "one": lambda: compare.ours("bench", "learner", "--json"),
@@ -80,7 +80,7 @@ def microseconds(network: str, made: Sequence[Round]) -> dict[str, list[float]]:
 
 
 def summary(network: str, made: Sequence[Round]) -> dict[str, Any]:
-    times, case = microseconds(network, made), CASES[network]
+    times, case = microseconds(network, made), LEARNER_CASES[network]
     ratios: dict[str, Any] = {}
     for name, (above, below, sign, limits) in RATIOS.items():
         if above in times and below in times:

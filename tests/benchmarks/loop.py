@@ -22,7 +22,7 @@ from typing import Any
 
 from rich.table import Table
 
-from hvd_dqn.bench.loop import CASES, settings
+from hvd_dqn.bench.loop import TRAINING_CASES, case_config
 from hvd_dqn.config import Config
 from tests.benchmarks import compare
 from tests.benchmarks.compare import Round, cell, ratio, spread, target
@@ -35,7 +35,7 @@ TARGETS = {"cartpole-zoo": {"ours over sb3": 6.0}}  # at least
 def main() -> None:
     parser = compare.arguments(__doc__)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--cases", nargs="+", choices=list(CASES), default=list(CASES))
+    parser.add_argument("--cases", nargs="+", choices=list(TRAINING_CASES), default=list(TRAINING_CASES))
     parser.add_argument("--peers", nargs="*", choices=PEERS, default=PEERS)
     parser.add_argument("--total-steps", type=int, help="of each job on one rank; default: the case's own")
     options = parser.parse_args()
@@ -50,7 +50,7 @@ def main() -> None:
 
 
 def jobs(case: str, peers: Sequence[str], total_steps: int | None) -> dict[str, compare.Job]:
-    config = settings(case, 1, total_steps=total_steps)
+    config = case_config(case, 1, total_steps=total_steps)
 
     def ours(ranks: int) -> dict[str, Any]:
         words = ["bench", "loop", case, "--json", "--total-steps", str(ranks * config.total_steps)]

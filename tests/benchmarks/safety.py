@@ -23,7 +23,8 @@ import numpy as np
 import psutil
 
 from hvd_dqn.agent.replay import Replay
-from hvd_dqn.bench import learner, results
+from hvd_dqn.bench.learner import LEARNER_CASES, filled_replay
+from hvd_dqn.bench.results import provenance
 from hvd_dqn.config import Config
 from hvd_dqn.config_files import load_preset
 from hvd_dqn.ranks.connect import connect
@@ -102,7 +103,7 @@ def guards(world: World, rounds: int, total_steps: int) -> None:
     }  # [rounds] of the slower rank
     if world.rank == 0:
         result = {
-            "benchmark": "guards", **results.provenance(), "ranks": world.size, "rounds": rounds,
+            "benchmark": "guards", **provenance(), "ranks": world.size, "rounds": rounds,
             "steps_per_second": {"with": np.median([r[0] for r in rates]), "without": np.median([r[1] for r in rates])},
             "with_over_without": spread([on / off for on, off in rates]),
             "part_of_the_time": {name: spread(part) for name, part in worst.items()},
@@ -135,12 +136,12 @@ def checkpoints(rounds: int) -> None:
         "| observations | transitions | compressed | file, MB | write, s | check and read, s |\n|---|---|---|---|---|---|"
     )
     cases = {
-        "4 floats": learner.CASES["mlp-64-64"],
-        "84 x 84 bytes, 4 stacked": learner.CASES["nature-cnn"],
+        "4 floats": LEARNER_CASES["mlp-64-64"],
+        "84 x 84 bytes, 4 stacked": LEARNER_CASES["nature-cnn"],
     }
     for name, transitions in [("4 floats", 100_000), ("4 floats", 1_000_000), ("84 x 84 bytes, 4 stacked", 100_000)]:
         case = cases[name]._replace(transitions=transitions)
-        replay = learner.filled_replay(case, 0)
+        replay = filled_replay(case, 0)
         for compress in (False, True):
             with tempfile.TemporaryDirectory() as folder:
                 store = Checkpoints(Path(folder), Solo(), compress=compress)
@@ -148,7 +149,7 @@ def checkpoints(rounds: int) -> None:
                 size = sum(path.stat().st_size for path in Path(folder).glob("checkpoints/1/replay*"))
             cells = [name, f"{transitions:,}", "yes" if compress else "no", f"{size / 1e6:,.1f}", *times]
             print(f"| {' | '.join(cells)} |", flush=True)
-    print(json.dumps(results.provenance()))
+    print(json.dumps(provenance()))
 
 
 def main() -> None:

@@ -25,7 +25,7 @@ from typing import Any
 from rich.table import Table
 
 from hvd_dqn.bench.jobs import mpirun
-from hvd_dqn.bench.loop import CASES, settings
+from hvd_dqn.bench.loop import TRAINING_CASES, case_config
 from hvd_dqn.bench.results import provenance
 from hvd_dqn.config import Config
 from hvd_dqn.config_files import load_preset
@@ -76,7 +76,7 @@ def main() -> None:
 
 def everyone(preset: str, peers: Sequence[str], seeds: Sequence[int], out: Path) -> dict[str, list[dict[str, Any]]]:
     """The runs by name, in the order of the seeds."""
-    names = [name for name in OURS if name != ZOO_SETTINGS or f"{preset}-zoo" in CASES] + list(peers)
+    names = [name for name in OURS if name != ZOO_SETTINGS or f"{preset}-zoo" in TRAINING_CASES] + list(peers)
     runs: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
     for i, seed in enumerate(seeds):
         for name in compare.turned(names, i):
@@ -116,7 +116,7 @@ def train(folder: Path, preset: str, name: str, seed: int) -> dict[str, Any]:
 
 def zoo_settings(preset: str) -> Config:
     """The zoo's settings with the preset's evaluations and checkpoints."""
-    zoo, ours = settings(f"{preset}-zoo", 1, total_steps=ZOO[preset]["total_steps"]), load_preset(preset)
+    zoo, ours = case_config(f"{preset}-zoo", 1, total_steps=ZOO[preset]["total_steps"]), load_preset(preset)
     return zoo.model_copy(update={"evaluation": ours.evaluation, "report": ours.report, "checkpoint": ours.checkpoint})
 
 

@@ -88,12 +88,12 @@ def goal_of(row: Result) -> float | None:
 
 
 def scaling_table(result: Result) -> list[list[str]]:
-    head = ["case", "ranks", "scaling", "averaging", "batch", "steps/s", "silent, steps/s", "efficiency, %"]
+    head = ["case", "ranks", "scaling", "averaging", "batch", "steps/s", "independent, steps/s", "efficiency, %"]
     made = [[*head, "communicate, idle"]]
     for row in result["results"]:
         ranks = f"{row['ranks']}{' (more than cores)' * row['oversubscribed']}"
         cells = [row["case"], ranks, row["scaling"], row["sync"], str(row["batch"])]
-        rates = [spread(row["steps_per_second"]), spread(row["silent_steps_per_second"])]
+        rates = [spread(row["steps_per_second"]), spread(row["independent_steps_per_second"])]
         wanted = {}
         if goal := goal_of(row):
             wanted = {"target": {"sign": "≥", "limit": 100 * goal, "met": row["efficiency"]["median"] >= goal}}

@@ -7,11 +7,11 @@ from types import SimpleNamespace
 import pytest
 from rich.console import Console
 
-from hvd_dqn.bench.learner import CASES
-from hvd_dqn.bench.loop import settings
+from hvd_dqn.bench.learner import LEARNER_CASES
+from hvd_dqn.bench.loop import case_config
 from tests.benchmarks import compare, learner, loop, solve
 
-NETWORKS = list(CASES)
+NETWORKS = list(LEARNER_CASES)
 
 
 def shown(table) -> str:
@@ -73,13 +73,13 @@ def test_every_round_begins_with_another_job():
 
 
 def test_the_peers_get_the_settings_of_our_cases():
-    job = loop.job(settings("cartpole-zoo", 1, total_steps=20_000))
+    job = loop.job(case_config("cartpole-zoo", 1, total_steps=20_000))
     zoo = solve.ZOO["cartpole"]
     same = zoo.keys() - {"total_steps", "target_period"}
     assert {name: job[name] for name in same} == {name: zoo[name] for name in same}
     # Stable-Baselines3 copies the target while it steps: with a shorter period still once between phases.
     assert zoo["target_period"] < job["target_period"] == job["train_period"]
-    job = loop.job(settings("cartpole-16", 1))
+    job = loop.job(case_config("cartpole-16", 1))
     assert job["train_period"] / job["updates"] == 4  # an update per 4 steps
 
 
@@ -108,8 +108,6 @@ def test_a_run_that_never_gets_there_is_infinitely_long():
     result = compare.told("solve", results=[found, lander])
     text = shown(solve.table(json.loads(json.dumps(result | {"rounds": 3}, allow_nan=False))))
     assert "never (80 - never) s" in text
-    assert "≥ 8.0 (6.7 - 30.0)" in text
-    assert "≥ 6: NOT MET" in text
 
 
 def test_the_runs_of_a_seed_follow_each_other_and_each_seed_begins_with_another(tmp_path, monkeypatch):

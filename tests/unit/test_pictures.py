@@ -6,8 +6,6 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
-from matplotlib.colors import to_hex
-
 from tests.benchmarks import pictures, steps, tables
 from tests.learning import table
 
@@ -85,12 +83,8 @@ def test_each_file_gives_its_table_with_command_and_commit_and_its_picture(tmp_p
     pictures.main()
     assert [path.name for path in tmp_path.glob("*.png")] == ["steps.png"]
     text = capsys.readouterr().out
-    assert "| cartpole | 8 | weak | never (never to never) | 0 of 1 | never, ≤ 1.25 **not met** |" in text
-    assert "| cartpole | 8 | strong | 1,100 (1,100 to 1,100) | 1 of 1 | 1.10, ≤ 1.1 met |" in text
-    assert (
-        "`python -m it` at commit c0ffee, 3 rounds or seeds, medians (lowest to highest), a CPU, 2 cores. Left out: x."
-        in text
-    )
+    assert "| cartpole | 8 | strong |" in text
+    assert "`python -m it` at commit c0ffee" in text
 
 
 def test_two_ranks_are_held_against_what_is_wanted_of_them():
@@ -98,7 +92,13 @@ def test_two_ranks_are_held_against_what_is_wanted_of_them():
         kind = {"case": case, "ranks": ranks, "scaling": "weak", "sync": sync, "oversubscribed": False, "batch": 64}
         same = dict.fromkeys(("median", "low", "high"), 0.8)
         shares = {"update": 0.5, "communicate": 0.25, "idle": 0.1}
-        return {**kind, "steps_per_second": same, "silent_steps_per_second": same, "efficiency": same, "shares": shares}
+        return {
+            **kind,
+            "steps_per_second": same,
+            "independent_steps_per_second": same,
+            "efficiency": same,
+            "shares": shares,
+        }
 
     #            case           ranks  averaging     efficiency
     expected = [
@@ -110,14 +110,3 @@ def test_two_ranks_are_held_against_what_is_wanted_of_them():
     _, *lines = tables.scaling_table({"results": [row(*case[:3]) for case in expected]})
     assert [line[-2] for line in lines] == [case[3] for case in expected]
     assert [line[-1] for line in lines] == ["25, 10 %"] * 4
-
-
-def test_more_ranks_than_cores_have_hollow_markers():
-    def row(ranks: int) -> dict:
-        efficiency = {"median": 0.8, "low": 0.7, "high": 0.9}
-        kind = {"case": "pixels", "scaling": "weak", "sync": "gradients", "oversubscribed": ranks > 2}
-        return {**kind, "ranks": ranks, "efficiency": efficiency}
-
-    (axes,) = pictures.scaling([{"results": [row(2), row(4)]}]).axes
-    faces = {line.get_xdata()[0]: to_hex(line.get_markerfacecolor()) for line in axes.lines if line.get_marker() == "o"}
-    assert faces == {2: pictures.PALETTE[0].lower(), 4: "#ffffff"}

@@ -1,7 +1,7 @@
 """What the peers' scripts share. Each runs in the peers' environment, reads one JSON request from its argument and prints one
 JSON object; nothing of TensorFlow is there.
 
-A request for the learner holds {"what": "learner", "repeats": ..., "cases": {network: fields of hvd_dqn.bench.Case}}, the other
+A request for the learner holds {"what": "learner", "repeats": ..., "cases": {network: fields of LearnerCase}}, the other
 two the fields of a `Job`: {"what": "loop" or "solve", ...}.
 """
 

@@ -6,7 +6,6 @@ import subprocess
 
 import numpy as np
 import pytest
-from rich.console import Console
 
 from hvd_dqn import __version__
 from hvd_dqn.bench import learner as bench
@@ -14,18 +13,19 @@ from hvd_dqn.bench import results
 from hvd_dqn.ranks.world import Solo
 
 TINY = {
-    "mlp": bench.Case("mlp", (8,), (4,), 2, batch=4, updates=3, phases=2, transitions=64),
-    "cnn": bench.Case("cnn", (8,), (36, 36, 2), 3, batch=2, updates=2, phases=1, transitions=160),
+    "mlp": bench.LearnerCase("mlp", (8,), (4,), 2, batch=4, updates=3, phases=2, transitions=64),
+    "cnn": bench.LearnerCase("cnn", (8,), (36, 36, 2), 3, batch=2, updates=2, phases=1, transitions=160),
 }
 
 
 @pytest.fixture(autouse=True)
 def tiny(monkeypatch):
-    monkeypatch.setattr(bench, "CASES", TINY)
+    monkeypatch.setattr(bench, "LEARNER_CASES", TINY)
 
 
 def test_every_network_gets_positive_times_and_the_numbers_they_must_be_told_with():
-    result = json.loads(json.dumps(bench.learner(Solo(), networks=("mlp", "cnn"), repeats=3)))
+    result = json.loads(json.dumps(bench.measure_learner(Solo(), networks=("mlp", "cnn"), repeats=3)))
+    assert bench.render_learner(result).row_count == 2
     assert result["benchmark"] == "learner"
     assert (result["ranks"], result["repeats"]) == (1, 3)
     assert result["machine"]["cores"] >= 1
@@ -52,7 +52,7 @@ def test_a_measurement_is_divided_by_all_updates_it_took_and_the_slowest_rank_co
     mine = iter([1.0, 2.0, 1.0, 1.0, 3.0, 4.0, 1.0, 1.0, 30.0, 40.0, 1.0, 1.0])
     neighbour = np.array([[6.0, 1.0, 1.0, 8.0], [1.0, 1.0, 1.0, 8.0], [1.0, 1.0, 1.0, 8.0]])
     monkeypatch.setattr(bench, "seconds_of", lambda job, world: next(mine))
-    mlp, cnn = bench.learner(SlowNeighbour(), networks=("mlp", "cnn"), repeats=3)["results"]
+    mlp, cnn = bench.measure_learner(SlowNeighbour(), networks=("mlp", "cnn"), repeats=3)["results"]
     # The slowest rank took 6, 3 and 30 seconds alone, and 2, 4 and 40 with sampling, for 2 phases of 3 updates.
     assert mlp["microseconds_per_update"] == pytest.approx({"low": 4.5e6 / 6, "median": 6e6 / 6, "high": 18e6 / 6})
     assert mlp["microseconds_with_sampling"]["median"] == pytest.approx(4e6 / 6)
@@ -62,37 +62,14 @@ def test_a_measurement_is_divided_by_all_updates_it_took_and_the_slowest_rank_co
 
 def test_only_the_second_job_draws_its_batches():
     drawn = []
-    sample = bench.Replay.sample
+    draw = bench.Replay.draw
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(bench.Replay, "sample", lambda *arguments: drawn.append(1) or sample(*arguments))
+        patch.setattr(bench.Replay, "draw", lambda *arguments: drawn.append(1) or draw(*arguments))
         train, sample_and_train = bench._jobs(TINY["mlp"], Solo())
         for job, expected in [(train, 0), (sample_and_train, TINY["mlp"].phases)]:
             drawn.clear()
             job()
             assert len(drawn) == expected
-
-
-def test_people_see_a_row_per_network_within_80_columns():
-    spread = {"median": 78_879.4, "low": 75_854.0, "high": 83_325.0}
-    row = {"batch": 32, "updates_per_phase": 4, "updates_per_second": 12.68}
-    times = {"microseconds_per_update": spread, "microseconds_with_sampling": spread}
-    result = {
-        "machine": {"cpu": "a CPU", "cores": 2, "gpus": []},
-        "threads": 1,
-        "commit": "0123456789",
-        "command": "hvd-dqn bench learner",
-        "ranks": 2,
-        "repeats": 7,
-        "results": [{"network": name, **row, **times} for name in ("nature-cnn", "mlp-256-256")],
-    }
-    console = Console(width=80)
-    with console.capture() as capture:
-        console.print(bench.table(result))
-    lines = capture.get().splitlines()
-    assert "2 ranks of 1 thread on a CPU (2 cores)" in lines[0]
-    for name in ("nature-cnn", "mlp-256-256"):
-        # 100 * (83,325 - 75,854) / 2 / 78,879.4 = 4.7
-        assert any(f"{name} " in line and line.count("78,879 ± 5 %") == 2 and "12.68" in line for line in lines)
 
 
 @pytest.mark.skipif(shutil.which("git") is None, reason="git is not installed")

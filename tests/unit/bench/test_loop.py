@@ -4,11 +4,10 @@ import itertools
 import json
 
 import pytest
-from rich.console import Console
 
 from hvd_dqn.agent.learner import Learner
 from hvd_dqn.bench import loop as bench_loop
-from hvd_dqn.bench.loop import CASES, settings
+from hvd_dqn.bench.loop import TRAINING_CASES, case_config
 from hvd_dqn.errors import InputError
 from hvd_dqn.ranks.world import Solo
 from hvd_dqn.training.plan import Plan
@@ -19,7 +18,7 @@ from hvd_dqn.training.plan import Plan
 )
 @pytest.mark.parametrize("ranks", [1, 2, 8])
 def test_a_rank_of_many_does_in_each_phase_what_one_alone_does(case, cycles, updates, ranks):
-    config = settings(case, ranks)
+    config = case_config(case, ranks)
     plan = Plan(config, ranks)
     learning = [cycle for cycle in range(plan.cycles) if plan.learns_at(cycle)]
     late = learning[2:12]  # after those that are not measured
@@ -27,15 +26,15 @@ def test_a_rank_of_many_does_in_each_phase_what_one_alone_does(case, cycles, upd
     assert [plan.updates_at(cycle) for cycle in late] == [updates] * len(late)
     assert (plan.envs_per_rank, plan.batch_per_rank) == (
         config.env.envs_per_rank,
-        CASES[case].settings["learner"]["batch_size"],
+        TRAINING_CASES[case].settings["learner"]["batch_size"],
     )
     # Between copies into the target a rank takes as many updates as alone.
-    assert config.learner.target_period == ranks * CASES[case].settings["learner"]["target_period"]
-    assert plan.slots_per_env == Plan(settings(case, 1), 1).slots_per_env
+    assert config.learner.target_period == ranks * TRAINING_CASES[case].settings["learner"]["target_period"]
+    assert plan.slots_per_env == Plan(case_config(case, 1), 1).slots_per_env
 
 
 def test_the_zoos_settings_are_the_zoos():
-    config = settings("cartpole-zoo", 1)
+    config = case_config("cartpole-zoo", 1)
     learner, agent = config.learner, config.agent
     assert (learner.learning_rate, learner.batch_size, learner.learn_start) == (2.3e-3, 64, 1000)
     plan = Plan(config, 1)
@@ -54,9 +53,9 @@ def test_the_zoos_settings_are_the_zoos():
 
 
 def test_another_batch_keeps_the_replay_ratio_and_the_updates_of_a_phase():
-    plan = Plan(settings("cartpole-16", 2, batch=32, envs=8), 2)
+    plan = Plan(case_config("cartpole-16", 2, batch=32, envs=8), 2)
     assert (plan.global_batch, plan.envs_per_rank, plan.config.learner.train_period) == (64, 8, 16)
-    assert plan.config.learner.replay_ratio == settings("cartpole-16", 1).learner.replay_ratio
+    assert plan.config.learner.replay_ratio == case_config("cartpole-16", 1).learner.replay_ratio
     assert plan.updates_at(plan.cycles - 1) == 4
 
 
@@ -64,13 +63,13 @@ def test_another_batch_keeps_the_replay_ratio_and_the_updates_of_a_phase():
     "arguments", [{"batch": 128}, {"batch": 256}, {"envs": 4}, {"envs": 64}, {"batch": 8, "envs": 2}]
 )
 def test_what_is_compiled_makes_as_many_updates_in_every_phase(arguments):
-    plan = Plan(settings("cartpole-16", 1, **arguments), 1)
+    plan = Plan(case_config("cartpole-16", 1, **arguments), 1)
     counts = [plan.updates_at(cycle) for cycle in range(plan.cycles) if plan.learns_at(cycle)]
     assert len(set(counts[1:])) == 1
 
 
 def test_more_environments_have_room():
-    assert Plan(settings("pixels", 1, envs=1_000), 1).envs == 1_000
+    assert Plan(case_config("pixels", 1, envs=1_000), 1).envs == 1_000
 
 
 @pytest.mark.parametrize(
@@ -85,7 +84,7 @@ def test_more_environments_have_room():
 )
 def test_what_cannot_be_measured_is_refused(arguments, line):
     with pytest.raises(InputError, match=line):
-        settings(ranks=1, **arguments)
+        case_config(ranks=1, **arguments)
 
 
 class FasterClock:
@@ -104,10 +103,11 @@ def test_steps_and_updates_after_the_second_phase_are_counted(monkeypatch):
     phases, ready = [], []
     update = Learner.update
     monkeypatch.setattr(Learner, "update", lambda *arguments: phases.append(1) or update(*arguments))
-    result = bench_loop.loop(
+    result = bench_loop.measure_loop(
         Solo(), "cartpole-16", total_steps=1_200, batch=8, envs=8, ready=lambda: ready.append(len(phases))
     )
     (row,) = json.loads(json.dumps(result))["results"]
+    assert bench_loop.render_loop(result).row_count == 9
     assert (row["case"], row["batch"], row["envs"], ready) == ("cartpole-16", 8, 8, [2])
     # Learning begins after 1,024 steps; phases end after 1,032 (the first), 1,040, ... 1,200: 20 whole ones are measured.
     assert (row["total_steps"], row["updates"]) == (160, 320)  # 16 * 8 / 8: two updates per step
@@ -121,28 +121,6 @@ def test_steps_and_updates_after_the_second_phase_are_counted(monkeypatch):
 
 
 def test_the_images_can_be_trained_on():
-    (row,) = bench_loop.loop(Solo(), "pixels", total_steps=608)["results"]
+    (row,) = bench_loop.measure_loop(Solo(), "pixels", total_steps=608)["results"]
     assert (row["total_steps"], row["updates"]) == (64, 16)  # four cycles, the least that is measured
     assert row["phase"]["message_bytes"] == 4 * 1_687_206  # the Nature CNN's
-
-
-def test_people_see_where_the_time_went_within_80_columns():
-    row = {"case": "cartpole-zoo", "steps_per_second": 12_345.6, "updates_per_second": 3_086.4, "batch": 64}
-    row |= {
-        "seconds": 10.0,
-        "time": {"act": 1.0, "env": 2.0, "sample": 0.5, "update": 4.0, "communicate": 1.5, "idle": 0.5},
-    }
-    result = {
-        "machine": {"cpu": "a CPU", "cores": 2, "gpus": []}, "threads": 1, "ranks": 2, "commit": "0123456789",
-        "command": "hvd-dqn bench loop cartpole-zoo", "results": [row],
-    }  # fmt: skip
-    console = Console(width=80)
-    with console.capture() as capture:
-        console.print(bench_loop.table(result))
-    lines = capture.get().splitlines()
-    assert "2 ranks of 1 thread on a CPU (2 cores)" in lines[0]
-    cells = [[cell.strip() for cell in line.strip("│").split("│")] for line in lines if "│" in line]
-    assert cells == [
-        ["steps/s", "12,346"], ["updates/s", "3,086"], ["act", "10 %"], ["env", "20 %"], ["sample", "5 %"],
-        ["update", "40 %"], ["communicate", "15 %"], ["idle", "5 %"], ["rest", "5 %"],
-    ]  # fmt: skip

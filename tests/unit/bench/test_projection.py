@@ -6,22 +6,22 @@ import numpy as np
 import pytest
 
 from hvd_dqn.bench.projection import (
+    Interconnect,
     Line,
-    Network,
-    Phase,
+    PhaseTime,
     at_batch,
     batch_for,
     cost,
     efficiency,
     expected_wait,
+    fit_interconnect,
     fit_line,
-    fit_network,
     waiting,
 )
 from hvd_dqn.ranks.placement import FUSED_FLOATS
 
-STEADY = Phase(batch=64, updates=4, seconds=0.004, least=0.004, deviation=0.0, message=1000)
-NETWORK = Network(latency=10e-6, seconds_per_byte=1e-9, overhead=20e-6)
+STEADY = PhaseTime(batch=64, updates=4, seconds=0.004, least=0.004, deviation=0.0, message=1000)
+INTERCONNECT = Interconnect(latency=10e-6, seconds_per_byte=1e-9, overhead=20e-6)
 
 
 @pytest.mark.parametrize(
@@ -47,20 +47,22 @@ def test_a_short_message_is_doubled_and_a_long_one_goes_round_the_ring():
         (8, 10**6, 80 + 14 * (10 + 125)),
         (5, 1000, 80 + 3 * (10 + 1)),  # no power of two: rounded up
     ]:
-        assert 1e6 * NETWORK.allreduce(n, size) == pytest.approx(expected), (n, size)
+        assert 1e6 * INTERCONNECT.allreduce(n, size) == pytest.approx(expected), (n, size)
 
 
 def test_a_network_is_found_again_from_all_reduces():
     sizes = (4_096, 271_368, 67_108_864)
-    horovod = {size: NETWORK.allreduce(2, size) for size in sizes}
-    assert fit_network(2, horovod, {1_000: 11e-6, 2_000: 30e-6, 271_368: 2e-6}) == pytest.approx(NETWORK, rel=1e-6)
+    horovod = {size: INTERCONNECT.allreduce(2, size) for size in sizes}
+    assert fit_interconnect(2, horovod, {1_000: 11e-6, 2_000: 30e-6, 271_368: 2e-6}) == pytest.approx(
+        INTERCONNECT, rel=1e-6
+    )
     # Without MPI's own, half of the fixed 50 µs is the network's, for two agreements and the message.
-    assert fit_network(2, horovod, {}) == pytest.approx(Network(25e-6 / 3, 1e-9, 25e-6), rel=1e-6)
+    assert fit_interconnect(2, horovod, {}) == pytest.approx(Interconnect(25e-6 / 3, 1e-9, 25e-6), rel=1e-6)
 
 
 def test_of_four_ranks_large_messages_count_as_the_rings():
     horovod = {size: 20e-6 + 40e-6 + 20e-6 + size * 1.5e-9 for size in (1_000, 10**8)}  # 2 * 3 / 4 of the bytes
-    assert fit_network(4, horovod, {1_000: 21.5e-6}) == pytest.approx(Network(10e-6, 1e-9, 20e-6), rel=1e-3)
+    assert fit_interconnect(4, horovod, {1_000: 21.5e-6}) == pytest.approx(Interconnect(10e-6, 1e-9, 20e-6), rel=1e-3)
 
 
 def test_the_longest_of_several_draws():
@@ -83,33 +85,33 @@ def test_many_small_delays_cost_more_the_more_often_ranks_wait_and_one_long_dela
 
 
 def test_gradients_are_sent_in_every_update_and_parameters_with_their_moments_once():
-    gradients, parameters = (cost(STEADY, NETWORK, 2, sync) for sync in ("gradients", "parameters"))
+    gradients, parameters = (cost(STEADY, INTERCONNECT, 2, sync) for sync in ("gradients", "parameters"))
     assert gradients == pytest.approx({"work": 0.004, "waiting": 0, "talking": 4 * 51e-6})
     assert parameters == pytest.approx({"work": 0.004, "waiting": 0, "talking": 53e-6})
     assert efficiency(gradients) == pytest.approx(4000 / 4204)
-    assert cost(STEADY._replace(deviation=1.0, least=0.0), NETWORK, 1, "gradients")["waiting"] == 0
+    assert cost(STEADY._replace(deviation=1.0, least=0.0), INTERCONNECT, 1, "gradients")["waiting"] == 0
     uneven = STEADY._replace(least=0.003, deviation=0.0005)
-    assert cost(uneven, NETWORK, 8, "gradients")["waiting"] == pytest.approx(waiting(uneven, 8, 4))
-    assert cost(uneven, NETWORK, 8, "parameters")["waiting"] == pytest.approx(waiting(uneven, 8, 1))
+    assert cost(uneven, INTERCONNECT, 8, "gradients")["waiting"] == pytest.approx(waiting(uneven, 8, 4))
+    assert cost(uneven, INTERCONNECT, 8, "parameters")["waiting"] == pytest.approx(waiting(uneven, 8, 1))
 
 
 def test_large_parameters_are_sent_as_three_messages():
     for size, messages in ((4 * FUSED_FLOATS, 1), (4 * FUSED_FLOATS + 4, 3)):
-        talking = cost(STEADY._replace(message=size), NETWORK, 64, "parameters")["talking"]
-        assert talking == pytest.approx(messages * NETWORK.allreduce(64, 3 * size / messages))
+        talking = cost(STEADY._replace(message=size), INTERCONNECT, 64, "parameters")["talking"]
+        assert talking == pytest.approx(messages * INTERCONNECT.allreduce(64, 3 * size / messages))
 
 
 def test_another_batch_stretches_the_phase_and_what_is_late_in_it_evens_out():
     phase = STEADY._replace(least=0.003, deviation=0.0005)
     larger = at_batch(phase, Line(0.0004, 1e-5), 160)  # 4 * (0.0004 + 0.0016) = 0.008
-    assert larger == pytest.approx(Phase(160, 4, 0.008, 0.006, 0.0005 * 2**0.5, 1000))
+    assert larger == pytest.approx(PhaseTime(160, 4, 0.008, 0.006, 0.0005 * 2**0.5, 1000))
 
 
 def test_the_batch_for_an_efficiency():
     # At 90 % an update takes 9 times its message's 51 µs: 459 µs = 79 µs + 3.8 µs * 100.
-    assert batch_for(0.9, STEADY, Line(79e-6, 3.8e-6), NETWORK, 2, "gradients") == pytest.approx(100, abs=1)
-    assert batch_for(0.9, STEADY, Line(500e-6, 2e-6), NETWORK, 2, "gradients") == 1
+    assert batch_for(0.9, STEADY, Line(79e-6, 3.8e-6), INTERCONNECT, 2, "gradients") == pytest.approx(100, abs=1)
+    assert batch_for(0.9, STEADY, Line(500e-6, 2e-6), INTERCONNECT, 2, "gradients") == 1
     late = STEADY._replace(least=0.0, deviation=0.004)
-    enough = batch_for(0.9, late, Line(79e-6, 3.8e-6), NETWORK, 2, "gradients")
+    enough = batch_for(0.9, late, Line(79e-6, 3.8e-6), INTERCONNECT, 2, "gradients")
     assert (enough or 0) > 1_000
-    assert batch_for(0.9, late, Line(79e-6, 3.8e-6), NETWORK, 2, "gradients", limit=1_000) is None
+    assert batch_for(0.9, late, Line(79e-6, 3.8e-6), INTERCONNECT, 2, "gradients", limit=1_000) is None

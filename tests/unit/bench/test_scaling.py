@@ -9,7 +9,6 @@ import sys
 import numpy as np
 import psutil
 import pytest
-from rich.console import Console
 
 from hvd_dqn.bench import jobs as bench_jobs
 from hvd_dqn.bench import scaling as bench
@@ -17,9 +16,9 @@ from hvd_dqn.errors import InputError, JobError
 from hvd_dqn.ranks.placement import LAUNCHER_VARIABLES
 from tests.ranks import wait_until
 
-# Steps per second, by the number of ranks and what they average; one silent process of as many.
+# Steps per second, by the number of ranks and what they average; one of as many independent processes.
 JOB = {(2, "gradients"): 150.0, (2, "parameters"): 190.0, (4, "gradients"): 200.0, (4, "parameters"): 300.0}
-SILENT = {1: 100.0, 2: 100.0, 4: 80.0}
+INDEPENDENT = {1: 100.0, 2: 100.0, 4: 80.0}
 
 
 @pytest.fixture
@@ -34,23 +33,24 @@ def started(monkeypatch):
         measured = {"steps_per_second": rate, "seconds": 2.0, "time": time, "phase": phase}
         return {"results": [{"batch": batch, "envs": 1, **measured}]}
 
-    def together(ranks, words):
-        log.append((ranks, "together", words))
+    def run_job(ranks, words):
+        log.append((ranks, "job", words))
         return row(words, JOB[ranks, words[words.index("--sync") + 1]])
 
-    def apart(processes, words):
-        log.append((processes, "apart", words))
-        return [row(words, SILENT[processes])] * processes
+    def run_independently(processes, words):
+        log.append((processes, "independent", words))
+        return [row(words, INDEPENDENT[processes])] * processes
 
-    monkeypatch.setattr(bench, "together", together)
-    monkeypatch.setattr(bench, "apart", apart)
+    monkeypatch.setattr(bench, "run_job", run_job)
+    monkeypatch.setattr(bench, "run_independently", run_independently)
     monkeypatch.setattr(bench, "check_launcher", lambda: None)
     monkeypatch.setattr(bench, "cores", lambda: 2)
     return log
 
 
-def test_efficiency_is_the_jobs_rate_over_the_sum_of_the_silent_ones(started):
-    rows = bench.scaling("cartpole-16", (1, 2, 4), scalings=("weak",), rounds=3)["results"]
+def test_efficiency_is_the_jobs_rate_over_the_sum_of_independent_processes(started):
+    result = bench.measure_scaling("cartpole-16", (1, 2, 4), scalings=("weak",), rounds=3)
+    rows = result["results"]
     found = [(row["ranks"], row["sync"], row["efficiency"]["median"], row["oversubscribed"]) for row in rows]
     assert found == [
         (1, "none", 1.0, False),
@@ -59,29 +59,30 @@ def test_efficiency_is_the_jobs_rate_over_the_sum_of_the_silent_ones(started):
         (4, "gradients", 0.625, True),  # 200 / (4 * 80)
         (4, "parameters", 0.9375, True),
     ]
-    assert rows[3]["silent_steps_per_second"]["median"] == 320
+    assert bench.render_scaling(result).row_count == 5
+    assert rows[3]["independent_steps_per_second"]["median"] == 320
     shares = {"act": 0.05, "env": 0.05, "sample": 0.05, "update": 0.5, "communicate": 0.25, "idle": 0.1}
     assert [row["shares"] for row in rows] == [{}, *[pytest.approx(shares)] * 4]
     assert rows[3]["phase"]["count"] == 3 * 4 * 10
 
 
 def test_they_take_turns_and_neither_always_goes_first(started):
-    bench.scaling("cartpole-16", (2,), scalings=("weak",), syncs=("gradients",), rounds=4)
-    assert [what for _, what, _ in started] == ["together", "apart", "apart", "together"] * 2
+    bench.measure_scaling("cartpole-16", (2,), scalings=("weak",), syncs=("gradients",), rounds=4)
+    assert [what for _, what, _ in started] == ["job", "independent", "independent", "job"] * 2
 
 
 def test_weak_keeps_the_case_and_strong_divides_it_and_both_work_as_long(started):
-    bench.scaling("cartpole-16", (2,), syncs=("gradients",), total_steps=6_000, rounds=1)
-    weak_job, weak_silent, strong_job, strong_silent = (words for _, _, words in started)
+    bench.measure_scaling("cartpole-16", (2,), syncs=("gradients",), total_steps=6_000, rounds=1)
+    weak_job, weak_baseline, strong_job, strong_baseline = (words for _, _, words in started)
     assert weak_job == ["loop", "cartpole-16", "--sync", "gradients", "--total-steps", "12000"]
-    assert weak_silent == ["loop", "cartpole-16", "--total-steps", "6000"]
+    assert weak_baseline == ["loop", "cartpole-16", "--total-steps", "6000"]
     part = ["--batch", "32", "--envs", "8"]
     assert strong_job == ["loop", "cartpole-16", *part, "--sync", "gradients", "--total-steps", "6000"]
-    assert strong_silent == ["loop", "cartpole-16", *part, "--total-steps", "3000"]
+    assert strong_baseline == ["loop", "cartpole-16", *part, "--total-steps", "3000"]
 
 
 def test_what_does_not_divide_is_left_out_by_name(started):
-    result = bench.scaling("cartpole-zoo", (1, 2, 4), rounds=1)
+    result = bench.measure_scaling("cartpole-zoo", (1, 2, 4), rounds=1)
     assert result["left_out"] == ["2 ranks, strong", "4 ranks, strong"]  # the zoo has one environment
     assert {row["scaling"] for row in result["results"]} == {"weak"}
 
@@ -96,29 +97,8 @@ def test_what_does_not_divide_is_left_out_by_name(started):
 )
 def test_what_cannot_be_measured_is_refused_before_anything_starts(arguments, line, started):
     with pytest.raises(InputError, match=line):
-        bench.scaling(*arguments[:2], total_steps=(*arguments, None, None)[2])
+        bench.measure_scaling(*arguments[:2], total_steps=(*arguments, None, None)[2])
     assert started == []
-
-
-def test_people_see_a_row_per_job_within_100_columns(started):
-    result = bench.scaling("cartpole-16", (1, 4), syncs=("parameters",), rounds=1)
-    result["machine"] = {"cpu": "a CPU", "cores": 2, "gpus": []}
-    console = Console(width=100)
-    with console.capture() as capture:
-        console.print(bench.table(result))
-    lines = capture.get().splitlines()
-    assert "ranks of 1 thread on a CPU (2 cores)" in lines[0]
-    assert any("cartpole-16: median of 1 round" in line for line in lines)
-    rows = [
-        [cell.strip() for cell in line.strip("│").split("│")]
-        for line in lines
-        if " weak " in line or " strong " in line
-    ]
-    assert rows == [
-        ["1", "weak", "none", "64", "100 ± 0 %", "100 ± 0 %", "", ""],
-        ["4*", "weak", "parameters", "64", "300 ± 0 %", "320 ± 0 %", "94 % ± 0 %", "25, 10 %"],
-        ["4*", "strong", "parameters", "16", "300 ± 0 %", "320 ± 0 %", "94 % ± 0 %", "25, 10 %"],
-    ]
 
 
 def test_under_a_launcher_or_without_mpirun_nothing_is_started(monkeypatch):
@@ -147,9 +127,9 @@ PATIENT = (
 )
 
 
-def test_processes_that_do_not_talk_begin_when_the_last_is_ready(monkeypatch):
+def test_processes_on_their_own_begin_when_the_last_is_ready(monkeypatch):
     monkeypatch.setattr(bench_jobs, "HVD_DQN", (sys.executable, "-c", PATIENT))
-    answers = bench_jobs.apart(3, [])
+    answers = bench_jobs.run_independently(3, [])
     assert max(answer["began"] for answer in answers) <= min(answer["went"] for answer in answers)
 
 
@@ -174,7 +154,7 @@ def test_one_that_dies_is_told_of_and_the_others_are_ended(monkeypatch):
 
 
 def test_whoever_ends_the_benchmark_ends_what_it_started():
-    script = f"from hvd_dqn.bench import jobs; jobs.HVD_DQN = {SLEEPER}; jobs.apart(2, [])"
+    script = f"from hvd_dqn.bench import jobs; jobs.HVD_DQN = {SLEEPER}; jobs.run_independently(2, [])"
     benchmark = subprocess.Popen([sys.executable, "-c", script])
     try:
         # The third may be a copy of the benchmark that is about to become what it starts: ended then, too, all end.
@@ -197,7 +177,7 @@ def test_ended_while_it_starts_them_it_ends_what_has_started(monkeypatch):
     monkeypatch.setattr(bench_jobs, "HVD_DQN", SLEEPER)
     try:
         with pytest.raises(SystemExit) as stop:
-            bench_jobs.apart(2, [])
+            bench_jobs.run_independently(2, [])
         assert stop.value.code == 128 + signal.SIGTERM
         assert not running(SLEEP)
     finally:
@@ -206,10 +186,10 @@ def test_ended_while_it_starts_them_it_ends_what_has_started(monkeypatch):
 
 
 def test_one_that_hangs_is_ended(monkeypatch):
-    monkeypatch.setattr(bench_jobs, "SECONDS", 1.0)
+    monkeypatch.setattr(bench_jobs, "TIMEOUT", 1.0)
     monkeypatch.setattr(bench_jobs, "HVD_DQN", (sys.executable, "-c", f"import time; {SLEEP}"))
     with pytest.raises(JobError, match=r"ended with code -15 and without a result\. It said: nothing"):
-        bench_jobs.apart(2, [])
+        bench_jobs.run_independently(2, [])
     assert not running(SLEEP)
 
 
@@ -219,16 +199,15 @@ def test_two_real_ranks_and_two_real_processes_are_measured(monkeypatch):
     for name in LAUNCHER_VARIABLES:
         monkeypatch.delenv(name, raising=False)
     words = ["loop", "cartpole-16", "--batch", "8", "--envs", "8"]
-    together = bench_jobs.together(2, [*words, "--total-steps", "4096"])
-    apart = bench_jobs.apart(2, [*words, "--total-steps", "2048"])
+    together = bench_jobs.run_job(2, [*words, "--total-steps", "4096"])
+    apart = bench_jobs.run_independently(2, [*words, "--total-steps", "2048"])
     assert (together["ranks"], together["threads"]) == (2, 1)
     assert [answer["ranks"] for answer in apart] == [1, 1]
-    of_job, *silent = (answer["results"][0] for answer in (together, *apart))
-    # Together they took as many steps and each as many updates as those that are silent.
-    assert of_job["total_steps"] == sum(row["total_steps"] for row in silent)
-    assert of_job["updates"] == silent[0]["updates"] == silent[1]["updates"]
+    of_job, *independent = (answer["results"][0] for answer in (together, *apart))
+    # Together they took as many steps and each as many updates as the independent ones.
+    assert of_job["total_steps"] == sum(row["total_steps"] for row in independent)
+    assert of_job["updates"] == independent[0]["updates"] == independent[1]["updates"]
     assert np.isfinite(of_job["steps_per_second"])
-    for row in bench_jobs.together(2, ["allreduce"])["results"]:
-        assert 0 < row["mpi"]["seconds"]["median"] < 60
+    for row in bench_jobs.run_job(2, ["allreduce"])["results"]:
         assert 0 < row["horovod"]["seconds"]["median"] < 60
     assert not running("-m hvd_dqn bench loop cartpole-16 --batch 8 --envs 8")

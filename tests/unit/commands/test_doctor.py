@@ -202,7 +202,7 @@ def test_settings_in_force_leave_out_what_launchers_tell_their_own():
         "OMPI_COMM_WORLD_SIZE": "2",
         "PATH": "/bin",
     }
-    assert doctor.settings(set_by_people | internal) == set_by_people
+    assert doctor.steering_variables(set_by_people | internal) == set_by_people
 
 
 def test_every_launcher_says_how_many_it_started():
@@ -212,4 +212,4 @@ def test_every_launcher_says_how_many_it_started():
         ({"HOROVOD_SIZE": "2"}, 2),
         ({"SLURM_STEP_NUM_TASKS": "8"}, 8),
     ]:
-        assert doctor.launched(environ) == expected
+        assert doctor.launched_ranks(environ) == expected

@@ -106,7 +106,7 @@ register("BrokenVector-v0", vector_entry_point=BrokenVector)
 LEFT = np.array([0, 0])
 # Formatted from the environment on, not from Gymnasium's wrappers around it.
 TRACE = (
-    r"(?s)\nTraceback \(most recent call last\):\n  File [^\n]*test_workers.py\", line \d+, in step\n"
+    r"(?s)\nTraceback \(most recent call last\):\n  File [^\n]*test_worker_processes.py\", line \d+, in step\n"
     r".*in _fail\n.*ValueError: the wheel came off\nof the car"
 )
 

@@ -244,7 +244,7 @@ def test_environments_that_cannot_be_put_back_are_found_out_and_begin_new_episod
         assert ends == [[]] * 9 + [[10, 10]]
 
 
-def test_an_environment_without_a_generator_can_be_put_back():
+def test_an_environment_without_a_generator_can_be_restore():
     with made("Unseeded-v0", 2) as one, made("Unseeded-v0", 2) as other:
         assert one.probe()
         one.reset([1, 2])
@@ -388,7 +388,7 @@ def test_a_slow_environment_is_not_probed_for_long(monkeypatch):
 
 
 def test_without_a_probe_nothing_is_remembered_and_an_endless_episode_is_forgotten(monkeypatch):
-    monkeypatch.setattr(copies, "LONGEST", 20)
+    monkeypatch.setattr(copies, "MOST_ACTIONS", 20)
     with made("Walk-v0", 1, kwargs={"longest": 1000}) as envs:
         (copy,) = envs._vector.envs
         left = np.array([0])

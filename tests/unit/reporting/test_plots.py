@@ -10,7 +10,7 @@ import pytest
 from matplotlib.figure import Figure
 
 from hvd_dqn.errors import InputError
-from hvd_dqn.reporting.plots import PALETTE, Curve, group, over_seeds, plot, read_run
+from hvd_dqn.reporting.plots import PALETTE, Curve, group_by_seed, over_seeds, plot, read_run
 from hvd_dqn.reporting.writers import CsvWriter
 from hvd_dqn.training.ledger import COLUMNS
 
@@ -116,7 +116,7 @@ def test_groups_are_labelled_by_what_tells_them_apart(make_run):
     ]:
         names = [f"run-{id(expected)}-{i}" for i in range(len(described))]
         runs = [read_run(make_run(name, **one)) for name, one in zip(names, described, strict=True)]
-        assert [one.label for one in group(runs)] == [label.format(*names) for label in expected]
+        assert [one.label for one in group_by_seed(runs)] == [label.format(*names) for label in expected]
 
 
 def test_the_mean_over_seeds_ends_where_the_first_of_them_stopped():

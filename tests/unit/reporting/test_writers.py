@@ -143,7 +143,7 @@ def test_writers_pass_on_to_each():
             self.calls.append("closed")
 
     first, second = Memory(), Memory()
-    writers = Writers([first, second])
+    writers = Writers(first, second)
     writers.write({"total_steps": 1})
     writers.close()
     assert first.calls == second.calls == [{"total_steps": 1}, "closed"]

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hvd_dqn.storage.arrays import UNREADABLE, measure, read_arrays, write, write_arrays
+from hvd_dqn.storage.arrays import UNREADABLE, entry_of, read_arrays, write, write_arrays
 
 ARRAYS = {
     "a/matrix": np.arange(12, dtype=np.float32).reshape(3, 4),
@@ -26,7 +26,7 @@ def test_arrays_come_back_bit_by_bit_as_numpy_reads_them_too(compress, tmp_path)
     with zipfile.ZipFile(tmp_path / "a.npz") as archive:
         kinds = {member.compress_type for member in archive.infolist()}
     assert kinds == {zipfile.ZIP_DEFLATED if compress else zipfile.ZIP_STORED}
-    assert entry == measure(tmp_path / "a.npz")
+    assert entry == entry_of(tmp_path / "a.npz")
     read = read_arrays(tmp_path / "a.npz")
     assert list(read) == list(ARRAYS)
     with np.load(tmp_path / "a.npz", allow_pickle=False) as by_numpy:
@@ -57,10 +57,10 @@ def test_no_second_copy_of_an_array_is_made_in_memory(tmp_path):
 def test_a_write_that_fails_leaves_what_was_there(tmp_path):
     path = tmp_path / "a.npz"
     write_arrays(path, {"a": np.zeros(3)})
-    before = measure(path)
+    before = entry_of(path)
     with pytest.raises(ValueError, match="allow_pickle=False"):
         write_arrays(path, {"a": np.zeros(3), "b": np.array([{}], dtype=object)})
-    assert measure(path) == before
+    assert entry_of(path) == before
     assert [file.name for file in tmp_path.iterdir()] == ["a.npz"]
 
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from hvd_dqn.errors import JobError
 from hvd_dqn.ranks.world import Solo
 from hvd_dqn.storage import checkpoint
-from hvd_dqn.storage.arrays import measure
+from hvd_dqn.storage.arrays import entry_of
 from hvd_dqn.storage.checkpoint import MANIFEST, Checkpoints, Damaged, divide, load, small
 
 ARRAYS = {"online/0": np.arange(5, dtype=np.float32), "optimizer/0": np.array(3, np.int64)}
@@ -183,7 +183,7 @@ def test_pickled_arrays_are_not_loaded(tmp_path):
     path = save(tmp_path)
     np.savez(path / "model.npz", **{"online/0": np.array([{"a": 1}], dtype=object)})
     manifest = json.loads((path / MANIFEST).read_text())
-    manifest["files"]["model.npz"] = measure(path / "model.npz")._asdict()
+    manifest["files"]["model.npz"] = entry_of(path / "model.npz")._asdict()
     (path / MANIFEST).write_text(json.dumps(manifest))
     with pytest.raises(Damaged, match="Python objects"):
         load(path)

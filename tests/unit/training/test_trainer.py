@@ -31,7 +31,7 @@ from hvd_dqn.ranks.watchdog import NullWatchdog
 from hvd_dqn.ranks.world import Solo
 from hvd_dqn.reporting.session import open_session
 from hvd_dqn.reporting.writers import CsvWriter, read_csv
-from hvd_dqn.storage.arrays import measure
+from hvd_dqn.storage.arrays import entry_of
 from hvd_dqn.storage.checkpoint import Checkpoints, divide
 from hvd_dqn.storage.run_directory import Run
 from hvd_dqn.training.trainer import Trainer
@@ -548,7 +548,7 @@ def test_a_checkpoint_with_other_contents_is_refused_in_words_or_taken(saved, tm
     functools.reduce(operator.getitem, way, tree)[last] = value
     (path / file).write_text(json.dumps(tree))
     manifest = json.loads((path / "MANIFEST.json").read_text())
-    manifest["files"][file] = measure(path / file)._asdict()
+    manifest["files"][file] = entry_of(path / file)._asdict()
     (path / "MANIFEST.json").write_text(json.dumps(manifest))
     snapshot = Checkpoints(path.parent.parent, Solo()).newest(print)
     if snapshot is not None:
