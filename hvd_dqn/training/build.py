@@ -2,12 +2,14 @@
 
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
 from hvd_dqn.agent.learner import Learner
-from hvd_dqn.agent.networks import build_network
+from hvd_dqn.agent.networks import Network, build_network
+from hvd_dqn.agent.policy import Policy
 from hvd_dqn.agent.preprocess import Normalizer, NullNormalizer
 from hvd_dqn.config import Config
 from hvd_dqn.envs.environments import Environments
@@ -53,28 +55,38 @@ def make_normalizer(config: Config, envs: Environments) -> Normalizer | NullNorm
     return Normalizer(frames.shape)
 
 
-def make_learner(
-    config: Config, envs: Environments, world: World, rng: np.random.Generator, planned: int = 0
-) -> Learner:
-    """`planned` updates are to be taken with it."""
-    agent, learner, frames = config.agent, config.learner, envs.frames
-    if agent.network == "mlp":
-        widths = [(frames.categories or 1) * math.prod(frames.observation_shape), *agent.hidden, envs.actions]
+def make_network(config: Config, envs: Environments, rng: np.random.Generator) -> Network:
+    agent, frames = config.agent, envs.frames
+    return build_network(
+        agent.network,
+        frames.observation_shape,
+        frames.categories,
+        envs.actions,
+        hidden=agent.hidden,
+        dueling=agent.dueling,
+        rng=rng,
+    )
+
+
+def _choose_threads(config: Config, envs: Environments, world: World) -> None:
+    learner, frames = config.learner, envs.frames
+    if config.agent.network == "mlp":
+        widths = [(frames.categories or 1) * math.prod(frames.observation_shape), *config.agent.hidden, envs.actions]
         batch = learner.batch_size // (world.size if config.ranks.scaling == "strong" else 1)
         if batch * sum(a * b for a, b in itertools.pairwise(widths)) < SHARED_PRODUCTS:
             compute_alone()
     elif learner.overlap:  # an MLP acts in NumPy; others would wait for the whole phase
         compute_concurrently()
+
+
+def make_learner(
+    config: Config, envs: Environments, world: World, rng: np.random.Generator, planned: int = 0
+) -> Learner:
+    """`planned` updates are to be taken with it."""
+    agent, learner = config.agent, config.learner
+    _choose_threads(config, envs, world)
     return Learner(
-        lambda: build_network(
-            agent.network,
-            frames.observation_shape,
-            frames.categories,
-            envs.actions,
-            hidden=agent.hidden,
-            dueling=agent.dueling,
-            rng=rng,
-        ),
+        lambda: make_network(config, envs, rng),
         world,
         double=agent.double,
         loss=agent.loss,
@@ -98,19 +110,61 @@ def restore_weights(learner: Learner, normalizer: Normalizer | NullNormalizer, s
         raise InputError(f"The checkpoint {snapshot.path} does not fit these settings: {error}.") from None
 
 
+def trained_network(
+    config: Config, envs: Environments, world: World, snapshot: Snapshot
+) -> tuple[Network, Callable[[np.ndarray], np.ndarray]]:
+    """The network of a checkpoint, and its values [B, A] of [B, *observation_shape] as `envs` yields them.
+
+    Without target network and optimizer. Raises InputError where the checkpoint was made by a network of another shape.
+    """
+    _choose_threads(config, envs, world)
+    network, normalizer = make_network(config, envs, np.random.default_rng(config.seed)), make_normalizer(config, envs)
+    try:
+        normalizer.load_state(snapshot.state["normalizer"])
+        load_variables(network.variables, weights_of("online", snapshot))
+    except UNREADABLE as error:
+        raise InputError(f"The checkpoint {snapshot.path} does not fit these settings: {error}.") from None
+    network.refresh()
+    return network, lambda observation: network.q_values(normalizer(observation))
+
+
+def weights_of(part: str, snapshot: Snapshot) -> dict[str, np.ndarray]:
+    """The variables of the "online" or "target" network of a checkpoint, by their names there: `online/0`, ..."""
+    names = [name for name in snapshot.arrays if name.startswith(f"{part}/")]
+    return {name: snapshot.arrays[name] for name in sorted(names, key=lambda name: int(name.rpartition("/")[2]))}
+
+
+def load_variables(variables: Sequence[Any], arrays: Mapping[str, np.ndarray]) -> None:
+    """Raises ValueError where the arrays do not fit, after which nothing has been changed."""
+    expected, received = [tuple(variable.shape) for variable in variables], [array.shape for array in arrays.values()]
+    if expected != received:
+        raise ValueError(f"expected arrays of shapes {expected}, received {received}")
+    for variable, array in zip(variables, arrays.values(), strict=True):
+        variable.assign(array)
+
+
+def make_policy(
+    envs: Environments,
+    values: Callable[[np.ndarray], np.ndarray],
+    rng: np.random.Generator | int | None = None,
+) -> Policy:
+    return Policy(values, envs.frames, envs.observation_space, envs.action_space, rng)
+
+
 def make_evaluator(
     config: Config,
     world: World,
-    q_values: Callable[[np.ndarray], np.ndarray],
+    values: Callable[[np.ndarray], np.ndarray],
     stop: Callable[[], bool] = lambda: False,
 ) -> Evaluator:
+    """Of the policy that acts by `values`: [B, *observation_shape] -> [B, A]."""
     settings, copies = config.evaluation, min(-(-config.evaluation.episodes // world.size), MOST_COPIES)
     # One by one, not the environment's own vector class: that takes one seed for all its copies.
     mode = "async" if config.env.vectorization == "async" else "sync"
     envs = make_environments(config, world, copies, mode)
     return Evaluator(
         envs,
-        q_values,
+        make_policy(envs, values),
         world,
         epsilon=settings.epsilon,
         seed=config.seed,
