@@ -101,6 +101,25 @@ def make_learner(
     )
 
 
+def start_from(learner: Learner, normalizer: Normalizer | NullNormalizer, snapshot: Snapshot) -> None:
+    """Takes over both networks and the statistics of observations of another run; the optimizer starts anew.
+
+    Raises InputError where that run's networks have other shapes.
+    """
+    own, taken = learner.state(), weights_of("online", snapshot) | weights_of("target", snapshot)
+    expected = {name: array.shape for name, array in own.items() if name.startswith(("online/", "target/"))}
+    received = {name: array.shape for name, array in taken.items()}
+    if expected != received:
+        different = next(name for name in (*expected, *received) if expected.get(name) != received.get(name))
+        raise InputError(
+            f"The weights of {snapshot.path} do not fit this network: expected {different} of shape "
+            f"{expected.get(different)}, received {received.get(different)}. The observations, the actions and the "
+            "layers must have the same shapes in both runs."
+        )
+    own = {name: array for name, array in own.items() if not name.startswith("acting/")}  # a copy of the online network
+    restore_weights(learner, normalizer, snapshot._replace(arrays=own | taken))
+
+
 def restore_weights(learner: Learner, normalizer: Normalizer | NullNormalizer, snapshot: Snapshot) -> None:
     """Raises InputError where the checkpoint was made by a network of another shape."""
     try:

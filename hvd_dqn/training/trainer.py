@@ -7,11 +7,12 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 from hvd_dqn.config import Config
-from hvd_dqn.errors import JobError, RanksChanged
+from hvd_dqn.errors import InputError, JobError, RanksChanged
 from hvd_dqn.ranks.lockstep import BroadcastHook, check_drift
 from hvd_dqn.ranks.watchdog import NullWatchdog, Watchdog, open_watchdog
 from hvd_dqn.ranks.world import World
 from hvd_dqn.storage.checkpoint import Checkpoints, Snapshot
+from hvd_dqn.training.build import start_from
 from hvd_dqn.training.ledger import Row
 from hvd_dqn.training.worker import Agent
 
@@ -28,7 +29,8 @@ class Trainer:
     """The loop of one rank: what it does when, and all that ranks do together. Raises InputError as `Agent` does.
 
     `stop` tells whether this rank was asked to stop; the ranks vote on it at fixed cycles. `learned` is called after each
-    phase. A rank that `joins` the others takes over the weights and counters of their `snapshot`.
+    phase. A rank that `joins` the others takes over the weights and counters of their `snapshot`. A new run takes its first
+    weights `start` from a checkpoint of another run, and nothing else of it.
     """
 
     def __init__(
@@ -39,12 +41,19 @@ class Trainer:
         stop: Callable[[], bool] = lambda: False,
         *,
         joins: bool = False,
+        start: Snapshot | None = None,
         learned: Callable[[Agent], None] = lambda agent: None,
     ) -> None:
         self.config, self.world, self._stop, self._learned = config, world, stop, learned
         self.agent = Agent(
             config, world, snapshot, joins=joins, stop=stop, beat=lambda doing: self.watchdog.beat(doing)
         )
+        if start is not None:
+            try:
+                start_from(self.agent.learner, self.agent.normalizer, start)
+            except InputError:
+                self.agent.close()
+                raise
         self.watchdog: Watchdog | NullWatchdog = NullWatchdog()
         self._broadcast = BroadcastHook(world, self.agent.learner.variables)
         # The total steps of the last checkpoint to go on from.

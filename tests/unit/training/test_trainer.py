@@ -771,7 +771,7 @@ def test_every_kind_of_setting_trains(changes, tmp_path):
 def test_a_run_keeps_what_its_settings_say_and_its_best_can_be_evaluated(tmp_path, capsys):
     run = Run(tmp_path / "run")
     settings = config(evaluation={"target_return": None}, checkpoint={"period": 200, "keep": 1, "compress": True})
-    job.train(settings, "cartpole", run, Solo(), StopRequest(), resume=False)
+    job.train_in_world(settings, "cartpole", run, Solo(), StopRequest(), resume=False)
     best = run.about()["best"][1]
     assert {path.name for path in (run.path / "checkpoints").iterdir()} == {"960", str(best)}
     with zipfile.ZipFile(run.path / "checkpoints" / "960" / "replay-00000-of-00001.npz") as archive:
@@ -786,7 +786,7 @@ def test_a_run_keeps_what_its_settings_say_and_its_best_can_be_evaluated(tmp_pat
 @pytest.mark.parametrize("due", [False, True])
 def test_an_evaluation_that_was_broken_off_is_told_once(due, tmp_path):
     run, settings = Run(tmp_path / "run"), config(evaluation={"target_return": None})
-    job.train(settings, "cartpole", run, Solo(), StopRequest(), resume=False)
+    job.train_in_world(settings, "cartpole", run, Solo(), StopRequest(), resume=False)
     snapshot = Checkpoints(run.path, Solo()).newest(print)
     snapshot = snapshot._replace(total_steps=600, state=snapshot.state | {"evaluation_due": due})
     trainer = Trainer(settings, Solo())
@@ -841,9 +841,9 @@ def test_what_was_learned_is_evaluated_as_it_was_in_training(tmp_path, monkeypat
     again.close()
     normalize = Normalizer.__call__
     monkeypatch.setattr(Normalizer, "__call__", lambda self, raw: seen.append(normalize(self, raw)) or seen[-1])
-    row = job.evaluate(settings, Solo(), checkpoints.weights(None, print))
-    assert row == {"total_steps": 960, **expected}
-    assert len(seen) >= row["length_mean"]  # by what it saw, as well as by what came of it
+    row = job.evaluate_in_world(settings, Solo(), checkpoints.weights(None, print))
+    assert row._asdict() == {"total_steps": 960, **expected}
+    assert len(seen) >= row.length_mean  # by what it saw, as well as by what came of it
 
 
 @pytest.mark.parametrize(
@@ -859,6 +859,6 @@ def test_files_that_cannot_be_written_end_a_run_with_one_line(method, error, lin
 
     monkeypatch.setattr(CsvWriter, method, full)
     with pytest.raises(error, match=line):
-        job.train(config(), "cartpole", Run(tmp_path / "run"), Solo(), StopRequest(), resume=False)
+        job.train_in_world(config(), "cartpole", Run(tmp_path / "run"), Solo(), StopRequest(), resume=False)
     if method == "write":
         assert Run(tmp_path / "run").about()["ended"].startswith("failed: RunError")
