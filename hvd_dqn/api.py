@@ -191,16 +191,15 @@ def _interruptible(work: Callable[[Callable[[], bool]], T]) -> T:
     if threading.current_thread() is not threading.main_thread():
         return work(asked.is_set)
     thread = ThreadPoolExecutor(1, "hvd_dqn.train")
+    result = thread.submit(work, asked.is_set)
     try:
-        done = thread.submit(work, asked.is_set)
-        try:
-            return done.result()
-        except KeyboardInterrupt:
-            asked.set()
-            done.result()
-            raise
+        return result.result()
+    except KeyboardInterrupt:
+        asked.set()
+        result.result()
+        raise
     finally:
-        thread.shutdown(wait=False)
+        thread.shutdown(wait=result.done())  # after a second Ctrl-C nobody waits
 
 
 def _warn(text: str) -> None:
