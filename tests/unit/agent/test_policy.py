@@ -58,6 +58,7 @@ def test_all_actions_are_random_but_those_that_the_mask_forbids():
     half = one.act(seen, 0.5)
     assert abs(np.mean(half != 0) - 0.375) < 5 * np.sqrt(0.375 * 0.625 / 4_000)  # a quarter of the random ones is 0 too
     assert one.act(np.zeros(2), mask=np.array([False, False, True, True])) == 2  # the best of what is left
+    assert policy().act([-2.0, -1.0], mask=[True, False]) == 0  # also where all values are negative
     assert one.act(np.zeros((2, 2)), mask=[[True] * 4, [False, True, False, False]]).tolist() == [0, 1]
 
 
