@@ -1,3 +1,26 @@
 """Deep Q-Networks trained by many processes and GPUs together, with Horovod."""
 
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from hvd_dqn.agent.policy import Policy
+    from hvd_dqn.api import Evaluation, Result, evaluate, load_policy, train
+    from hvd_dqn.config import Config
+
 __version__ = "0.1.0"
+__all__ = ["Config", "Evaluation", "Policy", "Result", "__version__", "evaluate", "load_policy", "train"]
+
+_HOMES = dict.fromkeys(("Evaluation", "Result", "evaluate", "load_policy", "train"), "hvd_dqn.api")
+_HOMES |= {"Config": "hvd_dqn.config", "Policy": "hvd_dqn.agent.policy"}
+
+
+def __getattr__(name: str) -> Any:
+    """Imports what is asked for: TensorFlow takes seconds, and the number of NumPy's threads must be set before it."""
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from hvd_dqn.ranks.placement import thread_defaults
+
+    with thread_defaults():
+        globals()[name] = value = getattr(importlib.import_module(_HOMES[name]), name)
+    return value

@@ -1,5 +1,6 @@
 """Presets and files of settings, laid over the defaults; what is wrong in them said in one line."""
 
+from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,21 @@ def parse(text: str, origin: str, base: Config | None = None) -> Config:
         raise InputError(f"{origin}: {explain(error)}") from None
     except (yaml.YAMLError, ValueError) as error:  # a date that does not exist is a ValueError
         raise InputError(f"{origin} is not YAML: {' '.join(str(error).split())}") from None
+
+
+def configure(base: Config, settings: Mapping[str, Any]) -> Config:
+    """`base` with `settings` laid over it, by nested names ({"env": {"id": ...}}) or dotted ones ({"env.id": ...})."""
+    tree: dict[str, Any] = {}
+    for name, value in settings.items():
+        *sections, last = name.split(".")
+        place = tree
+        for section in sections:
+            place = place.setdefault(section, {})
+        place[last] = {**place.get(last, {}), **value} if isinstance(value, Mapping) else value
+    try:
+        return Config.model_validate(_laid_over(base.model_dump(), tree))
+    except ValidationError as error:
+        raise InputError(explain(error)) from None
 
 
 def _laid_over(base: dict[str, Any], top: Any) -> Any:

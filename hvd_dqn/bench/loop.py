@@ -18,7 +18,7 @@ from hvd_dqn.ranks.lockstep import in_step
 from hvd_dqn.ranks.world import World
 from hvd_dqn.storage.checkpoint import Checkpoints
 from hvd_dqn.training.trainer import Trainer
-from hvd_dqn.training.worker import Agent
+from hvd_dqn.training.worker import Worker
 
 PHASES = 4  # measured at least
 PARTS = ("act", "env", "sample", "update", "communicate", "idle")  # of the time that the ledger records
@@ -153,7 +153,7 @@ def measure_loop(
             for record in records:
                 if record.kind == "report" and record.row["total_steps"] >= config.total_steps:
                     break  # before the evaluation that ends a run
-        measured = watch.result(trainer.agent)
+        measured = watch.result(trainer.worker)
     learner = config.learner
     row = {
         "case": case,
@@ -175,28 +175,28 @@ class Stopwatch:
         self._marks: list[tuple[int, int, dict[str, float]]] = []  # at both ends: total steps, updates, seconds spent
         self._phases = 0
 
-    def learned(self, agent: Agent) -> None:
+    def learned(self, worker: Worker) -> None:
         """To be called after each phase."""
         self._phases += 1
         if self._phases == 2:
             self._ready()
         if self._phases >= 2:
             self._ends.append(time.perf_counter())
-            mark = (agent.plan.total_steps_after(agent.learned_at), agent.updates, agent.ledger.spent)
+            mark = (worker.plan.total_steps_after(worker.learned_at), worker.updates, worker.ledger.spent)
             self._marks = [*self._marks[:1], mark]
 
-    def result(self, agent: Agent) -> dict[str, Any]:
+    def result(self, worker: Worker) -> dict[str, Any]:
         """Rates summed over ranks, the mean rank's seconds in each part, and the spread of its phases. A collective."""
         (first_steps, first_updates, spent_before), (steps, updates, spent) = self._marks
         phases = np.diff(self._ends)
         parts = {name: spent[name] - spent_before[name] for name in PARTS}
         # Split as in a report, but over the measured phases: the wait while others traced does not count.
         allreduce = parts["communicate"] + parts["idle"]
-        seconds, negative_least = agent.world.max(np.array([self._ends[-1] - self._ends[0], -allreduce])).tolist()
+        seconds, negative_least = worker.world.max(np.array([self._ends[-1] - self._ends[0], -allreduce])).tolist()
         parts |= {"communicate": -negative_least, "idle": allreduce + negative_least}
-        time_spent = agent.world.sum(np.array(list(parts.values()))) / agent.world.size
+        time_spent = worker.world.sum(np.array(list(parts.values()))) / worker.world.size
         total_steps, taken = steps - first_steps, updates - first_updates
-        variables = agent.learner.online.variables
+        variables = worker.learner.online.variables
         return {
             "steps_per_second": total_steps / seconds,
             "updates_per_second": taken / seconds,

@@ -28,6 +28,8 @@ class TrainOptions:
     """Where the run is kept; by default runs/PRESET-DATE-TIME."""
     resume: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Go on from the newest checkpoint in --run-dir."""
+    start_from: Annotated[Path | None, tyro.conf.arg(name="from")] = None
+    """Start from the weights of another run: of its best evaluation, else its newest."""
     elastic: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Go on without ranks that die, and with those that join; under horovodrun's --host-discovery-script."""
     timeline: Path | None = None

@@ -30,7 +30,9 @@ def run(arguments: Sequence[str], world: World) -> None:
 
     if options.elastic:
         assert options.run_dir is not None
-        stopped = api.train_elastically(config, name, Run(options.run_dir), stop_request, resume=options.resume)
+        result = api.train_elastically(
+            config, name, Run(options.run_dir), stop_request, resume=options.resume, start_from=options.start_from
+        )
     else:
         digests = world.gather(config.digest())
         if len(set(digests)) > 1:
@@ -38,9 +40,11 @@ def run(arguments: Sequence[str], world: World) -> None:
             raise InputError(f"The ranks were started with different settings: ranks {odd} differ from rank 0.")
         directory = Run(Path(world.gather(str(options.run_dir or default_path(name)))[0]))
         with world.timeline(options.timeline) if options.timeline else contextlib.nullcontext():
-            stopped = api.train(config, name, directory, world, stop_request, resume=options.resume)
+            result = api.train_in_world(
+                config, name, directory, world, stop_request, resume=options.resume, start_from=options.start_from
+            )
         world.barrier()  # nobody's files are half-written when the launcher sees the first rank end
-    if stopped:
+    if result.outcome == "stopped":
         stop_request.ignore()
         sys.exit(STOPPED)
 

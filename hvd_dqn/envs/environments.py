@@ -41,6 +41,8 @@ class Environments:
     next, `step` and `reset` raise RunError, which names the copy and contains the environment's traceback.
     """
 
+    observation_space: spaces.Space
+    action_space: spaces.Discrete
     frames: Frames
     actions: int
     observation: np.ndarray  # [E, *frames.observation_shape]: the current one
@@ -74,9 +76,11 @@ class Environments:
         self._build: Callable[[], VectorEnv] = functools.partial(build, id, copies, kwargs, vectorization, first_index)
         self._make()
 
-        self.frames = Frames(self._vector.single_observation_space, frame_stack)
+        self.observation_space = self._vector.single_observation_space
+        self.frames = Frames(self.observation_space, frame_stack)
         action_space = self._vector.single_action_space
         assert isinstance(action_space, spaces.Discrete)
+        self.action_space = action_space
         self.actions = int(action_space.n)
         self._first_action = int(action_space.start)
 

@@ -19,6 +19,7 @@ class Frames:
     dtype: np.dtype
     categories: int | None  # number of states of a Discrete observation
     observation_shape: tuple[int, ...]  # [k * D] or [H, W, k * C]
+    seen_shape: tuple[int, ...]  # of an observation of the space itself or, where they are stacked, of a stack
 
     def __init__(self, space: gymnasium.Space, stack: int) -> None:
         self._stack = stack
@@ -32,12 +33,20 @@ class Frames:
             self.dtype = np.dtype(np.uint8 if space.dtype == np.uint8 else np.float32)
         self._channels = self.shape[-1]
         self.observation_shape = (*self.shape[:-1], stack * self._channels)
+        self.seen_shape = tuple(space.shape or ()) if stack == 1 else self.observation_shape
 
     def read(self, raw: Any) -> np.ndarray:
         """[n, *shape]: copies of n observations of the space."""
+        return self._converted(raw).reshape(-1, *self.shape)
+
+    def read_seen(self, seen: np.ndarray) -> np.ndarray:
+        """[n, *observation_shape]: copies of n observations of the space or, where they are stacked, of n stacks of them."""
+        return self._converted(seen).reshape(-1, *self.observation_shape)
+
+    def _converted(self, raw: Any) -> np.ndarray:
         if self.categories is not None:
             raw = np.asarray(raw) - self._first_state
-        return np.array(raw, dtype=self.dtype, order="C").reshape(-1, *self.shape)
+        return np.array(raw, dtype=self.dtype, order="C")
 
     def begin(self, frame: np.ndarray) -> np.ndarray:
         """[n, *observation_shape]: what is seen at [n, *shape] frames that are the first of their episodes."""

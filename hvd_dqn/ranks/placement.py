@@ -5,12 +5,13 @@ import ctypes
 import os
 import re
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from hvd_dqn.errors import InputError
 
 # Set by mpirun, by horovodrun's Gloo launcher and by srun in every rank they start.
 LAUNCHER_VARIABLES = ("OMPI_COMM_WORLD_RANK", "HOROVOD_RANK", "PMIX_RANK", "PMI_RANK")
+SIZE_VARIABLES = ("OMPI_COMM_WORLD_SIZE", "HOROVOD_SIZE", "PMI_SIZE")
 LOCAL_RANK_VARIABLES = ("OMPI_COMM_WORLD_LOCAL_RANK", "HOROVOD_LOCAL_RANK", "SLURM_LOCALID", "MPI_LOCALRANKID")
 LOCAL_SIZE_VARIABLES = ("OMPI_COMM_WORLD_LOCAL_SIZE", "HOROVOD_LOCAL_SIZE", "MPI_LOCALNRANKS")
 ORIGINAL_ENVIRONMENT = dict(os.environ)  # before this process set its own defaults
@@ -67,6 +68,24 @@ def set_thread_defaults() -> int:
     os.environ.setdefault("TF_FORCE_GPU_ALLOW_GROWTH", "true")  # a process alone would else take the memory of all GPUs
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # only errors: the CPU's features and the like are no news
     return share
+
+
+@contextlib.contextmanager
+def thread_defaults() -> Iterator[None]:
+    """The same while it is open: a job that a notebook starts later shall not inherit them.
+
+    What is imported, or first computes, meanwhile keeps the numbers of threads that it found.
+    """
+    before = dict(os.environ)
+    set_thread_defaults()
+    try:
+        yield
+    finally:
+        for name in [name for name in os.environ if name.startswith(("TF_", "OMP_"))]:
+            if name in before:
+                os.environ[name] = before[name]
+            else:
+                del os.environ[name]
 
 
 def compute_alone() -> None:
@@ -139,6 +158,11 @@ def srun_tasks() -> int:
     if "OMPI_COMM_WORLD_RANK" in os.environ or "HOROVOD_RANK" in os.environ:
         return 1  # mpirun starts its daemons by srun
     return int(os.environ.get("SLURM_STEP_NUM_TASKS", 1))
+
+
+def launched_ranks() -> int:
+    """How many processes a launcher started, this one among them, as far as the environment tells."""
+    return max(srun_tasks(), *(int(os.environ.get(name, 1)) for name in SIZE_VARIABLES))
 
 
 def pin_gpu() -> str | None:

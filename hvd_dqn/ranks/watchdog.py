@@ -31,7 +31,7 @@ TURN_SECONDS = 0.5  # between the ranks that all see the chief's end: the first 
 LONGEST_LINE = 4096  # bytes
 UNKNOWN_RANK = -1  # of a peer that has not shown the token
 # The innermost frame of a main thread that waits for other ranks, or for its own learning thread, is in one of these.
-WAITS_IN = ("horovod.", "mpi4py.", "tensorflow.", "hvd_dqn.ranks.world.", "hvd_dqn.training.worker.settle.")
+WAITS_IN = ("horovod.", "mpi4py.", "tensorflow.", "hvd_dqn.ranks.world.", "hvd_dqn.training.worker.wait.")
 WAITS_BY = ("threading", "concurrent.futures._base")  # frames further inside, which do not tell who waits
 
 

@@ -1,6 +1,8 @@
 """Connects a run to what a person sees of it: its files, the display, and the closing line."""
 
 import contextlib
+import warnings
+from pathlib import Path
 from types import TracebackType
 
 from hvd_dqn.errors import InputError, tell
@@ -17,9 +19,17 @@ from hvd_dqn.training.trainer import Record, Trainer
 class ChiefSession:
     """Writes and shows the records of a run. As a context it notes in run.json how the run ended."""
 
-    def __init__(self, run: Run, trainer: Trainer, reports: Writers, evaluations: Writers, display: Progress) -> None:
+    def __init__(
+        self,
+        run: Run,
+        trainer: Trainer,
+        reports: Writers,
+        evaluations: Writers,
+        display: "Progress | NullProgress",
+    ) -> None:
         self._run, self._trainer = run, trainer
         self._reports, self._evaluations, self._display = reports, evaluations, display
+        self._is_quiet = isinstance(display, NullProgress)
 
     def __enter__(self) -> "ChiefSession":
         return self
@@ -41,28 +51,37 @@ class ChiefSession:
     def _stop(self, row: Row) -> None:
         self.close()
         self._run.note(ended="stopped", finished=now(), stopped_at=row["total_steps"])
-        print(
+        self._conclude(
             f"{self._run.about()['preset']}: stopped on request after {row['total_steps']:,.0f} total steps and "
-            f"{row['seconds']:.0f} s; go on with: hvd-dqn train --run-dir {self._run.path} --resume",
-            flush=True,
+            f"{row['seconds']:.0f} s; go on with: hvd-dqn train --run-dir {self._run.path} --resume"
         )
 
     def _finish(self, row: Row) -> None:
         self.close()
         trainer, size = self._trainer, self._trainer.world.size
-        best_return, best_steps = trainer.agent.best or (row["return_mean"], int(row["total_steps"]))
+        best_return, best_steps = trainer.worker.best or (row["return_mean"], int(row["total_steps"]))
         self._run.note(ended="finished", finished=now(), result=row, best=(best_return, best_steps))
         try:
             plot([self._run.path], self._run.path / "curve.png")
         except InputError as error:  # the run itself is done
-            tell(str(error))
-        print(f"{self._run.about()['preset']}: {where_the_time_went(trainer.agent.ledger)}")
-        print(
+            self._complain(str(error))
+        self._conclude(f"{self._run.about()['preset']}: {where_the_time_went(trainer.worker.ledger)}")
+        self._conclude(
             f"{self._run.about()['preset']}: return {row['return_mean']:.1f} ± {row['return_std']:.1f} over "
             f"{row['episodes']:.0f} episodes after {row['total_steps']:,.0f} total steps and {row['seconds']:.0f} s on "
-            f"{size} rank{'s' * (size > 1)}; best evaluation {best_return:.1f} at {best_steps:,}; see {self._run.path}",
-            flush=True,
+            f"{size} rank{'s' * (size > 1)}; best evaluation {best_return:.1f} at {best_steps:,}; see {self._run.path}"
         )
+
+    def _conclude(self, text: str) -> None:
+        """A line of the result."""
+        if not self._is_quiet:
+            print(text, flush=True)
+
+    def _complain(self, text: str) -> None:
+        if self._is_quiet:
+            warnings.warn(text, RuntimeWarning, stacklevel=2)
+        else:
+            tell(text)
 
     def close(self) -> None:
         self._display.close()
@@ -88,6 +107,25 @@ def where_the_time_went(ledger: Ledger) -> str:
     return "time: " + ", ".join(f"{100 * seconds / ledger.seconds:.0f} % {name}" for name, seconds in parts)
 
 
+class NullProgress:
+    """The display of a run that nobody watches."""
+
+    def plan(self, rows: dict[str, str]) -> None:
+        pass
+
+    def update(self, row: Row) -> None:
+        pass
+
+    def evaluation(self, row: Row) -> None:
+        pass
+
+    def message(self, text: str) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
 class NullSession:
     """The session of ranks other than the chief: shows and writes nothing."""
 
@@ -104,8 +142,19 @@ class NullSession:
 Session = ChiefSession | NullSession
 
 
-def open_session(run: Run, name: str, trainer: Trainer, snapshot: Snapshot | None, again: bool = False) -> Session:
-    """Creates the run directory or continues it; `again` creates one anew that a start left behind. Raises InputError."""
+def open_session(
+    run: Run,
+    name: str,
+    trainer: Trainer,
+    snapshot: Snapshot | None,
+    again: bool = False,
+    started_from: Path | None = None,
+    progress: bool = True,
+) -> Session:
+    """Creates the run directory or continues it; `again` creates one anew that a start left behind. Raises InputError.
+
+    `started_from` is the checkpoint that a new run has its first weights of. Without `progress` nothing is printed.
+    """
     if trainer.world.rank != 0:
         return NullSession()
     config, world = trainer.config, trainer.world
@@ -117,8 +166,10 @@ def open_session(run: Run, name: str, trainer: Trainer, snapshot: Snapshot | Non
         "scaling": config.ranks.scaling,
         "target_return": config.evaluation.target_return,
         "host": world.hostname,
-        "plan": trainer.agent.describe(),
+        "plan": trainer.worker.describe(),
     }
+    if started_from is not None:
+        about["started_from"] = {"run": str(started_from.parents[1]), "total_steps": int(started_from.name)}
     reported = evaluated = None
     if snapshot is None:
         run.create(config, about, again)
@@ -133,8 +184,10 @@ def open_session(run: Run, name: str, trainer: Trainer, snapshot: Snapshot | Non
     evaluations = Writers(
         CsvWriter(run.path / "evaluations.csv", EVALUATION_COLUMNS, evaluated), TensorBoardWriter(board / "evaluation")
     )
-    display = Progress(config.total_steps, open_stream())
-    display.plan(trainer.agent.describe())
+    display = Progress(config.total_steps, open_stream()) if progress else NullProgress()
+    display.plan(trainer.worker.describe())
+    if started_from is not None:
+        display.message(f"Starting from the weights of {started_from}.")
     if snapshot is not None:
         where = snapshot.path if snapshot.path.name else "the memory of the ranks that are left"
         display.message(f"Going on from {where}." + (f" Changed settings: {', '.join(changed)}." if changed else ""))

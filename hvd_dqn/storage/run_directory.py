@@ -60,6 +60,17 @@ class Run:
             )
         return load_file(self.path / "config.yaml")
 
+    def resumed(self, preset: str | None) -> tuple[str, Config]:
+        """The name and the settings of this run, which is to go on; `preset` is what the user says it is a run of."""
+        if not self.exists:
+            raise InputError(f"There is nothing to resume in {self.path}: it holds no run. Start it without --resume.")
+        made_by = str(self.about().get("preset"))
+        if preset is not None and preset != made_by:
+            raise InputError(
+                f"{self.path} is a run of {made_by}, not of {preset}. Leave the preset out or name that one."
+            )
+        return made_by, self.config()
+
     def about(self) -> dict[str, Any]:
         try:
             return json.loads((self.path / "run.json").read_text())

@@ -2,13 +2,15 @@
 
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
 from hvd_dqn.agent.learner import Learner
-from hvd_dqn.agent.networks import build_network
+from hvd_dqn.agent.networks import Network, build_network
 from hvd_dqn.agent.objectives import Dqn, Objective
+from hvd_dqn.agent.policy import Policy
 from hvd_dqn.agent.preprocess import NoStatistics, Preprocess, RunningStatistics
 from hvd_dqn.config import Config
 from hvd_dqn.envs.environments import Environments
@@ -65,6 +67,26 @@ def make_objective(config: Config) -> Objective:
     return Dqn(double=config.agent.double, loss=config.agent.loss)
 
 
+def make_network(
+    config: Config, envs: Environments, preprocess: Preprocess, objective: Objective, rng: np.random.Generator
+) -> Network:
+    agent = config.agent
+    return build_network(
+        agent.network, preprocess, envs.actions, objective, hidden=agent.hidden, dueling=agent.dueling, rng=rng
+    )
+
+
+def _choose_threads(config: Config, envs: Environments, preprocess: Preprocess, world: World) -> None:
+    learner = config.learner
+    if config.agent.network == "mlp":
+        widths = [math.prod(preprocess.input_shape), *config.agent.hidden, envs.actions]
+        batch = learner.batch_size // (world.size if config.ranks.scaling == "strong" else 1)
+        if batch * sum(a * b for a, b in itertools.pairwise(widths)) < SHARED_PRODUCTS:
+            compute_alone()
+    elif learner.overlap:  # an MLP acts in NumPy; others would wait for the whole phase
+        compute_concurrently()
+
+
 def make_learner(
     config: Config,
     envs: Environments,
@@ -74,18 +96,10 @@ def make_learner(
     planned: int = 0,
 ) -> Learner:
     """`planned` updates are to be taken with it."""
-    agent, learner, objective = config.agent, config.learner, make_objective(config)
-    if agent.network == "mlp":
-        widths = [math.prod(preprocess.input_shape), *agent.hidden, envs.actions]
-        batch = learner.batch_size // (world.size if config.ranks.scaling == "strong" else 1)
-        if batch * sum(a * b for a, b in itertools.pairwise(widths)) < SHARED_PRODUCTS:
-            compute_alone()
-    elif learner.overlap:  # an MLP acts in NumPy; others would wait for the whole phase
-        compute_concurrently()
+    learner, objective = config.learner, make_objective(config)
+    _choose_threads(config, envs, preprocess, world)
     return Learner(
-        lambda: build_network(
-            agent.network, preprocess, envs.actions, objective, hidden=agent.hidden, dueling=agent.dueling, rng=rng
-        ),
+        lambda: make_network(config, envs, preprocess, objective, rng),
         preprocess,
         objective,
         world,
@@ -100,6 +114,27 @@ def make_learner(
     )
 
 
+def start_from(
+    learner: Learner, preprocess: Preprocess, statistics: RunningStatistics | NoStatistics, snapshot: Snapshot
+) -> None:
+    """Takes over both networks and the statistics of observations of another run; the optimizer starts anew.
+
+    Raises InputError where that run's networks have other shapes.
+    """
+    own, taken = learner.state(), weights_of("online", snapshot) | weights_of("target", snapshot)
+    expected = {name: array.shape for name, array in own.items() if name.startswith(("online/", "target/"))}
+    received = {name: array.shape for name, array in taken.items()}
+    if expected != received:
+        different = next(name for name in (*expected, *received) if expected.get(name) != received.get(name))
+        raise InputError(
+            f"The weights of {snapshot.path} do not fit this network: expected {different} of shape "
+            f"{expected.get(different)}, received {received.get(different)}. The observations, the actions and the "
+            "layers must have the same shapes in both runs."
+        )
+    own = {name: array for name, array in own.items() if not name.startswith("acting/")}  # a copy of the online network
+    restore_weights(learner, preprocess, statistics, snapshot._replace(arrays=own | taken))
+
+
 def restore_weights(
     learner: Learner, preprocess: Preprocess, statistics: RunningStatistics | NoStatistics, snapshot: Snapshot
 ) -> None:
@@ -112,19 +147,61 @@ def restore_weights(
         raise InputError(f"The checkpoint {snapshot.path} does not fit these settings: {error}.") from None
 
 
+def trained_network(config: Config, envs: Environments, world: World, snapshot: Snapshot) -> Network:
+    """The network of a checkpoint, with its preprocessing.
+
+    Without target network and optimizer. Raises InputError where the checkpoint was made by a network of another shape.
+    """
+    statistics, preprocess = make_statistics(config, envs), make_preprocess(config, envs)
+    _choose_threads(config, envs, preprocess, world)
+    network = make_network(config, envs, preprocess, make_objective(config), np.random.default_rng(config.seed))
+    try:
+        statistics.load_state(snapshot.state["normalizer"])
+        preprocess.set_statistics(statistics.mean, statistics.scale)
+        load_variables(network.variables, weights_of("online", snapshot))
+    except UNREADABLE as error:
+        raise InputError(f"The checkpoint {snapshot.path} does not fit these settings: {error}.") from None
+    network.refresh()
+    return network
+
+
+def weights_of(part: str, snapshot: Snapshot) -> dict[str, np.ndarray]:
+    """The variables of the "online" or "target" network of a checkpoint, by their names there: `online/0`, ..."""
+    names = [name for name in snapshot.arrays if name.startswith(f"{part}/")]
+    return {name: snapshot.arrays[name] for name in sorted(names, key=lambda name: int(name.rpartition("/")[2]))}
+
+
+def load_variables(variables: Sequence[Any], arrays: Mapping[str, np.ndarray]) -> None:
+    """Raises ValueError where the arrays do not fit, after which nothing has been changed."""
+    expected, received = [tuple(variable.shape) for variable in variables], [array.shape for array in arrays.values()]
+    if expected != received:
+        raise ValueError(f"expected arrays of shapes {expected}, received {received}")
+    for variable, array in zip(variables, arrays.values(), strict=True):
+        variable.assign(array)
+
+
+def make_policy(
+    envs: Environments,
+    values: Callable[[np.ndarray], np.ndarray],
+    rng: np.random.Generator | int | None = None,
+) -> Policy:
+    return Policy(values, envs.frames, envs.observation_space, envs.action_space, rng)
+
+
 def make_evaluator(
     config: Config,
     world: World,
-    q_values: Callable[[np.ndarray], np.ndarray],
+    values: Callable[[np.ndarray], np.ndarray],
     stop: Callable[[], bool] = lambda: False,
 ) -> Evaluator:
+    """Of the policy that acts by `values`: [B, *observation_shape] -> [B, A]."""
     settings, copies = config.evaluation, min(-(-config.evaluation.episodes // world.size), MOST_COPIES)
     # One by one, not the environment's own vector class: that takes one seed for all its copies.
     mode = "async" if config.env.vectorization == "async" else "sync"
     envs = make_environments(config, world, copies, mode)
     return Evaluator(
         envs,
-        q_values,
+        make_policy(envs, values),
         world,
         epsilon=settings.epsilon,
         seed=config.seed,

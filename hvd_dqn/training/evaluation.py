@@ -5,6 +5,7 @@ from collections.abc import Callable
 
 import numpy as np
 
+from hvd_dqn.agent.policy import Policy
 from hvd_dqn.envs.environments import Environments
 from hvd_dqn.ranks.world import World
 
@@ -12,7 +13,7 @@ COLUMNS = ("total_steps", "seconds", "episodes", "return_mean", "return_std", "r
 
 
 class Evaluator:
-    """Plays episodes in environments of its own: actions of the highest of `q_values`, random with probability `epsilon`.
+    """Plays episodes in environments of its own: the actions of `policy`, random with probability `epsilon`.
 
     Episode i and its random actions are seeded by (seed, round, i) and by nothing else, so that the result depends neither
     on the number of ranks nor on the number of copies. An episode that has not ended after `max_length` steps counts as it
@@ -22,7 +23,7 @@ class Evaluator:
     def __init__(
         self,
         envs: Environments,
-        q_values: Callable[[np.ndarray], np.ndarray],
+        policy: Policy,
         world: World,
         *,
         epsilon: float,
@@ -30,7 +31,7 @@ class Evaluator:
         max_length: int,
         stop: Callable[[], bool] = lambda: False,
     ) -> None:
-        self._envs, self._q_values, self._world, self._epsilon = envs, q_values, world, epsilon
+        self._envs, self._policy, self._world, self._epsilon = envs, policy, world, epsilon
         self._seed, self._max_length, self._stop = seed, max_length, stop
 
     def evaluate(self, episodes: int, round: int, first: int = 0) -> dict[str, float] | None:
@@ -82,7 +83,7 @@ class Evaluator:
         return returns[: len(episodes)], lengths[: len(episodes)]
 
     def _act(self, rngs: list[np.random.Generator]) -> np.ndarray:
-        action = self._q_values(self._envs.observation).argmax(axis=1)
+        action = self._policy.choose(self._envs.observation)
         if self._epsilon > 0:
             for i, rng in enumerate(rngs):
                 if rng.random() < self._epsilon:

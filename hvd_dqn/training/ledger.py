@@ -7,8 +7,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
-TIMERS = ("act", "env", "sample", "update", "exchange", "evaluate", "save")
-# The same, with the exchanges split into what talking takes and what waiting for other ranks does.
+TIMERS = ("act", "env", "sample", "update", "communication", "evaluate", "save")
+# The same, with communication divided into the collectives' own time and the waiting for other ranks.
 TIMED = ("act", "env", "sample", "update", "communicate", "idle", "evaluate", "save")
 COLUMNS = (
     "total_steps", "cycle", "updates", "seconds", "steps_per_second", "updates_per_second", "epsilon", "learning_rate",
@@ -76,22 +76,22 @@ class Ledger:
     def spent(self) -> dict[str, float]:
         """Seconds of this rank in each of `TIMED`, over all resumes of the run.
 
-        Until the next report all exchanges count as communication.
+        Until the next report waiting for others counts as communication.
         """
-        return self._spent_with(self._timers["exchange"].seconds)
+        return self._spent_with(self._timers["communication"].seconds)
 
     def _spent_with(self, communicate: float) -> dict[str, float]:
         window = {name: timer.seconds for name, timer in self._timers.items()}
-        window |= {"communicate": communicate, "idle": window["exchange"] - communicate}
+        window |= {"communicate": communicate, "idle": window["communication"] - communicate}
         return {name: self._spent[name] + window[name] for name in TIMED}
 
     def timed(self, name: str) -> Timer:
         """Counts the time inside `with ledger.timed("act"):` as one of `TIMERS`."""
         return self._timers[name]
 
-    def exchange(self) -> AbstractContextManager[None]:
-        """Counts the time inside `with ledger.exchange():` as that of an exchange, which a process alone has none of."""
-        return self._timers["exchange"] if self._world.size > 1 else nullcontext()
+    def communicating(self) -> AbstractContextManager[None]:
+        """Counts the time inside `with ledger.communicating():` as communication, which a process alone has none of."""
+        return self._timers["communication"] if self._world.size > 1 else nullcontext()
 
     def episodes(self, returns: np.ndarray, lengths: np.ndarray) -> None:
         """Episodes that ended on this rank in this cycle, [n] each; n may be 0."""
@@ -107,16 +107,16 @@ class Ledger:
         gradient_norm_sum: float,
         skipped: int = 0,
         seconds: float = 0.0,
-        exchange: float = 0.0,
+        allreduce_seconds: float = 0.0,
     ) -> None:
         """One phase of this rank: the number of updates, sums over them, and how many more were skipped.
 
-        `exchange` of the `seconds` spent on it went into averaging over ranks.
+        `allreduce_seconds` of its `seconds` went into averaging over ranks.
         """
         self._phases += (updates, loss_sum, q_sum, gradient_norm_sum)
         self._skipped += skipped
-        self._timers["update"].seconds += seconds - exchange
-        self._timers["exchange"].seconds += exchange
+        self._timers["update"].seconds += seconds - allreduce_seconds
+        self._timers["communication"].seconds += allreduce_seconds
 
     def report(
         self, *, total_steps: int, cycle: int, updates: int, epsilon: float, learning_rate: float, replay_size: int
@@ -124,17 +124,17 @@ class Ledger:
         """A row with `COLUMNS`, the same on all ranks, about the time since the last one. A collective.
 
         `replay_size` is this rank's, the row has the sum; `episodes` are those of the window; `skipped_updates` are the
-        mean of the ranks (all skip the same where they average gradients); `time_*` are a rank's mean seconds. Of what a
-        rank spent on exchanges, as much is communication as the rank that waited least spent on them; the rest is idle.
+        mean of the ranks (all skip the same where they average gradients); `time_*` are a rank's mean seconds. Of a rank's
+        communication, as much is its own as the rank that waited least spent on it; the rest is idle.
         """
         # Horovod: the vectors have the same length on every rank, whatever happened there (law 1).
         times = [timer.seconds for timer in self._timers.values()]
-        exchange = self._timers["exchange"].seconds
+        communication = self._timers["communication"].seconds
         sums = self._world.sum(
             np.concatenate([self._episodes, self._phases, [float(replay_size), float(self._skipped)], times])
         )
         highest = self._world.max(
-            np.array([self._return_max, self.seconds, perf_counter() - self._window_began, -exchange])
+            np.array([self._return_max, self.seconds, perf_counter() - self._window_began, -communication])
         )
 
         episodes, return_sum, length_sum, phase_updates, loss_sum, q_sum, norm_sum, replay_sum, skipped, *times = (
@@ -143,7 +143,7 @@ class Ledger:
         return_max, seconds, window, communicate = highest.tolist()
         communicate = -communicate
         mean = {name: time / self._world.size for name, time in zip(TIMERS, times, strict=True)}
-        mean |= {"communicate": communicate, "idle": mean["exchange"] - communicate}
+        mean |= {"communicate": communicate, "idle": mean["communication"] - communicate}
         values = (
             total_steps,
             cycle,

@@ -120,7 +120,7 @@ class Plan:
             return 0
         return self.updates_after(cycle) - self.updates_after(cycle - 1)
 
-    def settles_at(self, cycle: int) -> bool:
+    def waits_at(self, cycle: int) -> bool:
         """Whether the phase under way ends in this cycle: overlapping learning goes on until there is something to say."""
         return (
             not self.config.learner.overlap

@@ -7,13 +7,14 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 from hvd_dqn.config import Config
-from hvd_dqn.errors import JobError, RanksChanged
+from hvd_dqn.errors import InputError, JobError, RanksChanged
 from hvd_dqn.ranks.lockstep import BroadcastHook, check_drift
 from hvd_dqn.ranks.watchdog import NullWatchdog, Watchdog, open_watchdog
 from hvd_dqn.ranks.world import World
 from hvd_dqn.storage.checkpoint import Checkpoints, Snapshot
+from hvd_dqn.training.build import start_from
 from hvd_dqn.training.ledger import Row
-from hvd_dqn.training.worker import Agent
+from hvd_dqn.training.worker import Worker
 
 
 class Record(NamedTuple):
@@ -25,10 +26,11 @@ class Record(NamedTuple):
 
 
 class Trainer:
-    """The loop of one rank: what it does when, and all that ranks do together. Raises InputError as `Agent` does.
+    """The loop of one rank: what it does when, and all that ranks do together. Raises InputError as `Worker` does.
 
     `stop` tells whether this rank was asked to stop; the ranks vote on it at fixed cycles. `learned` is called after each
-    phase. A rank that `joins` the others takes over the weights and counters of their `snapshot`.
+    phase. A rank that `joins` the others takes over the weights and counters of their `snapshot`. A new run takes its first
+    weights `start` from a checkpoint of another run, and nothing else of it.
     """
 
     def __init__(
@@ -39,14 +41,22 @@ class Trainer:
         stop: Callable[[], bool] = lambda: False,
         *,
         joins: bool = False,
-        learned: Callable[[Agent], None] = lambda agent: None,
+        start: Snapshot | None = None,
+        learned: Callable[[Worker], None] = lambda worker: None,
     ) -> None:
         self.config, self.world, self._stop, self._learned = config, world, stop, learned
-        self.agent = Agent(
+        self.worker = Worker(
             config, world, snapshot, joins=joins, stop=stop, beat=lambda doing: self.watchdog.beat(doing)
         )
+        if start is not None:
+            try:
+                worker = self.worker
+                start_from(worker.learner, worker.preprocess, worker.statistics, start)
+            except InputError:
+                self.worker.close()
+                raise
         self.watchdog: Watchdog | NullWatchdog = NullWatchdog()
-        self._broadcast = BroadcastHook(world, self.agent.learner.variables)
+        self._broadcast = BroadcastHook(world, self.worker.learner.variables)
         # The total steps of the last checkpoint to go on from.
         self._saved_at = snapshot.total_steps if snapshot and snapshot.path.name else -1
         self._began = False
@@ -54,34 +64,34 @@ class Trainer:
 
     def train(self, checkpoints: Checkpoints) -> Generator[Record, None, None]:
         """Runs to the end, yielding a record per report and per evaluation and, last, the result or that it was stopped."""
-        agent, plan, world, ranks = self.agent, self.agent.plan, self.world, self.config.ranks
+        worker, plan, world, ranks = self.worker, self.worker.plan, self.world, self.config.ranks
         # An elastic job outlives its ranks: there Horovod finds out who is gone.
         silence_seconds = None if world.elastic else ranks.silence_seconds
         with open_watchdog(world, silence_seconds, ranks.stall_seconds) as self.watchdog:
             self._broadcast()
-            agent.learner.refresh()
+            worker.learner.refresh()
             yield from self._begin()
             cycle, outcome = plan.first_cycle - 1, None
             self._commit(cycle)
-            if agent.evaluation_due:
-                agent.evaluation_due = False
+            if worker.evaluation_due:
+                worker.evaluation_due = False
                 outcome = yield from self._evaluate_at(cycle, checkpoints)
             while outcome is None and cycle < plan.cycles - 1:
                 cycle += 1
                 self.watchdog.beat(f"cycle {cycle:,}")
-                agent.step(cycle)
+                worker.step(cycle)
                 votes, learns = plan.votes_at(cycle), plan.learns_at(cycle)
                 if votes or learns:
-                    self._settle()
+                    self._wait()
                 stopping, changed = self._vote() if votes else (False, False)
                 if learns:
-                    agent.learn(cycle)
-                if plan.settles_at(cycle) or stopping:
-                    self._settle()
+                    worker.learn(cycle)
+                if plan.waits_at(cycle) or stopping:
+                    self._wait()
                 if plan.checks_drift_at(cycle):
                     self._check_drift(f"after {plan.total_steps_after(cycle):,} total steps")
                 if plan.reports_at(cycle):
-                    yield Record("report", agent.report(cycle))
+                    yield Record("report", worker.report(cycle))
                 if plan.evaluates_at(cycle):
                     outcome = yield from self._evaluate_at(cycle, checkpoints)
                 if plan.checkpoints_at(cycle) and outcome is None:
@@ -100,47 +110,47 @@ class Trainer:
 
     def _begin(self) -> Iterator[Record]:
         """Starts the episodes, and says how much of an earlier run was found again. A collective where a run goes on."""
-        for text in self.agent.news:
+        for text in self.worker.messages:
             yield Record("message", {}, text)
-        self.agent.news.clear()
+        self.worker.messages.clear()
         began, self._began = self._began, True
         if began:  # in an earlier generation of this job, which may have come further than what this one goes on from
             self._saved_at = -1
             return
-        lost = self.agent.begin_episodes()
+        lost = self.worker.begin_episodes()
         if lost is not None and (lost := int(self.world.sum(np.array([lost]))[0])):
-            envs = self.agent.plan.envs
+            envs = self.worker.plan.envs
             yield Record("message", {}, f"{lost} of {envs} environments start new episodes: they cannot be saved.")
 
     def _vote(self) -> tuple[bool, bool]:
         """Whether one of the ranks was asked to stop, and whether the hosts have changed. A collective."""
-        with self.agent.ledger.exchange():
+        with self.worker.ledger.communicating():
             stops, changed = self.world.max(np.array([float(self._stop()), float(self.world.changed)]))
         return bool(stops), bool(changed)
 
     def _commit(self, cycle: int) -> None:
         """Keeps in memory what the ranks share, for a job that goes on without those it loses. A collective."""
         if self.world.elastic:
-            self._settle()
-            agent, total_steps = self.agent, self.agent.plan.total_steps_after(cycle)
-            state = agent.state(total_steps, finished=False)
-            self.committed = Snapshot(Path(), total_steps, self.world.size, False, state, agent.learner.state(), {})
+            self._wait()
+            worker, total_steps = self.worker, self.worker.plan.total_steps_after(cycle)
+            state = worker.state(total_steps, finished=False)
+            self.committed = Snapshot(Path(), total_steps, self.world.size, False, state, worker.learner.state(), {})
 
     def _check_drift(self, when: str) -> None:
-        check_drift(self.world, self.agent.learner.variables, when)
+        check_drift(self.world, self.worker.learner.variables, when)
 
-    def _settle(self) -> None:
+    def _wait(self) -> None:
         """Waits for the phase under way, if there is one; so there is on all ranks or on none. A collective.
 
         Raises JobError, on all ranks, where an update could not be made and the setting is to stop.
         """
-        phase = self.agent.settle()
+        phase = self.worker.wait()
         if phase is None:
             return
-        self._learned(self.agent)
+        self._learned(self.worker)
         if self.config.learner.on_nonfinite == "skip" or not phase.any_skipped:
             return
-        total_steps = self.agent.plan.total_steps_after(self.agent.learned_at)
+        total_steps = self.worker.plan.total_steps_after(self.worker.learned_at)
         nonfinite, skipped = np.array(self.world.gather((phase.nonfinite, phase.skipped))).T
         what, ranks = ("loss", nonfinite) if nonfinite.any() else ("gradient", skipped)
         raise JobError(
@@ -156,7 +166,7 @@ class Trainer:
 
     def _evaluate_at(self, cycle: int, checkpoints: Checkpoints) -> Generator[Record, None, Record | None]:
         """An evaluation, and a longer one to confirm that the target is reached. Returns how the run ends, if it does."""
-        row = self.agent.evaluate(cycle, self.config.evaluation.episodes)
+        row = self.worker.evaluate(cycle, self.config.evaluation.episodes)
         if row is None:
             return (yield from self._stop_at(cycle, checkpoints, evaluation_due=True))
         yield Record("evaluation", row)
@@ -164,7 +174,7 @@ class Trainer:
         if not self.world.any(self._reaches_target(row)):
             return None
         # Of other episodes than those that were the reason to look closer.
-        row = self.agent.evaluate(cycle, self.config.evaluation.final_episodes, first=self.config.evaluation.episodes)
+        row = self.worker.evaluate(cycle, self.config.evaluation.final_episodes, first=self.config.evaluation.episodes)
         if row is None:
             return (yield from self._stop_at(cycle, checkpoints, evaluation_due=True))
         yield Record("evaluation", row)
@@ -176,7 +186,7 @@ class Trainer:
 
     def _evaluate_finally(self, cycle: int, checkpoints: Checkpoints) -> Generator[Record, None, Record]:
         self._check_drift("at the end of the run")
-        row = self.agent.evaluate(cycle, self.config.evaluation.final_episodes)
+        row = self.worker.evaluate(cycle, self.config.evaluation.final_episodes)
         if row is None:
             return (yield from self._stop_at(cycle, checkpoints))
         yield Record("evaluation", row)
@@ -186,14 +196,14 @@ class Trainer:
     def _stop_at(
         self, cycle: int, checkpoints: Checkpoints, evaluation_due: bool = False
     ) -> Generator[Record, None, Record]:
-        total_steps = self.agent.plan.total_steps_after(cycle)
-        self.agent.evaluation_due = evaluation_due
+        total_steps = self.worker.plan.total_steps_after(cycle)
+        self.worker.evaluation_due = evaluation_due
         if self._saved_at != total_steps and not (yield from self._save(cycle, checkpoints)):
             raise JobError(
                 f"Asked to stop after {total_steps:,} total steps, and no checkpoint could be written: --resume goes on from "
                 "the one before, where there is one."
             )
-        return Record("stopped", {"total_steps": total_steps, "seconds": self.agent.ledger.seconds})
+        return Record("stopped", {"total_steps": total_steps, "seconds": self.worker.ledger.seconds})
 
     def _reaches_target(self, row: Row) -> bool:
         target = self.config.evaluation.target_return
@@ -201,39 +211,39 @@ class Trainer:
 
     def _remember(self, row: Row, cycle: int, checkpoints: Checkpoints) -> Iterator[Record]:
         """Keeps the best evaluation and its weights; of equals the newer, which has learned longer."""
-        agent, before = self.agent, self.agent.best
+        worker, before = self.worker, self.worker.best
         if before is not None and row["return_mean"] < before[0]:
             return
-        agent.best = (row["return_mean"], int(row["total_steps"]))
+        worker.best = (row["return_mean"], int(row["total_steps"]))
         # A checkpoint to go on from, made before this evaluation, has the same weights, and must stay.
-        if self._saved_at != agent.plan.total_steps_after(cycle):
+        if self._saved_at != worker.plan.total_steps_after(cycle):
             saved = yield from self._save(cycle, checkpoints, only_weights=True)
             if not saved:
-                agent.best = before
+                worker.best = before
 
     def _save(
         self, cycle: int, checkpoints: Checkpoints, *, only_weights: bool = False, finished: bool = False
     ) -> Generator[Record, None, bool]:
         """A checkpoint to go on from or, `only_weights`, to evaluate; returns whether it could be written. A collective."""
-        agent, total_steps = self.agent, self.agent.plan.total_steps_after(cycle)
+        worker, total_steps = self.worker, self.worker.plan.total_steps_after(cycle)
         self.watchdog.beat(f"a checkpoint at {total_steps:,} total steps")
-        part = agent.part() if self.config.checkpoint.save_replay and not only_weights else None
+        part = worker.part() if self.config.checkpoint.save_replay and not only_weights else None
         try:
-            with agent.ledger.timed("save"):
+            with worker.ledger.timed("save"):
                 saved = checkpoints.save(
                     total_steps,
-                    agent.learner.state(),
-                    agent.state(total_steps, finished),
+                    worker.learner.state(),
+                    worker.state(total_steps, finished),
                     part=part,
                     resumable=not only_weights,
-                    best=None if agent.best is None else agent.best[1],
+                    best=None if worker.best is None else worker.best[1],
                 )
         except JobError as error:
             if self.config.checkpoint.on_failure == "stop":
                 raise JobError(f"{error} Make room and go on with --resume.") from None
             yield Record("message", {}, f"{error} The run goes on without it.")
-            if agent.best is not None and agent.best[1] == total_steps:
-                agent.best = None  # its weights made room for what could not be written
+            if worker.best is not None and worker.best[1] == total_steps:
+                worker.best = None  # its weights made room for what could not be written
             return False
         if not only_weights:
             self._saved_at = total_steps
@@ -242,4 +252,4 @@ class Trainer:
         return True
 
     def close(self) -> None:
-        self.agent.close()
+        self.worker.close()

@@ -32,7 +32,7 @@ from hvd_dqn.training.plan import Plan
 ACTING, SAMPLING, ENVIRONMENTS, WEIGHTS = range(4)
 
 
-class Agent:
+class Worker:
     """Environments, replay, networks and statistics of one rank, and how far they have come.
 
     Goes on from `snapshot`: exactly where the layout is the same, else with its weights and transitions. One that `joins`
@@ -73,7 +73,7 @@ class Agent:
         self.best: tuple[float, int] | None = None  # (mean return, total steps) of the best evaluation
         self.evaluation_due = False  # of the cycle before the first, where the run was stopped in it
         self._restored: np.ndarray | None = None  # [E] the copies that stand where they stood
-        self.news: list[str] = []  # what was found again of an earlier run, for people
+        self.messages: list[str] = []  # what was found again of an earlier run, for people
         if config.checkpoint.save_replay:
             self.envs.probe()
         if snapshot:
@@ -124,9 +124,9 @@ class Agent:
         ledger.episodes(*episodes)
 
     def learn(self, cycle: int) -> None:
-        """Begins a phase of updates, which `settle` ends; in between it goes on where it overlaps acting. A collective."""
+        """Begins a phase of updates, which `wait` ends; in between it goes on where it overlaps acting. A collective."""
         plan, updates = self.plan, self.plan.updates_at(cycle)
-        with self.ledger.exchange():
+        with self.ledger.communicating():
             self.statistics.merge(self.world.sum)
         self.preprocess.set_statistics(self.statistics.mean, self.statistics.scale)
         with self.ledger.timed("sample"):
@@ -139,7 +139,7 @@ class Agent:
             self._phase = self._thread.submit(self.learner.update, *work).result
         self.updates, self.learned_at = self.updates + updates, cycle
 
-    def settle(self) -> Phase | None:
+    def wait(self) -> Phase | None:
         """What the phase under way has come to; None where there is none. A collective."""
         if self._phase is None:
             return None
@@ -148,8 +148,10 @@ class Agent:
         phase = update()
         waited = perf_counter() - began
         # Of a phase that overlaps acting only the end is waited for.
-        exchange = phase.allreduce_seconds * min(1.0, waited / phase.seconds)
-        self.ledger.phase(phase.updates, phase.loss, phase.mean_q, phase.gradient_norm, phase.skipped, waited, exchange)
+        allreduce_seconds = phase.allreduce_seconds * min(1.0, waited / phase.seconds)
+        self.ledger.phase(
+            phase.updates, phase.loss, phase.mean_q, phase.gradient_norm, phase.skipped, waited, allreduce_seconds
+        )
         return phase
 
     def report(self, cycle: int) -> Row:
@@ -220,18 +222,18 @@ class Agent:
         empty: Literal["no", "joined"] = "joined" if joined else "no"
         self.plan = Plan(self.config, now, snapshot.total_steps, empty, _learns_from(snapshot))
         self._take_over(snapshot)
-        news = (
+        text = (
             f"{before} rank{'s' * (before > 1)} before, {now} now. Going on from {snapshot.total_steps:,} total steps"
         )
         if now <= before:
-            news += f", and at most {len(self.replay):,} transitions of each rank that was lost are gone"
-        self.news.append(news + ("." if not joined else ". A rank that joined begins with an empty replay."))
+            text += f", and at most {len(self.replay):,} transitions of each rank that was lost are gone"
+        self.messages.append(text + ("." if not joined else ". A rank that joined begins with an empty replay."))
 
     def _restore(self, snapshot: Snapshot) -> None:
         try:
             self._take_over(snapshot)
             if not snapshot.complete:
-                self.news.append("The replay was not saved: it is filled anew before learning goes on.")
+                self.messages.append("The replay was not saved: it is filled anew before learning goes on.")
             elif snapshot.state["layout"] == self._layout():
                 self._restore_part(snapshot)
             else:
@@ -281,7 +283,7 @@ class Agent:
         first, mine = self.world.rank * plan.envs_per_rank, self.replay.state()
         rings = range(first, first + plan.envs_per_rank)
         self.replay.load_state(gather_state(dealt, rings, shards, mine["rng"], into=self.replay.arrays()))
-        self.news.append(dealt.describe(plan.size) + ". Episodes begin anew.")
+        self.messages.append(dealt.describe(plan.size) + ". Episodes begin anew.")
 
     def close(self) -> None:
         if self._thread is not None:

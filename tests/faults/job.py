@@ -19,7 +19,7 @@ from hvd_dqn.envs.identity import Identity
 from hvd_dqn.ranks.placement import LAUNCHER_VARIABLES
 from hvd_dqn.storage.checkpoint import Checkpoints
 from hvd_dqn.training.evaluation import Evaluator
-from hvd_dqn.training.worker import Agent
+from hvd_dqn.training.worker import Worker
 
 STRIKES_AFTER = 1_000  # total steps: there is a checkpoint to go back to
 
@@ -66,17 +66,17 @@ def struck() -> None:
 
 def later(action) -> None:
     """After the first phase of updates that begins after STRIKES_AFTER."""
-    settle = Agent.settle
+    wait = Worker.wait
 
     def broken(self):
-        phase = settle(self)
+        phase = wait(self)
         if phase and self.plan.total_steps_after(self.learned_at) > STRIKES_AFTER + self.plan.resumed_at:
-            Agent.settle = settle
+            Worker.wait = wait
             struck()
             action(self)
         return phase
 
-    Agent.settle = broken
+    Worker.wait = broken
 
 
 def raising(where, name: str, calls: int) -> None:

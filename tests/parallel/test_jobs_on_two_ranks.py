@@ -44,6 +44,17 @@ def test_a_job_is_resumed_with_two_ranks(identity):
     assert steps[-1] == 3000
 
 
+def test_two_ranks_start_from_the_weights_of_another_run(identity, tmp_path):
+    folder, _ = identity
+    words = ["--total_steps", "256", "--learner.learning_rate", "1e-9", "--evaluation.target_return", "None"]
+    command = ["hvd-dqn", "train", "identity", "--run_dir", tmp_path / "run", *words, "--from"]
+    done = horovodrun(2, *command, folder)
+    assert done.returncode == 0, done.stdout + done.stderr
+    about = json.loads((tmp_path / "run/run.json").read_text())
+    assert about["result"]["return_mean"] == 10.0  # nothing was learned but there
+    assert about["started_from"]["run"] == str(folder)
+
+
 @pytest.mark.parametrize("overlap", ["False", "True"])
 def test_one_seed_gives_one_run_on_two_ranks(overlap, tmp_path):
     command, texts = ["hvd-dqn", "train", "identity", "--seed", "3", "--learner.overlap", overlap, "--run_dir"], []
@@ -81,6 +92,7 @@ def test_the_timeline_tells_of_every_averaged_update_and_the_end_where_the_time_
         ),
         (["train", "identity", "--run_dir", "/proc/no/run"], r"Cannot write the run directory"),
         (["evaluate", "nothing"], r"nothing is no run"),
+        (["train", "identity", "--from", "nothing"], r"nothing is no run"),
     ],
 )
 def test_bad_input_is_said_once_and_ends_every_rank(words, line):
@@ -103,17 +115,17 @@ def test_ranks_started_with_different_settings_are_refused(tmp_path):
 BREAKING = """
 import sys
 from hvd_dqn import cli
-from hvd_dqn.training.worker import Agent
+from hvd_dqn.training.worker import Worker
 from hvd_dqn.ranks.placement import LAUNCHER_VARIABLES
 import os
 rank = int(next(os.environ[name] for name in LAUNCHER_VARIABLES if name in os.environ))
-settle = Agent.settle
+wait = Worker.wait
 def broken(self):
-    phase = settle(self)
+    phase = wait(self)
     if rank == 1 and phase and self.updates > 100:
         {what}
     return phase
-Agent.settle = broken
+Worker.wait = broken
 sys.argv = ["hvd-dqn", "train", "identity", "--evaluation.target_return", "None", "--total_steps", "100000",
             "--ranks.drift_check_period", "1000", "--evaluation.period", "100000", "--run_dir", sys.argv[1]]
 cli.main()

@@ -154,6 +154,7 @@ BAD_INPUT = [
     (["train", "identity", "--resume"], r"--resume needs --run-dir"),
     (["train", "identity", "--run-dir"], r"Missing value for argument '--run_dir'"),
     (["train", "identity", "--agent.network", ":f"], r"--agent.network :f cannot be imported"),
+    (["train", "identity", "--from", "nothing"], r"nothing is no run"),
     (["train", "identity", "--resume", "--run_dir", "nothing"], r"nothing to resume in nothing"),
     (["train", "identity", "--run_dir", "/proc/no/run"], r"Cannot write the run directory /proc/no/run"),
     (["evaluate", "nothing"], r"nothing is no run"),

@@ -217,14 +217,15 @@ wait_in_horovod = types.FunctionType(
 )
 
 
-def settle(arrivals):
+def wait_for_phase(arrivals):
     with ThreadPoolExecutor(1) as thread:
         return thread.submit(arrivals.get, timeout=60).result()
 
 
 # As where learning overlaps acting: the main thread waits for its own that learns, and that one for other ranks.
 wait_for_the_learner = types.FunctionType(
-    settle.__code__, {"__name__": "hvd_dqn.training.worker", "ThreadPoolExecutor": ThreadPoolExecutor}
+    wait_for_phase.__code__.replace(co_name="wait"),
+    {"__name__": "hvd_dqn.training.worker", "ThreadPoolExecutor": ThreadPoolExecutor},
 )
 
 

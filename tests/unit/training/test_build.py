@@ -17,7 +17,7 @@ from hvd_dqn.agent.preprocess import Preprocess
 from hvd_dqn.config import Config
 from hvd_dqn.ranks.world import Solo
 from hvd_dqn.training.build import make_environments, make_learner
-from hvd_dqn.training.worker import Agent
+from hvd_dqn.training.worker import Worker
 
 # Every value is another than the default.
 SETTINGS = {
@@ -94,7 +94,7 @@ def made(monkeypatch):
         spy(hvd_dqn.training.build, name)
     for name in ("Replay", "Actor"):
         spy(hvd_dqn.training.worker, name)
-    agent = Agent(Config.model_validate(SETTINGS), SecondOfTwo())
+    agent = Worker(Config.model_validate(SETTINGS), SecondOfTwo())
     yield agent, calls
     agent.close()
 
@@ -137,7 +137,7 @@ def test_fp16_reaches_the_learner(monkeypatch):
     world = SecondOfTwo()
     world.wrap = lambda optimizer, compression: asked.append(compression) or optimizer
     config = Config.model_validate({"env": {"envs_per_rank": 1}, "ranks": {"compression": "fp16"}})
-    Agent(config, world).close()
+    Worker(config, world).close()
     assert asked == ["fp16"]
 
 
@@ -169,7 +169,7 @@ def test_who_acts_and_who_learns_sees_normalised_observations(made):
             np.testing.assert_allclose(seen.pop(), np.clip((raw - mean) * scale, -10, 10), rtol=1e-5)
         if agent.plan.learns_at(cycle):
             agent.learn(cycle)
-            agent.settle()
+            agent.wait()
             # The graph has the same statistics as whoever acts in NumPy.
             inputs = agent.preprocess(tf.constant(raw)).numpy()
             assert np.array_equal(inputs, array(raw))
@@ -193,7 +193,7 @@ def test_a_phase_gets_what_is_planned_and_what_it_says_is_reported(made):
         agent.step(cycle)
         if agent.plan.learns_at(cycle):
             agent.learn(cycle)
-            agent.settle()
+            agent.wait()
             updates = agent.plan.updates_at(cycle)
             shape = (updates, agent.plan.batch_per_rank * 2)
             expected.append((shape, agent.plan.learning_rate_at(cycle), agent.plan.target_copies_at(cycle).tolist()))
@@ -216,10 +216,10 @@ import os
 from hvd_dqn.ranks import placement
 os.environ.setdefault("{name}", "3")  # as set_thread_defaults may
 import tensorflow as tf
-from hvd_dqn.training.worker import Agent
+from hvd_dqn.training.worker import Worker
 from hvd_dqn.config import Config
 from hvd_dqn.ranks.world import Solo
-Agent(Config.model_validate({settings}), Solo()).close()
+Worker(Config.model_validate({settings}), Solo()).close()
 print(tf.config.threading.get_{kind}_op_parallelism_threads(), os.environ["{name}"])
 """
     clean = {key: value for key, value in os.environ.items() if key != name}

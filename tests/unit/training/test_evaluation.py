@@ -7,7 +7,7 @@ from hvd_dqn.config import Config
 from hvd_dqn.envs.environments import Environments
 from hvd_dqn.errors import RunError
 from hvd_dqn.ranks.world import Solo
-from hvd_dqn.training.build import make_evaluator
+from hvd_dqn.training.build import make_evaluator, make_policy
 from hvd_dqn.training.evaluation import Evaluator
 
 
@@ -27,7 +27,7 @@ def lean(observation):
 def evaluator(copies, world=None, max_length=1_000, id="CartPole-v1", act=lean, stop=lambda: False, epsilon=0.0):
     envs = Environments(id, copies, vectorization="sync")
     return Evaluator(
-        envs, lambda o: np.eye(envs.actions)[act(o)], world or Solo(),
+        envs, make_policy(envs, lambda o: np.eye(envs.actions)[act(o)]), world or Solo(),
         epsilon=epsilon, seed=7, max_length=max_length, stop=stop,
     )  # fmt: skip
 
@@ -105,7 +105,7 @@ def test_another_round_has_other_episodes_and_the_same_round_the_same():
 def test_as_many_actions_are_random_as_it_is_told():
     chosen, one = [], evaluator(10, epsilon=0.25)
     step = one._envs.step
-    one._q_values = lambda o: np.tile([0.0, 1.0], (len(o), 1))
+    one._policy = make_policy(one._envs, lambda o: np.tile([0.0, 1.0], (len(o), 1)))
     one._envs.step = lambda action: (chosen.append(action.copy()), step(action))[1]
     for round in range(20):
         one.evaluate(10, round)

@@ -195,10 +195,10 @@ def test_times_are_the_mean_of_the_ranks_and_rates_count_all_steps_of_the_window
 
 
 def test_exchanges_are_split_into_communication_and_waiting_for_the_others():
-    def rank(seconds, exchange):
+    def rank(seconds, allreduce_seconds):
         def main(world):
             ledger = Ledger(world)
-            ledger.phase(1, 0.0, 0.0, 0.0, seconds=seconds, exchange=exchange)
+            ledger.phase(1, 0.0, 0.0, 0.0, seconds=seconds, allreduce_seconds=allreduce_seconds)
             return report(ledger), ledger.spent
 
         return main

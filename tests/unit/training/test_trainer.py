@@ -96,7 +96,7 @@ def config(**changes) -> Config:
 
 def arrays_of(trainer) -> dict[str, np.ndarray]:
     """Everything that a rank has and that goes on: as arrays and plain values by their paths."""
-    rest, arrays = divide({"learner": trainer.agent.learner.state(), "part": trainer.agent.part()})
+    rest, arrays = divide({"learner": trainer.worker.learner.state(), "part": trainer.worker.part()})
     rest["part"]["window"].pop("timers"), rest["part"]["window"].pop("seconds")
     return arrays | {"rest": rest}
 
@@ -104,16 +104,16 @@ def arrays_of(trainer) -> dict[str, np.ndarray]:
 def play(config: Config, world, path: Path, snapshot=None):
     """Trains to the end; returns the records and the trainer. The tape, if any, also gets each phase's number of updates."""
     trainer = Trainer(config, world, snapshot)
-    update = trainer.agent.learner.update
+    update = trainer.worker.learner.update
 
     def recorded(batch, learning_rate, copies):
         if isinstance(world, TapeWorld):
             world.tape.append(f"updates {len(copies)} {learning_rate:.9f} {copies.tolist()}")
         return update(batch, learning_rate, copies)
 
-    trainer.agent.learner.update = recorded
-    trainer.played, count = [], trainer.agent.ledger.episodes
-    trainer.agent.ledger.episodes = lambda returns, lengths: (
+    trainer.worker.learner.update = recorded
+    trainer.played, count = [], trainer.worker.ledger.episodes
+    trainer.worker.ledger.episodes = lambda returns, lengths: (
         count(returns, lengths),
         trainer.played.extend(lengths.tolist()),
     )
@@ -152,10 +152,10 @@ def test_a_rank_that_alone_skips_an_update_still_enters_the_same_collectives(syn
     for rank in range(2):
         world = TapeWorld(rank, 2)
         trainer = Trainer(config(ranks={"sync": sync}, evaluation={"target_return": None}), world)
-        update = trainer.agent.learner.update
+        update = trainer.worker.learner.update
         # With averaged gradients every rank skips; with averaged parameters each for itself.
         skips = rank == 1 if sync == "parameters" else True
-        trainer.agent.learner.update = lambda *a, update=update, skips=skips: update(*a)._replace(skipped=int(skips))
+        trainer.worker.learner.update = lambda *a, update=update, skips=skips: update(*a)._replace(skipped=int(skips))
         with contextlib.suppress(JobError):
             list(trainer.train(Checkpoints(tmp_path / str(rank), world)))
         trainer.close()
@@ -208,9 +208,9 @@ def test_a_phase_that_overlaps_acting_gives_the_same_run_however_long_it_takes(n
 
 def test_environments_step_while_a_phase_goes_on(tmp_path, monkeypatch):
     trainer, stepped = Trainer(config(learner={"overlap": True}), Solo()), threading.Event()
-    agent, update = trainer.agent, Learner.update
+    agent, update = trainer.worker, Learner.update
     first = next(cycle for cycle in range(agent.plan.cycles) if agent.plan.learns_at(cycle))
-    assert not agent.plan.settles_at(first)
+    assert not agent.plan.waits_at(first)
 
     def waiting(*arguments):
         assert stepped.wait(60), "no step was taken"
@@ -226,10 +226,12 @@ def test_environments_step_while_a_phase_goes_on(tmp_path, monkeypatch):
 
 def test_of_an_overlapping_phase_only_the_waiting_for_its_end_counts():
     trainer = Trainer(config(learner={"overlap": True}), Solo())
-    trainer.agent._phase = lambda: Phase(1, 0.0, 0.0, 0.0, 0, 0, False, seconds=1_000.0, exchange=500.0)
-    trainer.agent.settle()
+    trainer.worker._phase = lambda: Phase(
+        1, 0.0, 0.0, 0.0, 0, 0, False, seconds=1_000.0, allreduce_seconds=500.0, priority=None
+    )
+    trainer.worker.wait()
     trainer.close()
-    spent = trainer.agent.ledger.spent
+    spent = trainer.worker.ledger.spent
     assert spent["update"] + spent["communicate"] < 10
     assert spent["update"] == pytest.approx(spent["communicate"])  # in the proportion of the whole phase
 
@@ -251,7 +253,7 @@ def test_a_run_reports_evaluates_and_ends_with_a_result(tmp_path):
     assert kinds[-1] == "result"
     assert records[-1].row["episodes"] == 5
     assert records[-1].row["total_steps"] == 960
-    assert trainer.agent.updates == trainer.agent.plan.updates_after(trainer.agent.plan.cycles - 1)
+    assert trainer.worker.updates == trainer.worker.plan.updates_after(trainer.worker.plan.cycles - 1)
 
 
 def test_a_run_stops_at_the_target_when_the_final_evaluation_confirms_it(tmp_path):
@@ -263,14 +265,14 @@ def test_a_run_stops_at_the_target_when_the_final_evaluation_confirms_it(tmp_pat
 
 def test_a_target_that_the_final_evaluation_does_not_confirm_ends_no_run(tmp_path):
     trainer = Trainer(config(), Solo())
-    evaluate, returns = trainer.agent.evaluate, {3: 9.0, 5: 1.0}  # by the number of episodes
+    evaluate, returns = trainer.worker.evaluate, {3: 9.0, 5: 1.0}  # by the number of episodes
     firsts = []
 
     def returning(cycle, episodes, first=0):
         firsts.append((episodes, first))
         return evaluate(cycle, episodes, first) | {"return_mean": returns[episodes]}
 
-    trainer.agent.evaluate = returning
+    trainer.worker.evaluate = returning
     records = list(trainer.train(Checkpoints(tmp_path, Solo())))
     trainer.close()
     assert firsts[:2] == [(3, 0), (5, 3)]  # episodes that were lucky are not asked again
@@ -305,10 +307,10 @@ def test_a_resumed_run_is_the_run_that_was_never_stopped(changes, tmp_path):
     first = Checkpoints(tmp_path / "parts", Solo())
     stopped_at = 480  # in no episode's end, between two reports and two evaluations
     begun = Trainer(
-        settings, Solo(), None, lambda: begun.agent.plan.total_steps_after(begun.steps_done - 1) >= stopped_at
+        settings, Solo(), None, lambda: begun.worker.plan.total_steps_after(begun.steps_done - 1) >= stopped_at
     )
-    begun.steps_done, step = 0, begun.agent.step
-    begun.agent.step = lambda cycle: (step(cycle), setattr(begun, "steps_done", cycle + 1))
+    begun.steps_done, step = 0, begun.worker.step
+    begun.worker.step = lambda cycle: (step(cycle), setattr(begun, "steps_done", cycle + 1))
     before = list(begun.train(first))
     begun.close()
     assert before[-1].kind == "stopped"
@@ -329,14 +331,14 @@ def test_a_run_stopped_in_an_evaluation_makes_it_again(tmp_path):
     for stopped_at in (600, 900):  # each in the second evaluation that it makes
         snapshot = checkpoints.newest(print)
         begun = Trainer(settings, Solo(), snapshot)
-        evaluations, play_episodes = [0], begun.agent.evaluator._play
+        evaluations, play_episodes = [0], begun.worker.evaluator._play
 
         def interrupted(*arguments, evaluations=evaluations, play_episodes=play_episodes):
             evaluations[0] += 1
             return play_episodes(*arguments)
 
-        begun.agent.evaluator._play = interrupted
-        begun._stop = begun.agent.evaluator._stop = lambda evaluations=evaluations: evaluations[0] >= 2
+        begun.worker.evaluator._play = interrupted
+        begun._stop = begun.worker.evaluator._stop = lambda evaluations=evaluations: evaluations[0] >= 2
         records = list(begun.train(checkpoints))
         begun.close()
         assert records[-1].kind == "stopped"
@@ -376,15 +378,15 @@ def test_an_evaluation_takes_no_checkpoint_away(tmp_path):
     assert list(trainer.train(checkpoints))[-1].kind == "result"
     trainer.close()
     assert seen == [None, 480, 480, 480, 960, 960]  # at 300 weights, 480, at 600 and 900 weights, 960 and 960 finished
-    assert trainer.agent.best == (2.0, 960)
+    assert trainer.worker.best == (2.0, 960)
     assert checkpoints.weights(960, print) is not None
 
 
 def test_the_evaluation_that_a_resumed_run_makes_again_leaves_what_it_came_from(tmp_path):
     settings, checkpoints = config(evaluation={"target_return": None}), Checkpoints(tmp_path, Solo())
     begun = Trainer(settings, Solo())
-    begun._stop = begun.agent.evaluator._stop = lambda: (
-        begun.agent.plan.total_steps_after(0) and begun.agent.updates > 0
+    begun._stop = begun.worker.evaluator._stop = lambda: (
+        begun.worker.plan.total_steps_after(0) and begun.worker.updates > 0
     )
     assert list(begun.train(checkpoints))[-1].kind == "stopped"
     begun.close()
@@ -396,8 +398,8 @@ def test_the_evaluation_that_a_resumed_run_makes_again_leaves_what_it_came_from(
         pass
     next(records)  # past what keeps the best evaluation; here the job is killed
     resumed.close()
-    assert resumed.agent.best is not None
-    assert resumed.agent.best[1] == snapshot.total_steps
+    assert resumed.worker.best is not None
+    assert resumed.worker.best[1] == snapshot.total_steps
     assert checkpoints.newest(print).total_steps == snapshot.total_steps
 
 
@@ -418,10 +420,10 @@ def test_weights_that_could_not_be_written_are_not_the_best(tmp_path):
     trainer = Trainer(settings, Solo())
     for record in trainer.train(checkpoints):
         if record.kind == "report" and 600 < record.row["total_steps"] < 900:
-            assert trainer.agent.best == (2.0, 300)
+            assert trainer.worker.best == (2.0, 300)
             assert checkpoints.weights(300, print) is not None
     trainer.close()
-    assert trainer.agent.best == (2.0, 960)
+    assert trainer.worker.best == (2.0, 960)
 
 
 def test_a_run_that_was_filling_its_replay_goes_on_filling_it(tmp_path):
@@ -430,25 +432,25 @@ def test_a_run_that_was_filling_its_replay_goes_on_filling_it(tmp_path):
     snapshot = Checkpoints(tmp_path, Solo()).newest(print).without_parts()
     longer = settings.model_copy(update={"total_steps": 1_920})
     resumed = Trainer(longer, Solo(), snapshot)
-    assert resumed.agent.plan.learns_from == 960 + 240
-    held = snapshot._replace(total_steps=1_000, state=resumed.agent.state(1_000, finished=False))
-    resumed.agent.regroup(held, joined=False)  # as an elastic job does that has lost a rank meanwhile
+    assert resumed.worker.plan.learns_from == 960 + 240
+    held = snapshot._replace(total_steps=1_000, state=resumed.worker.state(1_000, finished=False))
+    resumed.worker.regroup(held, joined=False)  # as an elastic job does that has lost a rank meanwhile
     resumed.close()
-    assert resumed.agent.plan.learns_from == 960 + 240
+    assert resumed.worker.plan.learns_from == 960 + 240
 
 
 def test_a_job_that_lost_ranks_saves_again_where_it_had_saved_with_them(tmp_path):
     checkpoints = Checkpoints(tmp_path, Solo())
     settings = config(evaluation={"target_return": None}, checkpoint={"period": 960})
-    trainer = Trainer(settings, Solo(), None, lambda: trainer.agent.updates > 0)
-    state, weights = trainer.agent.state(0, finished=False), trainer.agent.learner.state()
+    trainer = Trainer(settings, Solo(), None, lambda: trainer.worker.updates > 0)
+    state, weights = trainer.worker.state(0, finished=False), trainer.worker.learner.state()
     assert list(trainer.train(checkpoints))[-1].kind == "stopped"
     saved = checkpoints.newest(print)
     shutil.rmtree(saved.path)
-    assert trainer.agent.updates > 0
-    trainer.agent.regroup(saved._replace(total_steps=0, state=state, arrays=weights), joined=False)
-    assert trainer.agent.updates == 0
-    assert_same(trainer.agent.learner.state(), weights)
+    assert trainer.worker.updates > 0
+    trainer.worker.regroup(saved._replace(total_steps=0, state=state, arrays=weights), joined=False)
+    assert trainer.worker.updates == 0
+    assert_same(trainer.worker.learner.state(), weights)
     assert list(trainer.train(checkpoints))[-1].row["total_steps"] == saved.total_steps
     trainer.close()
     assert checkpoints.newest(print).total_steps == saved.total_steps
@@ -459,15 +461,15 @@ def test_without_its_replay_a_resumed_run_fills_a_new_one_before_it_learns(tmp_p
     _, trainer = play(settings, Solo(), tmp_path)
     snapshot = Checkpoints(tmp_path, Solo()).newest(print)
     assert snapshot.total_steps == 960
-    assert all(np.array_equal(array, snapshot.arrays[name]) for name, array in trainer.agent.learner.state().items())
+    assert all(np.array_equal(array, snapshot.arrays[name]) for name, array in trainer.worker.learner.state().items())
 
     longer = settings.model_copy(update={"total_steps": 1_920})
     records, resumed = play(longer, Solo(), tmp_path, snapshot)
     assert "filled anew" in records[0].text
     assert records[1].row["total_steps"] > 960
-    assert records[1].row["updates"] == trainer.agent.updates  # nothing is learned from an empty replay
-    assert resumed.agent.updates > trainer.agent.updates
-    assert records[-1].row["seconds"] > trainer.agent.ledger.state()["seconds"] / 2
+    assert records[1].row["updates"] == trainer.worker.updates  # nothing is learned from an empty replay
+    assert resumed.worker.updates > trainer.worker.updates
+    assert records[-1].row["seconds"] > trainer.worker.ledger.state()["seconds"] / 2
 
 
 @pytest.mark.parametrize("changes", [{"env": {"envs_per_rank": 6}}, {"replay": {"capacity": 1_200}}])
@@ -480,7 +482,7 @@ def test_rings_of_another_size_are_dealt_the_same_transitions(changes, tmp_path)
     records, _ = play(longer, Solo(), tmp_path, Checkpoints(tmp_path, Solo()).newest(print))
     assert "960 transitions of 1 rank dealt out to 1: 960" in records[0].text
     learned = [r.row["updates"] for r in records if r.kind == "report"]
-    assert learned[0] > trainer.agent.updates  # at once
+    assert learned[0] > trainer.worker.updates  # at once
 
 
 def test_each_of_two_ranks_takes_its_own_share_of_what_one_has_stored(tmp_path):
@@ -490,10 +492,10 @@ def test_each_of_two_ranks_takes_its_own_share_of_what_one_has_stored(tmp_path):
     for rank in (0, 1):
         snapshot = Checkpoints(tmp_path, Solo()).newest(print)
         taken = Trainer(settings.model_copy(update={"total_steps": 1_920}), TapeWorld(rank, 2), snapshot)
-        shares.append(stored(taken.agent.replay))
+        shares.append(stored(taken.worker.replay))
         taken.close()
     assert min(len(share) for share in shares) > 400
-    assert sorted(shares[0] + shares[1]) == sorted(stored(trainer.agent.replay))
+    assert sorted(shares[0] + shares[1]) == sorted(stored(trainer.worker.replay))
 
 
 def stored(replay) -> list[bytes]:
@@ -509,8 +511,8 @@ def test_a_smaller_replay_is_dealt_the_newest_of_what_was_stored(tmp_path):
     snapshot = Checkpoints(tmp_path, Solo()).newest(print)
     trainer = Trainer(smaller, Solo(), snapshot)
     trainer.close()
-    assert trainer.agent.replay.slots == trainer.agent.plan.slots_per_env < 80
-    assert "dropped" in trainer.agent.news[0]
+    assert trainer.worker.replay.slots == trainer.worker.plan.slots_per_env < 80
+    assert "dropped" in trainer.worker.messages[0]
 
 
 @pytest.fixture(scope="module")
@@ -615,12 +617,12 @@ def test_ranks_meet_in_no_collective_while_a_phase_is_under_way(sync, replay_rat
         learner={"overlap": True, "replay_ratio": replay_ratio},
         ranks={"sync": sync, "vote_period": 48}, evaluation={"target_return": None}, report={"period": 500},
     )  # fmt: skip
-    trainer = Trainer(settings, world, None, lambda: trainer.agent.updates >= 4)
-    world.busy = lambda: trainer.agent._phase is not None
+    trainer = Trainer(settings, world, None, lambda: trainer.worker.updates >= 4)
+    world.busy = lambda: trainer.worker._phase is not None
     records = list(trainer.train(Checkpoints(tmp_path, world)))
     trainer.close()
     assert records[-1].kind == "stopped"
-    assert 4 <= trainer.agent.updates < trainer.agent.plan.updates_after(trainer.agent.plan.cycles - 1)
+    assert 4 <= trainer.worker.updates < trainer.worker.plan.updates_after(trainer.worker.plan.cycles - 1)
     assert world.asked > 10
 
 
@@ -631,7 +633,7 @@ def test_of_equal_evaluations_the_newest_is_the_best(tmp_path):
     records = list(trainer.train(Checkpoints(tmp_path, Solo())))
     trainer.close()
     assert [r.row["total_steps"] for r in records if r.kind == "evaluation"] == [300, 600, 720]
-    assert trainer.agent.best == (2.0, 720)
+    assert trainer.worker.best == (2.0, 720)
 
 
 @pytest.mark.parametrize(
@@ -641,16 +643,16 @@ def test_all_ranks_are_told_which_one_skipped_updates(nonfinite, told):
     world = TapeWorld(0, 2)
     world.gather = lambda mine: [mine, (nonfinite, 2)]
     trainer = Trainer(config(ranks={"sync": "parameters"}), world)
-    trainer.agent._phase = lambda: Phase(4, 0.0, 0.0, 0.0, 0, 0, True, 1.0, 0.0, None)
+    trainer.worker._phase = lambda: Phase(4, 0.0, 0.0, 0.0, 0, 0, True, 1.0, 0.0, None)
     with pytest.raises(JobError, match=f"{told} finite after .* total steps: 2 of 4 updates"):
-        trainer._settle()
+        trainer._wait()
     trainer.close()
 
 
 def test_the_running_mean_is_that_of_all_observations(tmp_path):
     _, trainer = play(config(env={"normalize_observation": True}, evaluation={"target_return": None}), Solo(), tmp_path)
-    assert trainer.agent.statistics.state()["count"] == 960
-    assert np.any(trainer.agent.statistics.mean)
+    assert trainer.worker.statistics.state()["count"] == 960
+    assert np.any(trainer.worker.statistics.mean)
 
 
 def test_a_run_that_cannot_go_on_exactly_draws_other_numbers_than_at_its_start(tmp_path):
@@ -659,7 +661,7 @@ def test_a_run_that_cannot_go_on_exactly_draws_other_numbers_than_at_its_start(t
     longer = settings.model_copy(update={"total_steps": 1_920})
     resumed = Trainer(longer, Solo(), Checkpoints(tmp_path, Solo()).newest(print))
     resumed.close()
-    assert resumed.agent._rng(0).random() != first.agent._rng(0).random()
+    assert resumed.worker._rng(0).random() != first.worker._rng(0).random()
 
 
 def test_environments_that_cannot_be_put_back_end_their_episodes_in_the_replay(tmp_path, monkeypatch):
@@ -670,8 +672,8 @@ def test_environments_that_cannot_be_put_back_end_their_episodes_in_the_replay(t
     records, resumed = play(longer, Solo(), tmp_path, Checkpoints(tmp_path, Solo()).newest(print))
     assert "12 of 12 environments start new episodes" in records[0].text
     count = lambda agent: int(np.count_nonzero(agent.replay.arrays()["kinds"] == TRUNCATED))  # noqa: E731
-    assert count(trainer.agent) == 0  # CartPole is never truncated so early
-    assert count(resumed.agent) > 0
+    assert count(trainer.worker) == 0  # CartPole is never truncated so early
+    assert count(resumed.worker) > 0
 
 
 def test_a_finished_run_has_nothing_left_to_train(tmp_path):
@@ -684,7 +686,7 @@ def test_a_finished_run_has_nothing_left_to_train(tmp_path):
 def test_what_is_not_finite_stops_the_job_or_is_skipped_and_counted(policy, tmp_path):
     settings = config(evaluation={"target_return": None}, learner={"on_nonfinite": policy})
     trainer = Trainer(settings, Solo())
-    gather, calls = trainer.agent.replay.gather, []
+    gather, calls = trainer.worker.replay.gather, []
 
     def infinite(draw):
         batch = gather(draw)
@@ -693,14 +695,14 @@ def test_what_is_not_finite_stops_the_job_or_is_skipped_and_counted(policy, tmp_
             batch.reward[0, 0] = np.inf
         return batch
 
-    trainer.agent.replay.gather = infinite
+    trainer.worker.replay.gather = infinite
     if policy == "stop":
         with pytest.raises(JobError, match=r"The loss on rank 0 is not finite after .* total steps: 1 of \d+ updates"):
             list(trainer.train(Checkpoints(tmp_path, Solo())))
     else:
         records = list(trainer.train(Checkpoints(tmp_path, Solo())))
         assert sum(r.row["skipped_updates"] for r in records if r.kind == "report") == 1
-    assert all(np.isfinite(array).all() for array in trainer.agent.learner.state().values())
+    assert all(np.isfinite(array).all() for array in trainer.worker.learner.state().values())
     trainer.close()
 
 
@@ -767,13 +769,13 @@ def test_observations_that_are_states_cannot_be_normalised(id):
 def test_every_kind_of_setting_trains(changes, tmp_path):
     records, trainer = play(config(**changes), Solo(), tmp_path)
     assert records[-1].kind == "result"
-    assert trainer.agent.learner.compiled == changes.get("learner", {}).get("xla", False)
+    assert trainer.worker.learner.compiled == changes.get("learner", {}).get("xla", False)
 
 
 def test_a_run_keeps_what_its_settings_say_and_its_best_can_be_evaluated(tmp_path, capsys):
     run = Run(tmp_path / "run")
     settings = config(evaluation={"target_return": None}, checkpoint={"period": 200, "keep": 1, "compress": True})
-    job.train(settings, "cartpole", run, Solo(), StopRequest(), resume=False)
+    job.train_in_world(settings, "cartpole", run, Solo(), StopRequest(), resume=False)
     best = run.about()["best"][1]
     assert {path.name for path in (run.path / "checkpoints").iterdir()} == {"960", str(best)}
     with zipfile.ZipFile(run.path / "checkpoints" / "960" / "replay-00000-of-00001.npz") as archive:
@@ -788,7 +790,7 @@ def test_a_run_keeps_what_its_settings_say_and_its_best_can_be_evaluated(tmp_pat
 @pytest.mark.parametrize("due", [False, True])
 def test_an_evaluation_that_was_broken_off_is_told_once(due, tmp_path):
     run, settings = Run(tmp_path / "run"), config(evaluation={"target_return": None})
-    job.train(settings, "cartpole", run, Solo(), StopRequest(), resume=False)
+    job.train_in_world(settings, "cartpole", run, Solo(), StopRequest(), resume=False)
     snapshot = Checkpoints(run.path, Solo()).newest(print)
     snapshot = snapshot._replace(total_steps=600, state=snapshot.state | {"evaluation_due": due})
     trainer = Trainer(settings, Solo())
@@ -811,7 +813,7 @@ def test_the_watchdog_has_the_patience_that_is_set(elastic, silence, tmp_path, m
     # It hears of each step, of training and of an evaluation.
     assert [beat for beat in beats if beat.startswith("cycle")] == [f"cycle {cycle}" for cycle in range(25)]
     assert beats.count("evaluation") >= 2 * records[-1].row["length_mean"]
-    assert trainer.agent.ledger.spent["evaluate"] > 0 < trainer.agent.ledger.spent["save"]
+    assert trainer.worker.ledger.spent["evaluate"] > 0 < trainer.worker.ledger.spent["save"]
 
 
 def test_a_rank_with_other_settings_does_not_join(tmp_path, monkeypatch):
@@ -839,13 +841,13 @@ def test_what_was_learned_is_evaluated_as_it_was_in_training(tmp_path, monkeypat
     play(settings, Solo(), tmp_path)
     checkpoints, seen = Checkpoints(tmp_path, Solo()), []
     again = Trainer(settings.model_copy(update={"total_steps": 1_920}), Solo(), checkpoints.newest(print))
-    expected = again.agent.evaluator.evaluate(3, round=0)
+    expected = again.worker.evaluator.evaluate(3, round=0)
     again.close()
-    normalize = Preprocess.array
-    monkeypatch.setattr(Preprocess, "array", lambda self, raw: seen.append(normalize(self, raw)) or seen[-1])
-    row = job.evaluate(settings, Solo(), checkpoints.weights(None, print))
-    assert row == {"total_steps": 960, **expected}
-    assert len(seen) >= row["length_mean"]  # by what it saw, as well as by what came of it
+    array = Preprocess.array
+    monkeypatch.setattr(Preprocess, "array", lambda self, raw: seen.append(array(self, raw)) or seen[-1])
+    row = job.evaluate_in_world(settings, Solo(), checkpoints.weights(None, print))
+    assert row._asdict() == {"total_steps": 960, **expected}
+    assert len(seen) >= row.length_mean  # by what it saw, as well as by what came of it
 
 
 @pytest.mark.parametrize(
@@ -861,6 +863,6 @@ def test_files_that_cannot_be_written_end_a_run_with_one_line(method, error, lin
 
     monkeypatch.setattr(CsvWriter, method, full)
     with pytest.raises(error, match=line):
-        job.train(config(), "cartpole", Run(tmp_path / "run"), Solo(), StopRequest(), resume=False)
+        job.train_in_world(config(), "cartpole", Run(tmp_path / "run"), Solo(), StopRequest(), resume=False)
     if method == "write":
         assert Run(tmp_path / "run").about()["ended"].startswith("failed: RunError")

@@ -1,0 +1,154 @@
+"""A trained network with its preprocessing and its spaces: what plays in evaluations and in programs of one's own."""
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import numpy as np
+
+from hvd_dqn.errors import InputError
+
+NOT_FIRST = np.zeros((), np.bool_)  # the frame belongs to the episode that is under way
+
+
+class Frames(Protocol):
+    """How observations of the space become what the network sees; `hvd_dqn.envs.frames` has the one implementation."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    categories: int | None
+    seen_shape: tuple[int, ...]
+
+    def read_seen(self, seen: np.ndarray) -> np.ndarray: ...
+    def begin(self, frame: np.ndarray) -> np.ndarray: ...
+    def push(self, observation: np.ndarray, frame: np.ndarray, first: np.ndarray) -> np.ndarray: ...
+
+
+class Actions(Protocol):
+    """A Discrete space: the actions start, ..., start + n - 1."""
+
+    n: Any
+    start: Any
+
+
+class Policy:
+    """Chooses actions by the values of a trained network.
+
+    `values` maps [B, *frames.observation_shape] to [B, A]: preprocessing and network. Random actions are drawn from `rng`,
+    a generator or its seed.
+
+    `act` and `q_values` take one observation, of shape `observation_shape`, or B of them. They remember nothing. A policy
+    that was trained with `frame_stack` > 1 therefore takes stacks, which `begin` and `push` make; without stacks these two
+    return the observation itself, so that one loop serves every policy:
+
+        seen = policy.begin(observation)  # from env.reset()
+        while not over:
+            observation, reward, terminated, truncated, info = env.step(policy.act(seen))
+            seen, over = policy.push(seen, observation), terminated or truncated
+    """
+
+    observation_shape: tuple[int, ...]  # of one observation, as `act` takes it
+
+    def __init__(
+        self,
+        values: Callable[[np.ndarray], np.ndarray],
+        frames: Frames,
+        observation_space: Any,
+        action_space: Actions,
+        rng: np.random.Generator | int | None = None,
+    ) -> None:
+        self._values, self._frames, self.rng = values, frames, np.random.default_rng(rng)
+        self.observation_space, self.action_space = observation_space, action_space
+        self.actions, self._first_action = int(action_space.n), int(action_space.start)
+        self.observation_shape = frames.seen_shape
+        self._stacks = frames.seen_shape != tuple(observation_space.shape)
+
+    def act(
+        self, observation: Any, epsilon: float = 0.0, mask: np.ndarray | list[Any] | None = None
+    ) -> int | np.ndarray:
+        """The action for one observation, an int, or for B observations, [B] int64: numbers of the action space.
+
+        It is the one of the highest value or, with probability `epsilon`, a random one. `mask`, [A] bool or [B, A], is True
+        for actions that may be taken. Raises InputError where a shape is another, or a mask leaves no action.
+        """
+        if not 0 <= epsilon <= 1:
+            raise InputError(f"`epsilon` is a probability, from 0 to 1. Received: {epsilon}.")
+        seen, alone = self._read(observation)
+        allowed = None if mask is None else self._read_mask(mask, len(seen), alone)
+        explores = self.rng.random(len(seen)) < epsilon if epsilon > 0 else None
+        if explores is not None and explores.all():
+            action = self._random(len(seen), allowed)
+        else:
+            action = _highest(self._values(seen), allowed)
+            if explores is not None:
+                action = np.where(explores, self._random(len(seen), allowed), action)
+        action = action + self._first_action
+        return int(action[0]) if alone else action
+
+    def q_values(self, observation: Any) -> np.ndarray:
+        """The values [A] of all actions for one observation, or [B, A] for B: float32, the first action's first."""
+        seen, alone = self._read(observation)
+        q = self._values(seen).astype(np.float32, copy=False)
+        return q[0] if alone else q
+
+    def begin(self, observation: Any) -> np.ndarray:
+        """What `act` takes at the first observation of an episode, or at the first ones of B episodes."""
+        return self._frames.begin(self._frame(observation)) if self._stacks else np.asarray(observation)
+
+    def push(self, seen: np.ndarray, observation: Any) -> np.ndarray:
+        """What `act` takes one step later, at `observation`: the newest of the stack, whose oldest is dropped."""
+        if not self._stacks:
+            return np.asarray(observation)
+        return self._frames.push(seen, self._frame(observation), NOT_FIRST)
+
+    def choose(self, seen: np.ndarray) -> np.ndarray:
+        """Greedy actions [n], counted from 0, for [n, *frames.observation_shape] as `Environments` yields them."""
+        return self._values(seen).argmax(axis=1)
+
+    def _read(self, observation: Any) -> tuple[np.ndarray, bool]:
+        """[B, *frames.observation_shape], and whether it was one observation alone."""
+        seen = np.asarray(observation)
+        alone = seen.shape == self.observation_shape
+        if not alone and (seen.ndim == 0 or seen.shape[1:] != self.observation_shape):
+            one = f"one observation of shape {self.observation_shape}"
+            if self._stacks:
+                one += ", a stack such as `begin` and `push` make,"
+            raise InputError(f"Expected: {one} or B of them. Received: an array of shape {seen.shape}.")
+        if self._frames.dtype.kind in "iu" and seen.dtype.kind not in "iu":
+            raise InputError(f"Expected: whole numbers of {self.observation_space}. Received: {seen.dtype}.")
+        read = self._frames.read_seen(seen)
+        categories = self._frames.categories
+        if categories is not None and not ((read >= 0) & (read < categories)).all():
+            raise InputError(f"Expected: states of {self.observation_space}. Received: {observation}.")
+        return read, alone
+
+    def _read_mask(self, mask: Any, count: int, alone: bool) -> np.ndarray:
+        allowed = np.asarray(mask)
+        expected = (self.actions,) if alone else (count, self.actions)
+        if allowed.shape != expected or allowed.dtype != np.bool_:
+            raise InputError(
+                f"`mask` must be bool of shape {expected}, True where an action may be taken. "
+                f"Received: {allowed.dtype} of shape {allowed.shape}."
+            )
+        allowed = allowed.reshape(count, self.actions)
+        if not allowed.any(axis=1).all():
+            raise InputError("`mask` must leave at least one action. Received: one that is False for all.")
+        return allowed
+
+    def _random(self, count: int, allowed: np.ndarray | None) -> np.ndarray:
+        if allowed is None:
+            return self.rng.integers(self.actions, size=count)
+        # The highest of independent numbers is each one's with the same probability.
+        return _highest(self.rng.random(allowed.shape), allowed)
+
+    def _frame(self, observation: Any) -> np.ndarray:
+        """[*frames.shape] or [B, *frames.shape], of the observation space's own numbers."""
+        frame, shape = np.asarray(observation), tuple(self.observation_space.shape)
+        lead = frame.shape[: frame.ndim - len(shape)]
+        if len(lead) > 1 or frame.shape != (*lead, *shape):
+            raise InputError(f"Expected: one observation of shape {shape} or B of them. Received: {frame.shape}.")
+        return frame.reshape(*lead, *self._frames.shape)
+
+
+def _highest(values: np.ndarray, allowed: np.ndarray | None) -> np.ndarray:
+    """[B] the action of the highest value [B, A] among those `allowed`."""
+    return (values if allowed is None else np.where(allowed, values, -np.inf)).argmax(axis=1)
