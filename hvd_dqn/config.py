@@ -124,7 +124,7 @@ class Learner(Section):
         source="Stable-Baselines3 zoo",
         ge=1,
     )
-    replay_ratio: float = setting(
+    samples_per_insert: float = setting(
         8.0, "transitions trained on per environment step, over all ranks", source=f"{NATURE} (32 per 4 steps)", gt=0
     )
     learn_start: int = setting(

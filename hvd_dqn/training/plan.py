@@ -43,8 +43,10 @@ class Plan:
         self.slots_per_env = config.replay.capacity // self.envs
         phase = config.learner.train_period
         self._vote_period = math.ceil(config.ranks.vote_period / phase) * phase
-        # One update trains on `global_batch` transitions, and each step is to be trained on `replay_ratio` times.
-        self._updates_per_step = Fraction(config.learner.replay_ratio).limit_denominator(10**6) / self.global_batch
+        # One update trains on `global_batch` transitions, and each step is to be trained on `samples_per_insert` times.
+        self._updates_per_step = (
+            Fraction(config.learner.samples_per_insert).limit_denominator(10**6) / self.global_batch
+        )
         # Ranks that join a run which is learning change the numbers, not what was collected.
         if resumed_at < config.learner.learn_start or empty == "all":
             self._check_warm_up()
@@ -200,7 +202,7 @@ class Plan:
             + f" = {self.global_batch} ({config.ranks.scaling} scaling)",
             "learning rate": f"{learner.learning_rate * factor:.3g} = {learner.learning_rate:.3g} x {factor:.3g}"
             f" ({config.ranks.learning_rate_scaling} scaling, warm-up over {config.ranks.warmup_steps:,} steps)",
-            "replay ratio": f"{learner.replay_ratio:g} transitions trained on per step",
+            "samples per insert": f"{learner.samples_per_insert:g} transitions trained on per step",
             "updates": f"{updates:,}" + (f" in about {phases:,} phases of {updates / phases:.0f}" if phases else ""),
             "target network": "a copy after every " + (f"{between:.3g} updates" if between > 1 else "update"),
             "averaging": f"of {config.ranks.sync}" if self.size > 1 else "none: one rank",
