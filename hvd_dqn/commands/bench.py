@@ -3,84 +3,74 @@
 import json
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
-
-import tyro
+from typing import Any, Literal
 
 from hvd_dqn.commands.options import JsonOptions, parse
+from hvd_dqn.config import Counts, setting
 from hvd_dqn.errors import InputError, nearest, tell
 from hvd_dqn.ranks.lockstep import in_step
 from hvd_dqn.ranks.world import World
 
 
-@dataclass
 class LearnerOptions(JsonOptions):
     """Measures updates of three networks, with sampling and without."""
 
 
-@dataclass
 class LoopOptions(JsonOptions):
     """Measures whole training: cartpole-zoo, cartpole-16 or pixels."""
 
-    case: tyro.conf.Positional[str] = ""
-    """The settings: those of Stable-Baselines3's zoo for CartPole, 16 environments of it, or images."""
-    total_steps: int | None = None
-    """Of all ranks; by default some seconds of training."""
-    batch: int | None = None
-    """Transitions per update on each rank; by default the case's."""
-    envs: int | None = None
-    """Environments on each rank; by default the case's."""
-    sync: Literal["gradients", "parameters"] = "gradients"
-    """What the ranks average."""
-    overlap: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    """Step the environments while phases learn."""
-    gate: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    """Before the measurement, print `ready` and wait for a line: for whoever starts several at once."""
+    without_dashes = "case"
+    case: str = setting(
+        "", "the settings: those of Stable-Baselines3's zoo for CartPole, 16 environments of it, or images"
+    )
+    total_steps: int | None = setting(None, "total steps of all ranks; none takes some seconds of training", ge=1)
+    batch: int | None = setting(None, "minibatch of each rank; none takes the case's", unit="transitions", ge=1)
+    envs: int | None = setting(None, "environments on each rank; none takes the case's", ge=1)
+    sync: Literal["gradients", "parameters"] = setting("gradients", "what is averaged over ranks")
+    overlap: bool = setting(False, "step the environments while a phase of updates runs")
+    gate: bool = setting(
+        False, "before measuring, print `ready` and wait for a line; for programs that start several at once"
+    )
 
 
-@dataclass
 class AllreduceOptions(JsonOptions):
     """Measures what Horovod's all-reduce adds to MPI's, for five sizes."""
 
 
-@dataclass
 class ScalingOptions(JsonOptions):
-    """Measures jobs of several ranks against as many processes that do not talk; starts all of them itself."""
+    """Measures jobs of several ranks against as many independent processes; starts all of them itself."""
 
-    case: str = "cartpole-16"
-    """As of `hvd-dqn bench loop`."""
-    ranks: str = "1,2,4,8"
-    """Numbers of ranks."""
-    scaling: Literal["weak", "strong", "both"] = "both"
-    """Keep batch and environments per rank, or divide them among ranks."""
-    sync: Literal["gradients", "parameters", "both"] = "both"
-    """What the ranks average."""
-    total_steps: int | None = None
-    """Of each rank, under strong scaling of all ranks together; by default some seconds of training."""
-    rounds: int = 5
-    """How often each is measured, in turns."""
+    case: str = setting("cartpole-16", "a case of `hvd-dqn bench loop`")
+    ranks: Counts = setting((1, 2, 4, 8), "numbers of ranks")
+    scaling: Literal["weak", "strong", "both"] = setting(
+        "both", "keep minibatch and environments per rank, or divide them among ranks"
+    )
+    sync: Literal["gradients", "parameters", "both"] = setting("both", "what is averaged over ranks")
+    total_steps: int | None = setting(
+        None,
+        "total steps of each rank, or of all ranks together under strong scaling; none takes some seconds of training",
+        ge=1,
+    )
+    rounds: int = setting(5, "how many times each job is measured, in turns", ge=1)
 
 
-@dataclass
 class ProjectOptions(JsonOptions):
-    """Computes what many ranks would reach from what few take, and checks that against measured jobs."""
+    """Predicts the speed of many ranks from measurements of a few, and checks the prediction against measured jobs."""
 
-    case: str = "cartpole-16"
-    """As of `hvd-dqn bench loop`."""
-    ranks: int = 512
-    """The most ranks to compute for."""
-    sync: Literal["gradients", "parameters"] = "gradients"
-    """What the ranks average."""
-    files: tuple[Path, ...] = ()
-    """Results of `bench loop`, `allreduce` and `scaling` with --json; without, all is measured now."""
-    latency: float | None = None
-    """Of another network than this machine's, per hop, in microseconds."""
-    bandwidth: float | None = None
-    """Of another network than this machine's, in gigabytes per second."""
-    rounds: int = 3
-    """How often each is measured, where there are no files."""
+    case: str = setting("cartpole-16", "a case of `hvd-dqn bench loop`")
+    ranks: int = setting(512, "the largest number of ranks to predict for", ge=2)
+    sync: Literal["gradients", "parameters"] = setting("gradients", "what is averaged over ranks")
+    files: tuple[Path, ...] = setting(
+        (), "results of `bench loop`, `allreduce` and `scaling` with --json; if there are none, all is measured now"
+    )
+    latency: float | None = setting(
+        None, "latency of another network than this machine's, per hop", unit="microseconds", gt=0
+    )
+    bandwidth: float | None = setting(
+        None, "bandwidth of another network than this machine's", unit="gigabytes per second", gt=0
+    )
+    rounds: int = setting(3, "how many times each job is measured, if there are no files", ge=1)
 
 
 def run(arguments: Sequence[str], world: World) -> None:
@@ -96,7 +86,7 @@ def run(arguments: Sequence[str], world: World) -> None:
     kind, measure = BENCHMARKS[name]
     options = in_step(world, lambda: parse(kind, arguments[1:], f"hvd-dqn bench {name}"))
     result, render = measure(options, world)
-    if options.json:
+    if options.as_json:
         print(json.dumps(result))
         return
     from rich import print as show
@@ -147,7 +137,7 @@ def _bench_scaling(options: ScalingOptions, world: World) -> Measured:
 
     result = benchmark.scaling(
         options.case,
-        _numbers("--ranks", options.ranks),
+        list(options.ranks),
         scalings=("weak", "strong") if options.scaling == "both" else (options.scaling,),
         syncs=("gradients", "parameters") if options.sync == "both" else (options.sync,),
         total_steps=options.total_steps,
@@ -173,14 +163,7 @@ def _bench_project(options: ProjectOptions, world: World) -> Measured:
     return result, benchmark.table
 
 
-def _numbers(name: str, text: str) -> list[int]:
-    words = text.split(",")
-    if not all(word.strip().isdecimal() for word in words):
-        raise InputError(f"{name} takes numbers with commas between, such as 1,2,4. Received: {text}.")
-    return [int(word) for word in words]
-
-
-BENCHMARKS: dict[str, tuple[Any, Callable[[Any, World], Measured]]] = {
+BENCHMARKS: dict[str, tuple[type[JsonOptions], Callable[[Any, World], Measured]]] = {
     "learner": (LearnerOptions, _bench_learner),
     "loop": (LoopOptions, _bench_loop),
     "allreduce": (AllreduceOptions, _bench_allreduce),

@@ -14,11 +14,6 @@ from hvd_dqn.storage.run_directory import Run
 
 def run(arguments: Sequence[str], world: World) -> None:
     options = in_step(world, lambda: parse(EvaluateOptions, arguments, "hvd-dqn evaluate"))
-    if options.episodes < 1 or not 0 <= options.epsilon <= 1 or options.seed < 0:
-        raise InputError(
-            "--episodes must be at least 1, --seed at least 0 and --epsilon between 0 and 1. "
-            f"Received: {options.episodes}, {options.seed}, {options.epsilon}."
-        )
     directory = Run(options.run_dir)
     checkpoints = Checkpoints(directory.path, world)
     config = world.gather(in_step(world, lambda: directory.config() if world.rank == 0 else None))[0]
@@ -32,7 +27,7 @@ def run(arguments: Sequence[str], world: World) -> None:
 
     evaluation = config.evaluation.model_copy(update={"episodes": options.episodes, "epsilon": options.epsilon})
     row = api.evaluate(config.model_copy(update={"evaluation": evaluation, "seed": options.seed}), world, snapshot)
-    if options.json:
+    if options.as_json:
         print(json.dumps(row))
     else:
         print(
