@@ -229,6 +229,20 @@ def test_people_see_when_the_target_network_is_no_older_than_the_network():
     assert told == ["a copy after every 32 updates", "a copy after every 4 updates", "a copy after every update"]
 
 
+def test_people_read_whole_numbers_and_one_rank():
+    one = Plan(config(learner={"target_period": 80_000, "samples_per_insert": 1}), 1).describe()
+    assert one["environment"] == "CartPole-v1, 1 rank x 8 = 8 copies"
+    assert one["global batch"] == "1 rank x 64 = 64 (weak scaling)"
+    assert one["target network"] == "a copy after every 1,250 updates"
+    assert one["learning rate"] == "0.001 (not scaled)"
+    assert one["averaging"] == "none, on one rank"
+    ranks = {"learning_rate_scaling": "sqrt", "warmup_steps": 10_000}
+    many = Plan(config(ranks=ranks, learner={"learn_start": 20_000, "batch_size": 256}), 64).describe()
+    assert many["environment"] == "CartPole-v1, 64 ranks x 8 = 512 copies"
+    assert many["global batch"] == "64 ranks x 256 = 16,384 (weak scaling)"
+    assert many["learning rate"] == "0.008 = 0.001 x 8 (sqrt scaling, after a warm-up of 10,000 total steps)"
+
+
 @pytest.mark.parametrize("name", presets())
 @pytest.mark.parametrize("size", [1, 2, 4])
 @pytest.mark.parametrize("scaling", ["weak", "strong"])
