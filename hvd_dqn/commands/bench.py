@@ -107,7 +107,7 @@ def _bench_loop(options: LoopOptions, world: World) -> Measured:
     from hvd_dqn.bench import loop as benchmark
 
     if options.gate and world.size > 1:
-        raise InputError("--gate is for processes that run alone: ranks of one job wait for each other anyway.")
+        raise InputError("--gate is for processes that run alone: the ranks of one job wait for each other without it.")
 
     def ready() -> None:
         print("ready", flush=True)

@@ -1,4 +1,4 @@
-"""Finds out whether this process is alone or a rank of many, and refuses jobs whose ranks could not work together."""
+"""Finds out whether this process is alone or one rank of many, and refuses jobs whose ranks cannot work together."""
 
 import importlib.util
 import os
@@ -18,7 +18,7 @@ from hvd_dqn.ranks.world import HorovodWorld, Solo, World, mpi_size
 
 
 def connect() -> World:
-    """The world this process was started into; alone, neither Horovod, mpi4py nor TensorFlow is imported."""
+    """The ranks that this process belongs to. A process alone imports neither Horovod, mpi4py nor TensorFlow."""
     if not is_launched():
         _refuse_strangers()
         return Solo()
@@ -47,7 +47,7 @@ def connect() -> World:
 
 
 def _refuse_strangers() -> None:
-    """srun without MPI would start the same training several times over, each in a process that finds itself alone."""
+    """Without MPI, every task of srun would be a process alone, and all would do the same training."""
     if srun_tasks() > 1:
         _refuse(
             f"srun started {srun_tasks()} tasks that know nothing of each other: use `srun --mpi=pmix`, or mpirun "
@@ -57,7 +57,7 @@ def _refuse_strangers() -> None:
 
 
 def _refuse(complaint: str, rank: int) -> NoReturn:
-    """Bad input that all ranks see before there is a world to agree in: the first alone says so."""
+    """Ends every rank because of bad input that all of them see; only the first prints it. No rank can talk to others yet."""
     if rank == 0:
         raise InputError(complaint)
     sys.exit(2)
