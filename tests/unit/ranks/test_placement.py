@@ -122,7 +122,7 @@ def test_horovod_is_not_started_again_with_both_of_what_it_tunes_fixed(monkeypat
 
 
 def test_a_process_is_bound_where_its_launcher_may_use_more_cores_or_says_so():
-    code = "from hvd_dqn import placement; print(placement._is_bound())"
+    code = "from hvd_dqn.ranks import placement; print(placement._is_bound())"
     core = str(min(os.sched_getaffinity(0)))
     for command, variables, bound in [
         ([], {}, "False"),
