@@ -1,15 +1,48 @@
-"""Presets and files of settings, laid over the defaults; what is wrong in them said in one line."""
+"""Settings from presets, YAML files, the command line and Python: read in one way, and what is wrong is said in one line."""
 
-from collections.abc import Mapping
+import difflib
+from collections.abc import Callable, Mapping
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 from pydantic import ValidationError
 
-from hvd_dqn.config import Config, setting_names
+from hvd_dqn.config import Config, Section, Values, sections, setting_names
 from hvd_dqn.errors import InputError, nearest
+from hvd_dqn.values import expected, read_yaml
+
+V = TypeVar("V", bound=Values)
+RENAMED = {"learner.replay_ratio": "learner.samples_per_insert"}
+# What other libraries call it.
+ELSEWHERE = {
+    "lr": "learner.learning_rate",
+    "learning_starts": "learner.learn_start",
+    "train_freq": "learner.train_period",
+    "train_frequency": "learner.train_period",
+    "gradient_steps": "learner.samples_per_insert",
+    "replay_ratio": "learner.samples_per_insert",
+    "buffer_size": "replay.capacity",
+    "memory_size": "replay.capacity",
+    "replay_size": "replay.capacity",
+    "target_update_interval": "learner.target_period",
+    "target_network_frequency": "learner.target_period",
+    "exploration_fraction": "agent.epsilon_steps",
+    "exploration_final_eps": "agent.epsilon_end",
+    "exploration_initial_eps": "agent.epsilon_start",
+    "net_arch": "agent.hidden",
+    "policy": "agent.network",
+    "max_grad_norm": "learner.max_gradient_norm",
+    "num_envs": "env.envs_per_rank",
+    "n_envs": "env.envs_per_rank",
+    "env_id": "env.id",
+    "total_timesteps": "total_steps",
+    "timesteps": "total_steps",
+    "steps": "total_steps",
+    "eval_freq": "evaluation.period",
+    "save_freq": "checkpoint.period",
+}
 
 
 def presets() -> dict[str, str]:
@@ -24,54 +57,125 @@ def load_preset(name: str) -> Config:
     known = presets()
     if name not in known:
         raise InputError(f"There is no preset {name!r}.{nearest(name, known)} Presets: {', '.join(known)}.")
-    return parse(known[name], f"preset {name}")
+    return from_yaml(known[name], f"preset {name}")
 
 
 def load_file(path: Path, base: Config | None = None) -> Config:
+    """The settings of a YAML file laid over `base` or the defaults."""
     try:
-        return parse(path.read_text(), str(path), base)
+        return from_yaml(path.read_text(), str(path), base)
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(
             f"Cannot read the settings in {path}: {error}. Expected: a YAML file like a run's config.yaml."
         ) from None
 
 
-def parse(text: str, origin: str, base: Config | None = None) -> Config:
-    """Lays the YAML `text` over `base` or the defaults; `origin` names it in errors."""
+def from_yaml(text: str, origin: str, base: Config | None = None) -> Config:
+    """The settings of a YAML text laid over `base` or the defaults; `origin` names it in errors."""
     try:
-        return Config.model_validate(_laid_over((base or Config()).model_dump(), yaml.safe_load(text) or {}))
-    except ValidationError as error:
-        raise InputError(f"{origin}: {explain(error)}") from None
-    except (yaml.YAMLError, ValueError) as error:  # a date that does not exist is a ValueError
+        settings = read_yaml(text)
+        if settings is None or settings == {}:
+            raise InputError("There are no settings in it. Write at least one, such as `env: {id: CartPole-v1}`.")
+        return configure(base or Config(), settings)
+    except InputError as error:
+        raise InputError(f"{origin}: {error}") from None
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # a date that does not exist is a ValueError
         raise InputError(f"{origin} is not YAML: {' '.join(str(error).split())}") from None
 
 
 def configure(base: Config, settings: Mapping[str, Any]) -> Config:
-    """`base` with `settings` laid over it, by nested names ({"env": {"id": ...}}) or dotted ones ({"env.id": ...})."""
-    tree: dict[str, Any] = {}
+    """`base` with other `settings`, by nested names (`{"env": {"id": ...}}`), dotted ones (`{"env.id": ...}`) or both.
+
+    Values may be text as on the command line: `"1e6"`, `"64,64"`. Raises InputError, in one line, for the first thing that
+    is wrong.
+    """
+    values = base.model_dump()
+    for name, value in _by_dotted_name(settings).items():
+        section, _, inner = name.rpartition(".")
+        (values[section] if section else values)[inner] = value
+    return validated(Config, values)
+
+
+def _by_dotted_name(settings: Any) -> dict[str, Any]:
+    if not isinstance(settings, Mapping):
+        raise InputError(f"Expected settings, such as `env: {{id: CartPole-v1}}`. Received: {_shown(settings)}.")
+    dotted: dict[str, Any] = {}
     for name, value in settings.items():
-        *sections, last = name.split(".")
-        place = tree
-        for section in sections:
-            place = place.setdefault(section, {})
-        place[last] = {**place.get(last, {}), **value} if isinstance(value, Mapping) else value
+        inside = _inside(name, value) if name in sections() else {str(name): value}
+        for full_name, each in inside.items():
+            if full_name not in setting_names():
+                raise InputError(f"There is no setting `{full_name}`.{advice(full_name)}")
+            if full_name in dotted:
+                raise InputError(f"`{full_name}` is given twice. Keep one of them.")
+            dotted[full_name] = each
+    return dotted
+
+
+def _inside(section: str, values: Any) -> dict[str, Any]:
+    """What is given for a section, by dotted names. One with nothing in it keeps what it has."""
+    if isinstance(values, Section):
+        values = values.model_dump()
+    if values is None:
+        values = {}
+    if not isinstance(values, Mapping):
+        name, field = next(iter(sections()[section].model_fields.items()))
+        example = values if isinstance(values, str) and field.annotation is str else field.default
+        raise InputError(
+            f"`{section}` is a section: write its settings by name, such as `{section}: {{{name}: {example}}}`. "
+            f"Received: {_shown(values)}."
+        )
+    return {f"{section}.{name}": value for name, value in values.items()}
+
+
+def advice(name: str, spell: Callable[[str], str] = str) -> str:
+    """What to add to a message about a setting that does not exist; `spell` writes a name as it must stand there."""
+    if name in RENAMED:
+        return f" Its name is now `{spell(RENAMED[name])}`: write that instead."
+    meant = [f"`{spell(known)}`" for known in _meant(name)]
+    return f" Did you mean {' or '.join([', '.join(meant[:-1])] * (len(meant) > 1) + meant[-1:])}?" if meant else ""
+
+
+def _meant(name: str) -> list[str]:
+    """The names that `name` may stand for: another library's word, the end of dotted names, or one that looks like it."""
+    leaf = name.rpartition(".")[2]
+    if name in sections():
+        return [next(known for known in setting_names() if known.startswith(f"{name}."))]
+    if leaf in ELSEWHERE:
+        return [ELSEWHERE[leaf]]
+    ending = [known for known in setting_names() if known.rpartition(".")[2] == leaf]
+    if ending:
+        return ending
+    leaves = {known.rpartition(".")[2]: known for known in setting_names()}
+    close = difflib.get_close_matches(name, [*(() if "." in name else sections()), *setting_names()], n=1, cutoff=0.5)
+    return close or [leaves[each] for each in difflib.get_close_matches(leaf, leaves, n=1, cutoff=0.5)]
+
+
+def validated(kind: type[V], values: Mapping[str, Any], spell: Callable[[str], str] = str) -> V:
+    """`values` as a `kind`. Raises InputError, which writes names as `spell` says, with the first that does not fit."""
     try:
-        return Config.model_validate(_laid_over(base.model_dump(), tree))
+        return kind.model_validate(values)
     except ValidationError as error:
-        raise InputError(explain(error)) from None
+        raise InputError(_explained(kind, error, spell)) from None
 
 
-def _laid_over(base: dict[str, Any], top: Any) -> Any:
-    if not isinstance(top, dict):
-        return top  # pydantic says what is wrong with it
-    deeper = {name: _laid_over(base[name], value) for name, value in top.items() if isinstance(base.get(name), dict)}
-    return base | top | {name: value for name, value in deeper.items() if name != "kwargs"}
-
-
-def explain(error: ValidationError) -> str:
-    """The first complaint of pydantic as one line that names the setting, what came, and the nearest valid name."""
+def _explained(kind: type[Values], error: ValidationError, spell: Callable[[str], str]) -> str:
     first = error.errors()[0]
-    name = ".".join(str(part) for part in first["loc"])
-    if first["type"] == "extra_forbidden":
-        return f"There is no setting `{name}`.{nearest(name, setting_names())}"
-    return f"`{name}`: {first['msg']}. Received: {first['input']!r}."
+    names = [str(part) for part in first["loc"]]
+    fields = setting_names() if kind is Config else {f.alias or name: f for name, f in kind.model_fields.items()}
+    name = next((n for n in (".".join(names[:2]), names[0]) if n in fields), ".".join(names))
+    if first["type"] == "missing":
+        return f"`{spell(name)}` is missing."
+    if isinstance(reason := first.get("ctx", {}).get("error"), InputError):
+        return f"`{spell(name)}`: {reason}"
+    field, received = fields[name], first["input"]
+    yes = " (YAML reads yes, no, on and off as true and false)" if isinstance(received, bool) else ""
+    text = expected(field.annotation, field.metadata)
+    choices = [choice.strip("`") for choice in text.replace(" or ", ", ").split(", ")] if "`" in text else []
+    meant = nearest(received, choices) if isinstance(received, str) else ""
+    return f"`{spell(name)}` must be {text}. Received: {_shown(received)}{yes}.{meant}"
+
+
+def _shown(value: Any) -> str:
+    """`value` in one line that is not too long."""
+    text = " ".join(repr(value).split())
+    return text if len(text) <= 80 else f"{text[:77]}..."

@@ -1,4 +1,4 @@
-"""The ways in which hvd_dqn refuses to go on, each printed as a message instead of a traceback."""
+"""Errors that end a command with a message instead of a traceback."""
 
 import difflib
 import sys
@@ -6,30 +6,30 @@ from collections.abc import Iterable
 
 
 def tell(text: str) -> None:
-    """A line for people, apart from what a command prints as its result."""
+    """Prints a line for people on stderr; stdout is for the result of a command."""
     print(f"hvd-dqn: {text}", file=sys.stderr, flush=True)
 
 
-def nearest(name: str, known: Iterable[str]) -> str:
-    """What to add to a message about `name`, which is none of the `known`."""
-    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+def nearest(name: str, known: Iterable[str], least: float = 0.5) -> str:
+    """What to add to a message about `name`, which is none of the `known`; `least` is how alike two names must look."""
+    close = difflib.get_close_matches(name, list(known), n=1, cutoff=least)
     return f" Did you mean `{close[0]}`?" if close else ""
 
 
 class InputError(ValueError):
-    """What the user asked for cannot be done: exit code 2, before any rank trains."""
+    """The input is wrong: what was asked for cannot be done. Exit code 2, before any rank trains."""
 
 
 class RunError(RuntimeError):
-    """The running job cannot go on, for a reason that lies outside this program: exit code 1.
+    """The running job cannot continue, for a reason outside this program. Exit code 1.
 
-    Raised on one rank, which takes the others with it.
+    One rank raises it, and ends the other ranks too.
     """
 
 
 class JobError(RunError):
-    """A RunError that all ranks raise alike, so that the chief says it and each ends by itself."""
+    """A RunError that all ranks raise together: only the chief prints it, and each rank ends by itself."""
 
 
 class RanksChanged(Exception):
-    """Hosts have joined or will leave, and all ranks agreed to group anew: not an error, but the end of a generation."""
+    """Hosts have joined or will leave, and all ranks agreed to form a new group. Not an error."""

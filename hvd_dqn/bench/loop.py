@@ -32,15 +32,15 @@ class TrainingCase(NamedTuple):
 
 
 TRAINING_CASES = {
-    # Stable-Baselines3's zoo, dqn.yml: 128 updates of 64 every 256 steps are a replay ratio of 32. Its target is copied every
-    # 10 steps, which is while it steps and never inside a phase: once for each phase.
+    # Stable-Baselines3's zoo, dqn.yml: 128 updates of 64 every 256 steps are 32 samples per insert. Its target is copied
+    # every 10 steps, which is while it steps and never inside a phase: once for each phase.
     "cartpole-zoo": TrainingCase(
         {
             "env": {"id": "CartPole-v1", "envs_per_rank": 1},
             "agent": {"hidden": (256, 256), "double": False, "epsilon_end": 0.04, "epsilon_steps": 8_000},
             "replay": {"capacity": 100_000},
             "learner": {
-                "batch_size": 64, "replay_ratio": 32, "learn_start": 1_000, "train_period": 256, "target_period": 256,
+                "batch_size": 64, "samples_per_insert": 32, "learn_start": 1_000, "train_period": 256, "target_period": 256,
                 "learning_rate": 2.3e-3,
             },
         },
@@ -53,7 +53,7 @@ TRAINING_CASES = {
             "agent": {"hidden": (64, 64), "double": False},
             "replay": {"capacity": 100_000},
             "learner": {
-                "batch_size": 64, "replay_ratio": 16, "learn_start": 1_024, "train_period": 16, "target_period": 512,
+                "batch_size": 64, "samples_per_insert": 16, "learn_start": 1_024, "train_period": 16, "target_period": 512,
                 "xla": True,
             },
         },
@@ -66,7 +66,7 @@ TRAINING_CASES = {
             "agent": {"network": "cnn", "hidden": (512,), "double": False},
             "replay": {"capacity": 10_000},  # 10,000 * 84 * 84 B = 71 MB
             "learner": {
-                "batch_size": 32, "replay_ratio": 8, "learn_start": 512, "train_period": 16, "target_period": 1_024,
+                "batch_size": 32, "samples_per_insert": 8, "learn_start": 512, "train_period": 16, "target_period": 1_024,
                 "learning_rate": 1e-4,
             },
         },
@@ -98,7 +98,7 @@ def case_config(
         raise InputError(f"--batch and --envs must be at least 1. Received: {batch} and {envs}.")
     period = learner["train_period"] * batch // learner["batch_size"]
     step = math.ceil(max(period, envs) / envs) * envs  # of one rank, from phase to phase
-    if learner.get("xla") and learner["replay_ratio"] * step % batch:
+    if learner.get("xla") and learner["samples_per_insert"] * step % batch:
         raise InputError(
             f"{name} is compiled for one number of updates per phase, which --batch and --envs must not change: keep them "
             f"in the proportion of {learner['batch_size']} to {env['envs_per_rank']}. Received: {batch} and {envs}."

@@ -3,84 +3,74 @@
 import json
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
-
-import tyro
+from typing import Any, Literal
 
 from hvd_dqn.commands.options import JsonOptions, parse
+from hvd_dqn.config import Counts, setting
 from hvd_dqn.errors import InputError, nearest, tell
 from hvd_dqn.ranks.lockstep import in_step
 from hvd_dqn.ranks.world import World
 
 
-@dataclass
 class LearnerOptions(JsonOptions):
     """Measures updates of three networks, with and without sampling."""
 
 
-@dataclass
 class LoopOptions(JsonOptions):
     """Measures whole training: cartpole-zoo, cartpole-16 or pixels."""
 
-    case: tyro.conf.Positional[str] = ""
-    """The settings: those of Stable-Baselines3's zoo for CartPole, 16 environments of it, or images."""
-    total_steps: int | None = None
-    """Summed over ranks; by default some seconds of training."""
-    batch: int | None = None
-    """Transitions per update on each rank; by default the case's."""
-    envs: int | None = None
-    """Environments on each rank; by default the case's."""
-    sync: Literal["gradients", "parameters"] = "gradients"
-    """What the ranks average."""
-    overlap: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    """Step the environments while phases learn."""
-    gate: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    """Before the measurement, print `ready` and wait for a line, so that several processes can begin together."""
+    without_dashes = "case"
+    case: str = setting(
+        "", "the settings: those of Stable-Baselines3's zoo for CartPole, 16 environments of it, or images"
+    )
+    total_steps: int | None = setting(None, "total steps of all ranks; none takes some seconds of training", ge=1)
+    batch: int | None = setting(None, "minibatch of each rank; none takes the case's", unit="transitions", ge=1)
+    envs: int | None = setting(None, "environments on each rank; none takes the case's", ge=1)
+    sync: Literal["gradients", "parameters"] = setting("gradients", "what is averaged over ranks")
+    overlap: bool = setting(False, "step the environments while a phase of updates runs")
+    gate: bool = setting(
+        False, "before measuring, print `ready` and wait for a line; for programs that start several at once"
+    )
 
 
-@dataclass
 class AllreduceOptions(JsonOptions):
     """Measures Horovod's all-reduce with messages of five sizes."""
 
 
-@dataclass
 class ScalingOptions(JsonOptions):
     """Measures jobs of several ranks against as many independent processes; starts all of them itself."""
 
-    case: str = "cartpole-16"
-    """As of `hvd-dqn bench loop`."""
-    ranks: str = "1,2,4,8"
-    """Numbers of ranks."""
-    scaling: Literal["weak", "strong", "both"] = "both"
-    """Keep batch and environments per rank, or divide them among ranks."""
-    sync: Literal["gradients", "parameters", "both"] = "both"
-    """What the ranks average."""
-    total_steps: int | None = None
-    """Per rank, under strong scaling summed over ranks; by default some seconds of training."""
-    rounds: int = 5
-    """How often each is measured, in turns."""
+    case: str = setting("cartpole-16", "a case of `hvd-dqn bench loop`")
+    ranks: Counts = setting((1, 2, 4, 8), "numbers of ranks")
+    scaling: Literal["weak", "strong", "both"] = setting(
+        "both", "keep minibatch and environments per rank, or divide them among ranks"
+    )
+    sync: Literal["gradients", "parameters", "both"] = setting("both", "what is averaged over ranks")
+    total_steps: int | None = setting(
+        None,
+        "total steps of each rank, or of all ranks together under strong scaling; none takes some seconds of training",
+        ge=1,
+    )
+    rounds: int = setting(5, "how many times each job is measured, in turns", ge=1)
 
 
-@dataclass
 class ProjectOptions(JsonOptions):
-    """Projects the efficiency of many ranks from measurements of few, and checks the projection on measured jobs."""
+    """Predicts the speed of many ranks from measurements of a few, and checks the prediction against measured jobs."""
 
-    case: str = "cartpole-16"
-    """As of `hvd-dqn bench loop`."""
-    ranks: int = 512
-    """The most ranks to compute for."""
-    sync: Literal["gradients", "parameters"] = "gradients"
-    """What the ranks average."""
-    files: tuple[Path, ...] = ()
-    """What `bench loop`, `allreduce` and `scaling` printed with --json; without files, all is measured now."""
-    latency: float | None = None
-    """Of another interconnect than this machine's: microseconds per hop."""
-    bandwidth: float | None = None
-    """Of another interconnect than this machine's: gigabytes per second."""
-    rounds: int = 3
-    """How often each is measured, if no files are given."""
+    case: str = setting("cartpole-16", "a case of `hvd-dqn bench loop`")
+    ranks: int = setting(512, "the largest number of ranks to predict for", ge=2)
+    sync: Literal["gradients", "parameters"] = setting("gradients", "what is averaged over ranks")
+    files: tuple[Path, ...] = setting(
+        (), "results of `bench loop`, `allreduce` and `scaling` with --json; if there are none, all is measured now"
+    )
+    latency: float | None = setting(
+        None, "latency of another network than this machine's, per hop", unit="microseconds", gt=0
+    )
+    bandwidth: float | None = setting(
+        None, "bandwidth of another network than this machine's", unit="gigabytes per second", gt=0
+    )
+    rounds: int = setting(3, "how many times each job is measured, if there are no files", ge=1)
 
 
 def run(arguments: Sequence[str], world: World) -> None:
@@ -94,8 +84,8 @@ def run(arguments: Sequence[str], world: World) -> None:
             f"There is no benchmark {name!r}.{nearest(name, BENCHMARKS)} Benchmarks: {', '.join(BENCHMARKS)}."
         )
     kind, bench = BENCHMARKS[name]
-    options = vars(in_step(world, lambda: parse(kind, arguments[1:], f"hvd-dqn bench {name}")))
-    as_json = options.pop("json")
+    options = dict(in_step(world, lambda: parse(kind, arguments[1:], f"hvd-dqn bench {name}")))
+    as_json = options.pop("as_json")
     result, render = bench(world, **options)
     if as_json:
         print(json.dumps(result))
@@ -118,7 +108,7 @@ def _bench_loop(world: World, *, gate: bool, **options: Any) -> Measured:
     from hvd_dqn.bench.loop import measure_loop, render_loop
 
     if gate and world.size > 1:
-        raise InputError("--gate is for independent processes: ranks of one job wait for each other anyway.")
+        raise InputError("--gate is for independent processes: the ranks of one job wait for each other without it.")
 
     def ready() -> None:
         if gate:
@@ -134,11 +124,11 @@ def _bench_allreduce(world: World) -> Measured:
     return measure_allreduce(world), render_allreduce
 
 
-def _bench_scaling(world: World, *, ranks: str, scaling: str, sync: str, **options: Any) -> Measured:
+def _bench_scaling(world: World, *, ranks: tuple[int, ...], scaling: str, sync: str, **options: Any) -> Measured:
     from hvd_dqn.bench.scaling import measure_scaling, render_scaling
 
     result = measure_scaling(
-        ranks=_numbers("--ranks", ranks),
+        ranks=list(ranks),
         scalings=("weak", "strong") if scaling == "both" else (scaling,),
         syncs=("gradients", "parameters") if sync == "both" else (sync,),
         say=tell,
@@ -153,14 +143,9 @@ def _bench_project(world: World, **options: Any) -> Measured:
     return project_efficiency(**options, say=tell), render_projection
 
 
-def _numbers(name: str, text: str) -> list[int]:
-    words = text.split(",")
-    if not all(word.strip().isdecimal() for word in words):
-        raise InputError(f"{name} takes numbers with commas between, such as 1,2,4. Received: {text}.")
-    return [int(word) for word in words]
-
-
-BENCHMARKS: dict[str, tuple[Any, Callable[..., Measured]]] = {  # options, and what takes them by their names
+BENCHMARKS: dict[
+    str, tuple[type[JsonOptions], Callable[..., Measured]]
+] = {  # options, and what takes them by their names
     "learner": (LearnerOptions, _bench_learner),
     "loop": (LoopOptions, _bench_loop),
     "allreduce": (AllreduceOptions, _bench_allreduce),

@@ -35,7 +35,7 @@ ROUNDS = 5  # of all-reduces: few, to be quick
 def run(arguments: Sequence[str], world: World) -> None:
     options = in_step(world, lambda: parse(JsonOptions, arguments, "hvd-dqn doctor"))
     result = examine(world)
-    print(json.dumps(result)) if options.json else show(render(result))
+    print(json.dumps(result)) if options.as_json else show(render(result))
 
 
 def examine(world: World) -> dict[str, Any]:

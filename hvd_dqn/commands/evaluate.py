@@ -21,7 +21,7 @@ def run(arguments: Sequence[str], world: World) -> None:
 
     config = in_step(world, lambda: api.evaluation_settings(config, options.episodes, options.seed, options.epsilon))
     result = api.evaluate_in_world(config, world, api.weights_of_run(directory, world, best=options.best, say=tell))
-    if options.json:
+    if options.as_json:
         print(json.dumps(result._asdict()))
     else:
         print(

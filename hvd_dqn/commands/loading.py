@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 @contextlib.contextmanager
 def loading() -> Iterator[None]:
-    """Nobody looks for garbage in what is imported meanwhile, for it stays.
+    """Turns the garbage collector off while importing: it would scan objects that live until the end.
 
     TensorFlow then takes 1.1 s instead of 1.5, and the end of the process 0.7 s less.
     """

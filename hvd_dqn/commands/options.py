@@ -1,149 +1,149 @@
 """What each command takes: read from the command line, and for a training laid over a file or a preset."""
 
-import contextlib
-import io
-import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import ClassVar, TypeVar
 
-import tyro
-
-from hvd_dqn.config import Config, setting_names
-from hvd_dqn.config_files import load_file, load_preset, presets
-from hvd_dqn.errors import InputError, nearest
+from hvd_dqn.commands.words import asks_for_help, explain, fields_of, placed, show, spelled, split, unknown
+from hvd_dqn.config import Config, Values, sections, setting, setting_names
+from hvd_dqn.config_files import advice, configure, load_file, load_preset, presets, validated
+from hvd_dqn.errors import InputError
 from hvd_dqn.storage.run_directory import Run
 
-T = TypeVar("T")
+
+class Options(Values):
+    """What a command takes. Every yes-or-no option is a flag."""
+
+    without_dashes: ClassVar[str] = ""  # the name of what is given first, as it is
+
+    @classmethod
+    def flags(cls) -> list[str]:
+        return [name for name, field in fields_of(cls).items() if field.annotation is bool]
 
 
-@dataclass
-class TrainOptions:
-    """Trains an agent. PRESET names the settings to start from (see `hvd-dqn presets`)."""
-
-    config: Path | None = None
-    """A YAML file of settings, such as a run's config.yaml; it lies over the preset."""
-    run_dir: Path | None = None
-    """Where the run is kept; by default runs/PRESET-DATE-TIME."""
-    resume: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    """Go on from the newest checkpoint in --run-dir."""
-    start_from: Annotated[Path | None, tyro.conf.arg(name="from")] = None
-    """Start from the weights of another run: of its best evaluation, else its newest."""
-    elastic: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    """Go on without ranks that die, and with those that join; under horovodrun's --host-discovery-script."""
-    timeline: Path | None = None
-    """Where to write when each rank was ready for each collective, and how long it took; for chrome://tracing."""
-    settings: Annotated[Config, tyro.conf.arg(name=""), tyro.conf.FlagConversionOff] = field(default_factory=Config)
+O = TypeVar("O", bound=Options)  # noqa: E741
 
 
-@dataclass
-class EvaluateOptions:
+class TrainOptions(Options):
+    """Trains an agent. `hvd-dqn presets` lists the presets to start from."""
+
+    config: Path | None = setting(None, "a YAML file of settings, such as a run's config.yaml; it lies over the preset")
+    run_dir: Path | None = setting(None, "the directory of the run; by default runs/NAME-DATE-TIME")
+    resume: bool = setting(False, "continue from the newest checkpoint in --run-dir")
+    start_from: Path | None = setting(
+        None,
+        "start from the weights of the run in this directory: those of its best evaluation, else its newest",
+        alias="from",
+    )
+    elastic: bool = setting(
+        False,
+        "continue without ranks that die, and with ranks that join; needs horovodrun's --host-discovery-script",
+    )
+    timeline: Path | None = setting(
+        None,
+        "write to this file when each rank was ready for each collective and how long it took; open it in chrome://tracing",
+    )
+
+
+class EvaluateOptions(Options):
     """Plays episodes with a trained agent."""
 
-    run_dir: tyro.conf.Positional[Path]
-    """A directory that `hvd-dqn train` made."""
-    episodes: int = 100
-    """Episodes over all ranks."""
-    seed: int = 1
-    """Of the episodes."""
-    epsilon: float = 0.0
-    """Probability of a random action."""
-    best: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    """Take the checkpoint with the best evaluation instead of the newest."""
-    json: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    """Print one JSON object."""
+    without_dashes = "run_dir"
+    run_dir: Path = setting(..., "a directory that `hvd-dqn train` made")
+    episodes: int = setting(100, "how many episodes are played, over all ranks", ge=1)
+    seed: int = setting(1, "seed of the episodes", ge=0)
+    epsilon: float = setting(0.0, "probability of a random action", ge=0, le=1)
+    best: bool = setting(False, "take the weights of the best evaluation instead of the newest")
+    as_json: bool = setting(False, "print one JSON object", alias="json")
 
 
-@dataclass
-class PlotOptions:
+class PlotOptions(Options):
     """Draws learning curves over total steps and over wall time."""
 
-    run_dirs: tyro.conf.Positional[tuple[Path, ...]]
-    """Directories that `hvd-dqn train` made; runs on equally many ranks become one curve."""
-    output: Annotated[Path, tyro.conf.arg(aliases=["-o"])] = Path("curve.png")
-    """The picture."""
+    without_dashes = "run_dirs"
+    run_dirs: tuple[Path, ...] = setting(
+        (), "directories that `hvd-dqn train` made; runs on equal numbers of ranks are drawn as one curve"
+    )
+    output: Path = setting(Path("curve.png"), "the picture")
 
 
-@dataclass
-class NoOptions:
+class NoOptions(Options):
     """Lists the presets: where their settings come from, and what to expect."""
 
 
-@dataclass
-class JsonOptions:
-    """Looks at every rank: what it runs on, what is wrong and its cure, how long all-reduces take."""
+class JsonOptions(Options):
+    """Checks every rank: what it runs on, what is wrong and how to mend it, how long all-reduces take."""
 
-    json: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    """Print one JSON object."""
+    as_json: bool = setting(False, "print one JSON object", alias="json")
 
 
-def parse(kind: type[T], arguments: Sequence[str], prog: str, default: T | None = None) -> T:
+def parse(kind: type[O], arguments: Sequence[str], prog: str) -> O:
     """Reads `arguments` into a `kind`. Raises InputError with one line where they do not fit."""
-    options, unknown = parse_known(kind, arguments, prog=prog, default=default)
-    if unknown:
-        known = [f"--{name}" for name in setting_names()] if kind is TrainOptions else []
-        raise InputError(f"There is no option {unknown[0]!r}.{nearest(unknown[0], known)} See `{prog} --help`.")
-    return options
-
-
-def parse_known(kind: type[T], arguments: Sequence[str], **options: Any) -> tuple[T, list[str]]:
-    """The same with what `kind` does not know, instead of complaining of it."""
-    complaint = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(complaint):
-            return tyro.cli(kind, args=arguments, return_unknown_args=True, use_underscores=True, **options)
-    except SystemExit as stop:
-        if not stop.code:
-            raise  # --help, printed
-        raise InputError(one_line(complaint.getvalue())) from None
-
-
-def one_line(box: str) -> str:
-    """The reason inside one of tyro's boxes, in the words of `Config`'s own errors."""
-    text = " ".join(re.sub(r"^[│╭╰].*?[─╮╯]$|[│╭╮╰╯]", " ", box, flags=re.MULTILINE).split("─────")[0].split())
-    pydantic = re.search(
-        r"Error parsing (\S+): \d+ validation error for \w+ (\S+) (.*?) \[type=.*?, input_value=(.*?), input_type", text
-    )
-    if pydantic:
-        section, name, reason, value = pydantic.groups()
-        return f"`{section.removeprefix('settings.')}.{name}`: {reason}. Received: {value}."
-    return text
+    known, first = fields_of(kind), kind.without_dashes
+    if asks_for_help(arguments):
+        defaults = {name: field.default for name, field in known.items()}
+        show(
+            f"usage: {prog}{f' {placed(first)}' if first else ''} [--option VALUE ...]",
+            str(kind.__doc__),
+            explain(known, defaults, kind.flags(), first),
+        )
+    given, others = split(arguments, known, kind.flags(), prog)
+    if others:
+        takes_several = first and known[first].annotation is not Path and known[first].annotation is not str
+        if not first or first in given or (len(others) > 1 and not takes_several):
+            raise InputError(unknown(others[-1], known, prog))
+        given[first] = others if takes_several else others[0]
+    return validated(kind, given, lambda name: placed(name) if name == first else spelled(name))
 
 
 def read_settings(arguments: Sequence[str]) -> tuple[TrainOptions, str, Config]:
-    """The options, the name of the preset or file, and the settings: command line over file over preset over defaults."""
-    preset = arguments[0] if arguments and not arguments[0].startswith("-") else None
-    rest = list(arguments[1:] if preset else arguments)
-    prog = f"hvd-dqn train {preset or 'PRESET'}"
+    """The options, the name of the run, and the settings: command line over file over preset over defaults."""
+    prog, options = "hvd-dqn train", fields_of(TrainOptions)
+    if asks_for_help(arguments):
+        _explain_train([word for word in arguments if word in presets()])
+    given, others = split(arguments, {**options, **setting_names()}, TrainOptions.flags(), prog, advice)
+    if len(others) > 1:
+        raise InputError(f"Name one preset. Received: {', '.join(others)}.")
+    where = validated(TrainOptions, {name: value for name, value in given.items() if name in options}, spelled)
+    settings = {name: value for name, value in given.items() if name not in options}
+    name, base = _base(where, others[0] if others else None, settings.get("env.id"))
+    if where.resume and not where.run_dir:
+        raise InputError("--resume needs --run-dir DIR, the run to continue.")
+    return where, name, configure(base, settings)
+
+
+def _base(where: TrainOptions, preset: str | None, env_id: str | None) -> tuple[str, Config]:
+    """The name of the run, and the settings below those of the command line."""
     base = load_preset(preset) if preset else Config()
-    # The file must be known before the settings on the command line can be laid over it.
-    where, _ = parse_known(_Where, rest, prog=prog, add_help=False)
-    name = preset or "run"
     if where.config:
-        base, name = load_file(where.config, base), preset or where.config.stem
-    elif where.resume and where.run_dir:
-        name, base = _made_by(Run(where.run_dir), preset)
-    elif not preset and not {"-h", "--help"} & set(rest):
-        raise InputError(f"What shall be trained? Name a preset ({', '.join(presets())}) or a --config FILE.")
-    options = parse(TrainOptions, rest, prog, TrainOptions(settings=base))
-    if options.resume and not options.run_dir:
-        raise InputError("--resume needs --run-dir DIR, the run to go on with.")
-    return options, name, options.settings
+        return preset or where.config.stem, load_file(where.config, base)
+    if where.resume and where.run_dir:
+        return Run(where.run_dir).resumed(preset)
+    if preset:
+        return preset, base
+    if env_id:
+        return env_id.rpartition(":")[2].replace("/", "-"), base
+    raise InputError(
+        f"What shall be trained? Name a preset ({', '.join(presets())}), a --config FILE or an environment, --env.id ID."
+    )
 
 
-@dataclass
-class _Where:
-    config: Path | None = None
-    run_dir: Path | None = None
-    resume: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-
-
-def _made_by(run: Run, preset: str | None) -> tuple[str, Config]:
-    """The name and the settings of the run that is to go on."""
-    if not run.exists:
-        raise InputError(f"There is nothing to resume in {run.path}: it holds no run. Start it without --resume.")
-    made_by = str(run.about().get("preset"))
-    if preset is not None and preset != made_by:
-        raise InputError(f"{run.path} is a run of {made_by}, not of {preset}. Leave the preset out or name that one.")
-    return made_by, run.config()
+def _explain_train(named: Sequence[str]) -> None:
+    """Shows every setting, with the values of the preset that is `named` instead of the defaults."""
+    config = load_preset(named[0]) if named else Config()
+    options, settings, values = fields_of(TrainOptions), setting_names(), config.model_dump()
+    whole = {name: field for name, field in settings.items() if "." not in name}
+    groups = []
+    for section, kind in sections().items():
+        inside = {name: field for name, field in settings.items() if name.startswith(f"{section}.")}
+        defaults = {f"{section}.{name}": value for name, value in values[section].items()}
+        groups.append(f"SETTINGS of `{section}`\n{kind.__doc__}\n{explain(inside, defaults)}")
+    show(
+        "usage: hvd-dqn train PRESET | --config FILE | --env.id ID\n"
+        "                     [--section.setting VALUE ...] [--option VALUE ...]",
+        f"{TrainOptions.__doc__}\n"
+        "The command line wins over the file, the file over the preset, and the preset\nover the defaults.",
+        "OPTIONS\n" + explain(options, {name: f.default for name, f in options.items()}, TrainOptions.flags()),
+        "SETTINGS of the whole run\n" + explain(whole, values),
+        *groups,
+    )

@@ -57,11 +57,11 @@ def _check_elastic(options: TrainOptions, config: Config) -> None:
         )
     if options.elastic and config.ranks.scaling == "strong":
         raise InputError(
-            "--elastic needs --ranks.scaling weak: under strong scaling a lost rank takes its share of environments with it."
+            "--elastic needs --ranks.scaling weak: under strong scaling, a lost rank takes its share of environments with it."
         )
     if options.elastic and not options.run_dir:
         raise InputError(
-            "--elastic needs --run-dir DIR, which all hosts share: any rank may become the one that writes."
+            "--elastic needs --run-dir DIR, on a file system that all hosts share: any rank may become the one that writes."
         )
 
 
@@ -69,7 +69,9 @@ def _check_timeline(options: TrainOptions, world: World) -> None:
     if options.timeline is None:
         return
     if world.size == 1 or options.elastic:
-        raise InputError("--timeline is for two ranks or more that stay together: one alone has nobody to wait for.")
+        raise InputError(
+            "--timeline is for two ranks or more without --elastic: it shows how ranks wait for each other."
+        )
     try:
         if world.rank == 0:
             options.timeline.open("a").close()

@@ -1,4 +1,4 @@
-"""Checks that an environment has spaces that DQN can learn."""
+"""Which spaces DQN can learn: observations are one Box or Discrete, actions are Discrete."""
 
 import gymnasium
 from gymnasium import spaces
@@ -8,17 +8,17 @@ from hvd_dqn.errors import InputError
 
 def check_spaces(id: str, observation: gymnasium.Space, action: gymnasium.Space) -> None:
     """Raises InputError unless observations are one Box of at most three axes or Discrete, and actions Discrete."""
-    wrapper = "register an id of your own whose entry point wraps it in"
+    wrapper = "register your own id, whose entry point wraps it in"
     if not isinstance(action, spaces.Discrete):
         kind = "continuous" if isinstance(action, spaces.Box) else type(action).__name__
         raise InputError(
-            f"The environment `{id}` has {kind} actions, and DQN needs a Discrete action space. Received: {action}. "
-            f"Take another environment, or {wrapper} gymnasium.wrappers.DiscretizeAction."
+            f"The environment `{id}` has {kind} actions, but DQN needs a Discrete action space. Received: {action}. "
+            f"Use another environment, or {wrapper} gymnasium.wrappers.DiscretizeAction."
         )
     if not isinstance(observation, spaces.Box | spaces.Discrete):
         kind = {"Dict": "dictionary", "Tuple": "tuple"}.get(name := type(observation).__name__, name)
         raise InputError(
-            f"The environment `{id}` has {kind} observations, and hvd_dqn needs one Box or Discrete. "
+            f"The environment `{id}` has {kind} observations, but hvd_dqn needs one Box or Discrete. "
             f"Received: {observation}. To flatten them, {wrapper} gymnasium.wrappers.FlattenObservation."
         )
     if len(observation.shape or ()) > 3:

@@ -147,7 +147,7 @@ def find_spec(id: str) -> EnvSpec:
         close = [known[key] for key in difflib.get_close_matches(name.lower(), known, n=3, cutoff=0.6)]
         prefix = f"{module}:" if module else ""
         nearest = f" Nearest: {', '.join(f'`{prefix}{key}`' for key in close)}." if close else ""
-        other = "" if module else " One that another package registers is written `package:EnvId-v0`."
+        other = "" if module else " If another package registers it, write `package:EnvId-v0`."
         raise InputError(f"There is no environment `{id}`.{nearest}{other}") from error
 
 

@@ -18,7 +18,7 @@ from hvd_dqn.ranks.world import HorovodWorld, Solo, World, mpi_size
 
 
 def connect() -> World:
-    """The world of this process. A process alone imports neither Horovod, mpi4py nor TensorFlow."""
+    """The ranks that this process belongs to. A process alone imports neither Horovod, mpi4py nor TensorFlow."""
     if not is_launched():
         _refuse_unconnected_tasks()
         return Solo()

@@ -201,8 +201,8 @@ def gpu_conflict(places: Sequence[tuple[str, str | None]]) -> str | None:
     bare = [rank for rank, (_, gpu) in enumerate(places) if gpu is None]
     if 0 < len(bare) < len(places):
         return (
-            f"Rank {bare[0]} on {places[bare[0]][0]} sees no GPU, and others do ({len(places) - len(bare)} of "
-            f"{len(places)} ranks): give every rank one, or hide all with CUDA_VISIBLE_DEVICES= to train on CPUs."
+            f"Rank {bare[0]} on {places[bare[0]][0]} sees no GPU, but others do ({len(places) - len(bare)} of "
+            f"{len(places)} ranks): give every rank a GPU, or hide all GPUs with CUDA_VISIBLE_DEVICES= to train on CPUs."
         )
     owners: dict[tuple[str, str | None], list[str]] = defaultdict(list)
     for rank, place in enumerate(places):
@@ -210,8 +210,8 @@ def gpu_conflict(places: Sequence[tuple[str, str | None]]) -> str | None:
     for (host, gpu), ranks in owners.items():
         if gpu not in (None, UNKNOWN_GPU) and len(ranks) > 1:
             return (
-                f"Ranks {', '.join(ranks)} would share one GPU of {host}, which NCCL does not do: start one rank per GPU "
-                "and let ranks see all GPUs of their host or each its own (srun --gpus-per-task=1), or hide the GPUs "
+                f"Ranks {', '.join(ranks)} would share one GPU of {host}, which NCCL does not allow: start one rank per GPU "
+                "and let each rank see all GPUs of its host or only its own (srun --gpus-per-task=1), or hide the GPUs "
                 "with CUDA_VISIBLE_DEVICES= to train on CPUs."
             )
     return None

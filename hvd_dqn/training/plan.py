@@ -16,9 +16,10 @@ class Plan:
 
     Cycle c (0, 1, ...) takes `total_steps_after(c) - total_steps_after(c - 1)` total steps: one step in each environment
     of each rank. A period of p total steps has its event in the cycle in which the total steps reach or pass a multiple of p.
-    A run that goes on from `resumed_at` total steps may do so with empty replays, on all ranks or on those that `joined`,
-    which are filled before it learns; so it may have been before, and then learns from `learns_from` total steps on. Raises
-    InputError where the settings cannot be carried out by `size` ranks.
+    A run is resumed at `resumed_at` total steps. `empty` says whose replays are empty then: nobody's, those of all ranks, or
+    those of ranks that joined. Empty replays are filled before the next update. `learns_from` is the total steps at which
+    an earlier part of the run, itself filling a replay, was going to learn again. Raises InputError if `size` ranks cannot
+    carry out the settings.
     """
 
     def __init__(
@@ -43,8 +44,10 @@ class Plan:
         self.slots_per_env = config.replay.capacity // self.envs
         phase = config.learner.train_period
         self._vote_period = math.ceil(config.ranks.vote_period / phase) * phase
-        # One update trains on `global_batch` transitions, and each step is to be trained on `replay_ratio` times.
-        self._updates_per_step = Fraction(config.learner.replay_ratio).limit_denominator(10**6) / self.global_batch
+        # One update trains on `global_batch` transitions, and each step is to be trained on `samples_per_insert` times.
+        self._updates_per_step = (
+            Fraction(config.learner.samples_per_insert).limit_denominator(10**6) / self.global_batch
+        )
         # Ranks that join a run which is learning change the numbers, not what was collected.
         if resumed_at < config.learner.learn_start or empty == "all":
             self._check_warm_up()
@@ -60,7 +63,7 @@ class Plan:
         if amount % self.size:
             raise InputError(
                 f"Strong scaling divides `{name}` among the ranks, so it must be a multiple of their number. "
-                f"Received: {amount} on {self.size} ranks. Choose --{name} {math.ceil(amount / self.size) * self.size}."
+                f"Received: {amount} on {_ranks(self.size)}. Choose --{name} {math.ceil(amount / self.size) * self.size}."
             )
         return amount // self.size
 
@@ -70,11 +73,11 @@ class Plan:
             raise InputError(
                 "The first update would sample more transitions than the warm-up collects. "
                 f"Received: --learner.learn_start {learner.learn_start}, global batch {self.global_batch // self.passes} "
-                f"({self.size} ranks x {self.batch_per_rank}). Raise --learner.learn_start or lower --learner.batch_size."
+                f"({_ranks(self.size)} x {self.batch_per_rank}). Raise --learner.learn_start or lower --learner.batch_size."
             )
         if learner.learn_start < self.envs * n_step:
             raise InputError(
-                f"Before the first update every environment must have made n_step = {n_step} steps. Received: "
+                f"Before the first update, every environment must have taken n_step = {n_step} steps. Received: "
                 f"--learner.learn_start {learner.learn_start} with {self.envs} environments. "
                 f"Raise it to at least {self.envs * n_step}."
             )
@@ -183,26 +186,49 @@ class Plan:
         return self._passes_multiple(cycle, self.config.ranks.drift_check_period)
 
     def describe(self) -> dict[str, str]:
-        """What the settings amount to on this many ranks, for people."""
+        """What the settings mean on this many ranks, for people."""
         config, learner = self.config, self.config.learner
         # In closed form: a long run has millions of cycles.
         first = max(self.first_cycle, math.ceil(self.learns_from / self.steps_per_cycle) - 1, 0)
         updates = max(self.updates_after(self.cycles - 1) - self.updates_after(first - 1), 0)
         steps = self.total_steps_after(self.cycles - 1) - max(self.total_steps_after(first - 1), learner.learn_start)
         phases = min(updates, max(steps, 0) // max(learner.train_period, self.steps_per_cycle))
-        factor = self.learning_rate_factor
         between = float(learner.target_period * self._updates_per_step)
         return {
-            "environment": f"{config.env.id}, {self.size} ranks x {self.envs_per_rank} = {self.envs} copies",
-            "total steps": f"{config.total_steps:,} in {self.cycles:,} cycles of {self.steps_per_cycle}",
-            "global batch": f"{self.size} ranks x {self.batch_per_rank}"
-            + (f" x {self.passes} passes" if self.passes > 1 else "")
-            + f" = {self.global_batch} ({config.ranks.scaling} scaling)",
-            "learning rate": f"{learner.learning_rate * factor:.3g} = {learner.learning_rate:.3g} x {factor:.3g}"
-            f" ({config.ranks.learning_rate_scaling} scaling, warm-up over {config.ranks.warmup_steps:,} steps)",
-            "replay ratio": f"{learner.replay_ratio:g} transitions trained on per step",
-            "updates": f"{updates:,}" + (f" in about {phases:,} phases of {updates / phases:.0f}" if phases else ""),
-            "target network": "a copy after every " + (f"{between:.3g} updates" if between > 1 else "update"),
-            "averaging": f"of {config.ranks.sync}" if self.size > 1 else "none: one rank",
+            "environment": f"{config.env.id}, {_ranks(self.size)} x {self.envs_per_rank}"
+            f" = {_count(self.envs, 'copy', 'copies')}",
+            "total steps": f"{config.total_steps:,} in {_count(self.cycles, 'cycle')} of {self.steps_per_cycle:,}",
+            "global batch": f"{_ranks(self.size)} x {self.batch_per_rank:,}"
+            + (f" x {self.passes} minibatches" if self.passes > 1 else "")
+            + f" = {self.global_batch:,} ({config.ranks.scaling} scaling)",
+            "learning rate": self._describe_learning_rate(),
+            "samples per insert": f"{learner.samples_per_insert:,g} transitions trained on per step",
+            "updates": f"{updates:,}"
+            + (f" in about {_count(phases, 'phase')} of {updates / phases:,.0f}" if phases else ""),
+            "target network": "a copy after every " + (f"{_short(between)} updates" if between > 1 else "update"),
+            "averaging": f"of {config.ranks.sync}" if self.size > 1 else "none, on one rank",
             "replay": f"{self.slots_per_env * self.envs_per_rank:,} transitions per rank",
         }
+
+    def _describe_learning_rate(self) -> str:
+        learner, ranks, factor = self.config.learner, self.config.ranks, self.learning_rate_factor
+        if ranks.learning_rate_scaling == "none":
+            return f"{learner.learning_rate:.3g} (not scaled)"
+        warm_up = f", after a warm-up of {ranks.warmup_steps:,} total steps" if ranks.warmup_steps else ""
+        return (
+            f"{learner.learning_rate * factor:.3g} = {learner.learning_rate:.3g} x {factor:.3g} "
+            f"({ranks.learning_rate_scaling} scaling{warm_up})"
+        )
+
+
+def _count(number: int, one: str, many: str = "") -> str:
+    return f"{number:,} {one if number == 1 else many or f'{one}s'}"
+
+
+def _ranks(size: int) -> str:
+    return _count(size, "rank")
+
+
+def _short(number: float) -> str:
+    """Three digits where there are decimals, else all of them with separators."""
+    return f"{number:.3g}" if number < 100 and number != int(number) else f"{number:,.0f}"

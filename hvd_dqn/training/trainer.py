@@ -155,7 +155,7 @@ class Trainer:
         what, ranks = ("loss", nonfinite) if nonfinite.any() else ("gradient", skipped)
         raise JobError(
             f"The {what} on rank {', '.join(map(str, np.flatnonzero(ranks)))} is not finite after {total_steps:,} total steps: "
-            f"{skipped.max()} of {phase.skipped + phase.updates} updates were not made, and the weights are sound. "
+            f"{skipped.max()} of {phase.skipped + phase.updates} updates were not made, so the weights are still finite. "
             "Lower --learner.learning_rate or --env.reward_scale, or skip such updates with --learner.on_nonfinite skip."
             + (
                 " Gradients above 65,504 do not fit --ranks.compression fp16."
@@ -200,8 +200,8 @@ class Trainer:
         self.worker.evaluation_due = evaluation_due
         if self._saved_at != total_steps and not (yield from self._save(cycle, checkpoints)):
             raise JobError(
-                f"Asked to stop after {total_steps:,} total steps, and no checkpoint could be written: --resume goes on from "
-                "the one before, where there is one."
+                f"Asked to stop after {total_steps:,} total steps, and no checkpoint could be written: --resume continues "
+                "from the one before, if there is one."
             )
         return Record("stopped", {"total_steps": total_steps, "seconds": self.worker.ledger.seconds})
 

@@ -78,7 +78,7 @@ def job(config: Config) -> dict[str, Any]:
         "capacity": config.replay.capacity,
         "learn_start": learner.learn_start,
         "train_period": learner.train_period,
-        "updates": round(learner.train_period * learner.replay_ratio / learner.batch_size),
+        "updates": round(learner.train_period * learner.samples_per_insert / learner.batch_size),
         "target_period": learner.target_period,
         "epsilon_end": config.agent.epsilon_end,
         "epsilon_steps": config.agent.epsilon_steps,

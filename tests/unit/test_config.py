@@ -1,5 +1,6 @@
 """Settings: layers over layers, and one line for whatever does not fit."""
 
+import numpy as np
 import pytest
 import yaml
 from hypothesis import example, given
@@ -7,7 +8,7 @@ from hypothesis import strategies as st
 
 from hvd_dqn.commands.options import read_settings
 from hvd_dqn.config import Config, setting_names
-from hvd_dqn.config_files import load_file, load_preset, parse, presets
+from hvd_dqn.config_files import configure, from_yaml, load_file, load_preset, presets
 from hvd_dqn.errors import InputError
 from hvd_dqn.storage.run_directory import Run
 
@@ -46,7 +47,7 @@ def test_a_run_goes_on_by_its_own_settings_and_under_no_other_name(tmp_path):
 def test_what_is_written_is_read_back():
     for name in presets():
         config = load_preset(name)
-        assert parse(config.to_yaml(), "copy") == config
+        assert from_yaml(config.to_yaml(), "copy") == config
 
 
 def test_the_digest_tells_settings_apart():
@@ -68,25 +69,138 @@ def test_every_preset_opens_with_its_source_and_expected_result():
         assert "\n# Expected: " in text
 
 
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("learner: {batch_sise: 3}", r"`learner.batch_sise`.*Did you mean `learner.batch_size`"),
-        ("lerner: {}", r"`lerner`.*Did you mean `learner"),
-        ("learner: {batch_size: 0}", r"`learner.batch_size`: .*greater than or equal to 1.*Received: 0"),
-        ("agent: {gamma: 1.5}", r"`agent.gamma`: .*less than or equal to 1.*Received: 1.5"),
-        ("agent: {loss: hubert}", r"`agent.loss`: .*'huber' or 'squared'.*'hubert'"),
-        ("learner: {learning_rate: .nan}", r"`learner.learning_rate`: .*nan"),
-        ("learner: 3", r"`learner`.*3"),
-        ("- a\n- b", r"mine: "),
-        ("a: b: c", r"mine is not YAML"),
-        ("!!python/object/apply:os.system ['true']", r"mine is not YAML"),
-    ],
-)
+NUMBER = r"must be a whole number, at least 1\."
+#   what stands in a file                                what the line says
+BAD_FILES = [
+    ("learner: {batch_sise: 3}",                         r"`learner.batch_sise`\. Did you mean `learner.batch_size`\?"),
+    ("lerner: {}",                                       r"`lerner`\. Did you mean `learner`\?"),
+    ("agnet: {gamma: 0.5}",                              r"no setting `agnet`\. Did you mean `agent`\?"),
+    ("agnet:",                                           r"no setting `agnet`\. Did you mean `agent`\?"),
+    ("learner: {batch_size: 0}",                         rf"mine: `learner.batch_size` {NUMBER} Received: 0\."),
+    ("learner: {batch_size: 1.5}",                       rf"`learner.batch_size` {NUMBER} Received: 1.5\."),
+    ("learner: {batch_size: }",                          rf"`learner.batch_size` {NUMBER} Received: None\."),
+    ("total_steps: -5",                                  rf"`total_steps` {NUMBER} Received: -5\."),
+    ("total_steps: 1e400",                               rf"`total_steps` {NUMBER} Received: inf\."),
+    ("agent: {gamma: 1.5}",                              r"`agent.gamma` must be a number from 0 to 1\. Received: 1.5\."),
+    ("agent: {epsilon_zeta: 1}",                         r"must be a number above 1, or none\. Received: 1"),
+    ("agent: {loss: hubert}",                            r"be `huber` or `squared`\. Received: 'hubert'\. .* `huber`\?"),
+    ("agent: {hidden: [64, 0]}",                         r"`agent.hidden` must be whole numbers, each at least 1, like 64,64"),
+    ("agent: {hidden: {a: 1}}",                          r"`agent.hidden` must be whole numbers"),
+    ("agent: {double: 7}",                               r"`agent.double` must be true or false\. Received: 7\."),
+    ("learner: {learning_rate: .nan}",                   r"`learner.learning_rate` must be a number above 0\. Received: nan"),
+    ("seed: yes",                                        r"`seed` must be .*Received: True \(YAML reads yes, no, on and off"),
+    ("learner: {learning_rate: true}",                   r"`learner.learning_rate` must be a number"),
+    ("env: CartPole-v1",                                 r"`env` is a section: .*`env: {id: CartPole-v1}`.*'CartPole-v1'"),
+    ("learner: 3",                                       r"`learner` is a section: .*`learner: {batch_size: 64}`.* 3\."),
+    ("agent: [gamma, 1]",                                r"`agent` is a section: "),
+    ("env: {kwargs: [1]}",                               r"`env.kwargs` must be names with numbers, text or true and false"),
+    ("env: {kwargs: {a: [1]}}",                          r"`env.kwargs` must be names .* Received: \[1\]"),
+    ("- a\n- b",                                         r"mine: Expected settings, such as .*Received: \['a', 'b'\]"),
+    ("cartpole",                                         r"mine: Expected settings, such as .*Received: 'cartpole'"),
+    ("",                                                 r"mine: There are no settings in it\. Write at least one"),
+    ("# nothing yet\n---\n",                             r"mine: There are no settings in it"),
+    ("{}",                                               r"mine: There are no settings in it"),
+    ("seed: 1\ntotal_steps: 9\nseed: 2",                 r"mine: `seed` is given twice, in lines 1 and 3\. Keep one"),
+    ("env:\n  id: a\n  id: b",                           r"`id` is given twice, in lines 2 and 3"),
+    ("env: {kwargs: {a: 1, a: 1}}",                      r"`a` is given twice"),
+    ("agent: {}\nagent: {gamma: 1}",                     r"`agent` is given twice, in lines 1 and 2"),
+    ("agent.gamma: 1\nagent: {gamma: 1}",                r"`agent.gamma` is given twice"),
+    ("learner: {replay_ratio: 8}",                       r"Its name is now `learner.samples_per_insert`: write that"),
+    ("replay_ratio: 8",                                  r"Did you mean `learner.samples_per_insert`\?"),
+    ("lr: 0.1",                                          r"Did you mean `learner.learning_rate`\?"),
+    ("learner: {lr: 0.1}",                               r"Did you mean `learner.learning_rate`\?"),
+    ("learning_starts: 1",                               r"Did you mean `learner.learn_start`\?"),
+    ("train_freq: 1",                                    r"Did you mean `learner.train_period`\?"),
+    ("buffer_size: 1",                                   r"Did you mean `replay.capacity`\?"),
+    ("target_update_interval: 1",                        r"Did you mean `learner.target_period`\?"),
+    ("exploration_fraction: 1",                          r"Did you mean `agent.epsilon_steps`\?"),
+    ("num_envs: 1",                                      r"Did you mean `env.envs_per_rank`\?"),
+    ("n_envs: 1",                                        r"Did you mean `env.envs_per_rank`\?"),
+    ("period: 1",                                        r"`evaluation.period`, `report.period` or `checkpoint.period`\?"),
+    ("gama: 1",                                          r"Did you mean `agent.gamma`\?"),
+    ("1: 2",                                             r"no setting `1`"),
+    ("a: b: c",                                          r"mine is not YAML"),
+    ("!!python/object/apply:os.system ['true']",         r"mine is not YAML"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("text", "message"), BAD_FILES)
 def test_what_does_not_fit_is_said_in_one_line(text, message):
     with pytest.raises(InputError, match=message) as error:
-        parse(text, "mine")
+        from_yaml(text, "mine")
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "name", "value"),
+    [
+        ("total_steps: 1e6", "total_steps", 1_000_000),
+        ("total_steps: 1_000_000", "total_steps", 1_000_000),
+        ("total_steps: '1e4'", "total_steps", 10_000),
+        ("learner: {learn_start: 2.5e3}", "learner.learn_start", 2_500),
+        ("evaluation: {episodes: 2e1}", "evaluation.episodes", 20),
+        ("learner: {learning_rate: 1e-3}", "learner.learning_rate", 0.001),
+        ("agent: {hidden: 64}", "agent.hidden", (64,)),
+        ("agent:\n  hidden: 64,64", "agent.hidden", (64, 64)),
+        ("agent: {hidden: 64 64}", "agent.hidden", (64, 64)),
+        ("agent: {hidden: [64, 1e2]}", "agent.hidden", (64, 100)),
+        ("agent: {hidden: []}", "agent.hidden", ()),
+        ("agent:", "agent.gamma", 0.99),
+        ("learner.learning_rate: 0.01", "learner.learning_rate", 0.01),
+        ("learner.learning_rate: 0.01\nlearner: {batch_size: 8}", "learner.learning_rate", 0.01),
+        ("env: {kwargs: {x: 1e4, y: on, z: a=b}}", "env.kwargs", {"x": 1e4, "y": True, "z": "a=b"}),
+        ("evaluation: {target_return: None}", "evaluation.target_return", None),
+        ("ranks: {learning_rate_scaling: none}", "ranks.learning_rate_scaling", "none"),
+    ],
+)
+def test_what_is_clear_is_taken(text, name, value):
+    config = from_yaml(text, "mine")
+    for part in name.split("."):
+        config = getattr(config, part)
+    assert config == value
+    assert type(config) is type(value)
+
+
+def test_python_takes_nested_names_dotted_ones_and_numbers_of_numpy():
+    base = load_preset("cartpole")
+    config = configure(base, {"env": {"id": "X-v0"}, "learner.batch_size": np.int64(8), "agent.gamma": np.float32(0.5)})
+    assert (config.env.id, config.learner.batch_size, config.agent.gamma) == ("X-v0", 8, 0.5)
+    assert config.env.normalize_observation  # the preset's
+    assert base == load_preset("cartpole")
+    assert configure(base, {}) == base
+    assert configure(base, {"agent": Config().agent}).agent == Config().agent
+    for bad, line in [
+        (
+            {"env": "X-v0"},
+            "`env` is a section: write its settings by name, such as `env: {id: X-v0}`. Received: 'X-v0'.",
+        ),
+        ({"env": {"id": "a"}, "env.id": "b"}, "`env.id` is given twice. Keep one of them."),
+        ({"seed": True}, "`seed` must be a whole number, at least 0. Received: True (YAML"),
+        ({"lr": 1}, "There is no setting `lr`. Did you mean `learner.learning_rate`?"),
+        ([1], "Expected settings, such as `env: {id: CartPole-v1}`. Received: [1]."),
+    ]:
+        with pytest.raises(InputError) as error:
+            configure(base, bad)
+        assert str(error.value).startswith(line)
+
+
+def test_a_file_and_the_command_line_refuse_in_the_same_words():
+    for name, value in [
+        ("learner.batch_size", "0"),
+        ("agent.loss", "hubert"),
+        ("agent.hidden", "64,x"),
+        ("seed", "-1"),
+    ]:
+        said = set()
+        for refuse in (
+            lambda n=name, v=value: read_settings(["cartpole", f"--{n}", v]),
+            lambda n=name, v=value: configure(Config(), {n: v}),
+            lambda n=name, v=value: from_yaml(f"{n}: {v!r}", "mine"),
+        ):
+            with pytest.raises(InputError) as error:
+                refuse()
+            said.add(str(error.value).removeprefix("mine: "))
+        assert len(said) == 1
 
 
 def test_an_unknown_preset_gets_the_nearest_one():
@@ -110,7 +224,7 @@ def test_presets_are_valid_yaml_with_nothing_superfluous():
 def check_one_line(text):
     said = ""
     try:
-        parse(text, "fuzz")
+        from_yaml(text, "fuzz")
     except InputError as error:
         said = str(error)
     assert "\n" not in said
@@ -138,5 +252,5 @@ def test_any_value_of_any_setting_is_taken_or_refused_in_one_line(name, value):
 def test_yaml_runs_no_code(text, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(InputError):
-        parse(text, "evil")
+        from_yaml(text, "evil")
     assert not (tmp_path / "hacked").exists()

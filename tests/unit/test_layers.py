@@ -16,7 +16,7 @@ ORDER = (
     {"envs", "storage"},
     {"agent"},
     {"ranks"},
-    {"config_files", "config", "errors", "graphs"},
+    {"config_files", "config", "values", "errors", "graphs"},
 )
 LAYER_OF = {name: layer for layer, names in enumerate(ORDER) for name in names}
 ONLY_IN = {
@@ -24,7 +24,6 @@ ONLY_IN = {
     "mpi4py": {"ranks"},
     "gymnasium": {"envs"},
     "matplotlib": {"reporting"},
-    "tyro": {"commands"},
     "pydantic": {"config", "config_files"},
 }
 PACKAGE = Path(hvd_dqn.__file__).parent

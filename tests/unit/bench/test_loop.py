@@ -52,10 +52,10 @@ def test_the_zoos_settings_are_the_zoos():
     assert agent.epsilon_steps == 0.16 * 50_000
 
 
-def test_another_batch_keeps_the_replay_ratio_and_the_updates_of_a_phase():
+def test_another_batch_keeps_the_samples_per_insert_and_the_updates_of_a_phase():
     plan = Plan(case_config("cartpole-16", 2, batch=32, envs=8), 2)
     assert (plan.global_batch, plan.envs_per_rank, plan.config.learner.train_period) == (64, 8, 16)
-    assert plan.config.learner.replay_ratio == case_config("cartpole-16", 1).learner.replay_ratio
+    assert plan.config.learner.samples_per_insert == case_config("cartpole-16", 1).learner.samples_per_insert
     assert plan.updates_at(plan.cycles - 1) == 4
 
 

@@ -454,7 +454,7 @@ def test_a_vector_class_that_keeps_the_final_observation_to_itself_stops_the_run
         (
             "Nothing/Alike-v0",
             {},
-            r"`Nothing/Alike-v0`\. One that another package registers is written `package:EnvId-v0`",
+            r"`Nothing/Alike-v0`\. If another package registers it, write `package:EnvId-v0`",
         ),
         ("", {}, r"no environment ``"),
         ("Cart Pole!", {}, r"no environment `Cart Pole!`"),

@@ -196,8 +196,8 @@ def test_a_gpu_is_known_by_the_id_that_cuda_gives_it(tmp_path):
         ([("a", "unknown"), ("a", "unknown")], None),  # nothing can be said of them
         ([("a", "x"), ("a", "x")], "Ranks 0, 1 would share one GPU of a"),
         ([("a", "x"), ("b", "y"), ("b", "y"), ("b", "y")], "Ranks 1, 2, 3 would share one GPU of b"),
-        ([("a", "x"), ("b", None)], "Rank 1 on b sees no GPU, and others do (1 of 2 ranks)"),
-        ([("a", None), ("a", "unknown"), ("a", "x")], "Rank 0 on a sees no GPU, and others do (2 of 3 ranks)"),
+        ([("a", "x"), ("b", None)], "Rank 1 on b sees no GPU, but others do (1 of 2 ranks)"),
+        ([("a", None), ("a", "unknown"), ("a", "x")], "Rank 0 on a sees no GPU, but others do (2 of 3 ranks)"),
     ],
 )
 def test_ranks_that_nccl_cannot_join_are_named_with_their_host(places, complaint):

@@ -46,7 +46,7 @@ SETTINGS = {
     },
     "learner": {
         "batch_size": 4,
-        "replay_ratio": 2,
+        "samples_per_insert": 2,
         "learn_start": 60,
         "train_period": 12,
         "target_period": 24,

@@ -10,13 +10,13 @@ from hvd_dqn.training.plan import Plan
 
 
 def config(**sections) -> Config:
-    """8 environments, batch 64, replay ratio 32: the numbers that the tables below are worked out for."""
+    """8 environments, batch 64, 32 samples per insert: the numbers that the tables below are worked out for."""
     base = {
         "total_steps": 50_000,
         "env": {"envs_per_rank": 8},
         "learner": {
             "batch_size": 64,
-            "replay_ratio": 32,
+            "samples_per_insert": 32,
             "learn_start": 1_000,
             "train_period": 256,
             "target_period": 512,
@@ -27,7 +27,7 @@ def config(**sections) -> Config:
     return Config.model_validate(base)
 
 
-def test_weak_scaling_keeps_the_share_of_a_rank_and_the_replay_ratio():
+def test_weak_scaling_keeps_the_share_of_a_rank_and_the_samples_per_insert():
     #     size  envs  batch  cycles  updates: 49,152 steps after warm-up x 32 / batch, to the last multiple of 256
     for size, envs, batch, cycles in [(1, 8, 64, 6250), (2, 16, 128, 3125), (3, 24, 192, 2084), (8, 64, 512, 782)]:
         plan = Plan(config(), size)
@@ -60,7 +60,7 @@ def test_phases_come_every_train_period_after_the_warm_up():
     assert phases[:3] == [(1_024, 6), (1_280, 64), (1_536, 64)]
 
 
-def test_a_cycle_longer_than_the_train_period_still_keeps_the_replay_ratio():
+def test_a_cycle_longer_than_the_train_period_still_keeps_the_samples_per_insert():
     plan = Plan(config(learner={"train_period": 4}), 8)
     learning = [plan.updates_at(cycle) for cycle in range(100, 200)]
     assert sum(learning) * 512 == 100 * 64 * 32
@@ -224,9 +224,23 @@ def test_what_was_due_where_a_run_stopped_within_a_cycle_of_more_ranks_is_made_u
 
 
 def test_people_see_when_the_target_network_is_no_older_than_the_network():
-    learner = {"target_period": 256, "replay_ratio": 8, "batch_size": 64, "learn_start": 4_000}
+    learner = {"target_period": 256, "samples_per_insert": 8, "batch_size": 64, "learn_start": 4_000}
     told = [Plan(config(learner=learner), size).describe()["target network"] for size in (1, 8, 40)]
     assert told == ["a copy after every 32 updates", "a copy after every 4 updates", "a copy after every update"]
+
+
+def test_people_read_whole_numbers_and_one_rank():
+    one = Plan(config(learner={"target_period": 80_000, "samples_per_insert": 1}), 1).describe()
+    assert one["environment"] == "CartPole-v1, 1 rank x 8 = 8 copies"
+    assert one["global batch"] == "1 rank x 64 = 64 (weak scaling)"
+    assert one["target network"] == "a copy after every 1,250 updates"
+    assert one["learning rate"] == "0.001 (not scaled)"
+    assert one["averaging"] == "none, on one rank"
+    ranks = {"learning_rate_scaling": "sqrt", "warmup_steps": 10_000}
+    many = Plan(config(ranks=ranks, learner={"learn_start": 20_000, "batch_size": 256}), 64).describe()
+    assert many["environment"] == "CartPole-v1, 64 ranks x 8 = 512 copies"
+    assert many["global batch"] == "64 ranks x 256 = 16,384 (weak scaling)"
+    assert many["learning rate"] == "0.008 = 0.001 x 8 (sqrt scaling, after a warm-up of 10,000 total steps)"
 
 
 @pytest.mark.parametrize("name", presets())

@@ -83,7 +83,13 @@ def config(**changes) -> Config:
         "total_steps": 960,
         "env": {"id": "CartPole-v1", "envs_per_rank": 12, "vectorization": "sync"},
         "agent": {"hidden": [8]},
-        "learner": {"batch_size": 24, "replay_ratio": 2, "learn_start": 240, "train_period": 48, "target_period": 96},
+        "learner": {
+            "batch_size": 24,
+            "samples_per_insert": 2,
+            "learn_start": 240,
+            "train_period": 48,
+            "target_period": 96,
+        },
         "evaluation": {"period": 300, "episodes": 3, "final_episodes": 5, "target_return": 5.0},
         "report": {"period": 120},
         "checkpoint": {"period": 400},
@@ -609,12 +615,12 @@ class Quiet(Solo):
         self._check()
 
 
-@pytest.mark.parametrize("replay_ratio", [0.5, 1])  # an update in every second period, or in each
+@pytest.mark.parametrize("samples_per_insert", [0.5, 1])  # an update in every second period, or in each
 @pytest.mark.parametrize("sync", ["gradients", "parameters"])
-def test_ranks_meet_in_no_collective_while_a_phase_is_under_way(sync, replay_ratio, tmp_path):
+def test_ranks_meet_in_no_collective_while_a_phase_is_under_way(sync, samples_per_insert, tmp_path):
     world = Quiet()
     settings = config(
-        learner={"overlap": True, "replay_ratio": replay_ratio},
+        learner={"overlap": True, "samples_per_insert": samples_per_insert},
         ranks={"sync": sync, "vote_period": 48}, evaluation={"target_return": None}, report={"period": 500},
     )  # fmt: skip
     trainer = Trainer(settings, world, None, lambda: trainer.worker.updates >= 4)
