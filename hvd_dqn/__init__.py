@@ -5,14 +5,16 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from hvd_dqn.agent.policy import Policy
-    from hvd_dqn.api import Evaluation, Result, evaluate, load_policy, train
+    from hvd_dqn.api import evaluate, load_policy, train
     from hvd_dqn.config import Config
+    from hvd_dqn.job import Evaluation, Result
 
 __version__ = "0.1.0"
 __all__ = ["Config", "Evaluation", "Policy", "Result", "__version__", "evaluate", "load_policy", "train"]
 
-_HOMES = dict.fromkeys(("Evaluation", "Result", "evaluate", "load_policy", "train"), "hvd_dqn.api")
+_HOMES = dict.fromkeys(("evaluate", "load_policy", "train"), "hvd_dqn.api")
 _HOMES |= {"Config": "hvd_dqn.config", "Policy": "hvd_dqn.agent.policy"}
+_HOMES |= dict.fromkeys(("Evaluation", "Result"), "hvd_dqn.job")
 
 
 def __getattr__(name: str) -> Any:

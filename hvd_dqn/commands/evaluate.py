@@ -14,13 +14,13 @@ from hvd_dqn.storage.run_directory import Run
 def run(arguments: Sequence[str], world: World) -> None:
     options = in_step(world, lambda: parse(EvaluateOptions, arguments, "hvd-dqn evaluate"))
     directory = Run(options.run_dir)
-    # Bad input should not have to wait for TensorFlow, which the API imports.
+    # Bad input should not have to wait for TensorFlow, which the job imports.
     config = world.gather(in_step(world, lambda: directory.config() if world.rank == 0 else None))[0]
     with loading():
-        from hvd_dqn import api
+        from hvd_dqn import job
 
-    config = in_step(world, lambda: api.evaluation_settings(config, options.episodes, options.seed, options.epsilon))
-    result = api.evaluate_in_world(config, world, api.weights_of_run(directory, world, best=options.best, say=tell))
+    config = in_step(world, lambda: job.evaluation_settings(config, options.episodes, options.seed, options.epsilon))
+    result = job.evaluate_in_world(config, world, job.weights_of_run(directory, world, best=options.best, say=tell))
     if options.as_json:
         print(json.dumps(result._asdict()))
     else:

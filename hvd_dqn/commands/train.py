@@ -26,11 +26,11 @@ def run(arguments: Sequence[str], world: World) -> None:
     in_step(world, lambda: _check_timeline(options, world))
 
     with loading():
-        from hvd_dqn import api  # imports TensorFlow, which bad input should not have to wait for
+        from hvd_dqn import job  # imports TensorFlow, which bad input should not have to wait for
 
     if options.elastic:
         assert options.run_dir is not None
-        result = api.train_elastically(
+        result = job.train_elastically(
             config, name, Run(options.run_dir), stop_request, resume=options.resume, start_from=options.start_from
         )
     else:
@@ -40,7 +40,7 @@ def run(arguments: Sequence[str], world: World) -> None:
             raise InputError(f"The ranks were started with different settings: ranks {odd} differ from rank 0.")
         directory = Run(Path(world.gather(str(options.run_dir or default_path(name)))[0]))
         with world.timeline(options.timeline) if options.timeline else contextlib.nullcontext():
-            result = api.train_in_world(
+            result = job.train_in_world(
                 config, name, directory, world, stop_request, resume=options.resume, start_from=options.start_from
             )
         world.barrier()  # nobody's files are half-written when the launcher sees the first rank end

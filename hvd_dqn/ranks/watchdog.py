@@ -6,6 +6,7 @@ its main thread last beat. The chief watches the ranks, and each rank watches th
 """
 
 import contextlib
+import gc
 import json
 import os
 import secrets
@@ -16,6 +17,7 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 from time import monotonic, sleep
+from types import FrameType
 from typing import Any, NamedTuple
 
 import psutil
@@ -211,7 +213,7 @@ class Watchdog:
 
     def _own_status(self) -> Status:
         beaten, where = self._beat
-        frame = sys._current_frames().get(self._main_thread)
+        frame = frame_of(self._main_thread)
         # Those generated are TensorFlow's wrappers of operations.
         while frame and (frame.f_code.co_filename.startswith("<") or frame.f_globals.get("__name__") in WAITS_BY):
             frame = frame.f_back
@@ -283,6 +285,19 @@ def open_watchdog(world: World, silence_seconds: float | None, stall_seconds: fl
     if world.size == 1 or silence_seconds is None:
         return NullWatchdog()
     return Watchdog(world, silence_seconds, stall_seconds)
+
+
+def frame_of(thread: int) -> FrameType | None:
+    """The innermost frame of the thread with this identity; None after its end."""
+    # Python 3.11 holds a lock of its own while it collects the frames. If garbage is collected meanwhile, a finalizer may let
+    # another thread run that waits for this lock, and the process hangs (cpython issue 106883).
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        return sys._current_frames().get(thread)
+    finally:
+        if collects:
+            gc.enable()
 
 
 def _exit_later() -> None:

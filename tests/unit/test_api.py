@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 
 import hvd_dqn
-from hvd_dqn import api
+from hvd_dqn import api, job
 from hvd_dqn.config import Config
 from hvd_dqn.config_files import load_preset
 from hvd_dqn.errors import InputError, RunError
@@ -318,7 +318,7 @@ def test_the_example_does_what_it_says(tmp_path, monkeypatch):
 
 def test_a_run_starts_from_the_best_weights_of_another_with_all_else_its_own(copy, tmp_path):
     config = load_preset("identity")
-    start = api.starting_weights(Run(tmp_path), config, Solo(), copy, False, print)
+    start = job.starting_weights(Run(tmp_path), config, Solo(), copy, False, print)
     assert start.total_steps == 2000
     fresh, trainer = Trainer(config, Solo()), Trainer(config, Solo(), start=start)
     state, new = trainer.worker.learner.state(), fresh.worker.learner.state()
@@ -355,7 +355,7 @@ def test_statistics_of_observations_come_with_the_weights(tmp_path):
     settings = {"env": {"id": "CartPole-v1", "normalize_observation": True}, "learner.overlap": True}
     first = hvd_dqn.train("identity", run_dir=tmp_path / "run", **SHORT, **settings)
     config = Run(first.run_dir).config()
-    start = api.starting_weights(Run(tmp_path), config, Solo(), first.run_dir, False, print)
+    start = job.starting_weights(Run(tmp_path), config, Solo(), first.run_dir, False, print)
     with contextlib.closing(Trainer(config, Solo(), start=start)) as trainer:
         assert trainer.worker.statistics.state() == start.state["normalizer"] != {}
         learner = trainer.worker.learner.state()

@@ -11,6 +11,7 @@ import hvd_dqn
 ORDER = (
     {"cli", "__main__", "commands"},
     {"api"},
+    {"job"},
     {"reporting", "bench"},
     {"training"},
     {"envs", "storage"},

@@ -5,6 +5,8 @@ import json
 import queue
 import re
 import socket
+import subprocess
+import sys
 import threading
 import time
 import types
@@ -488,3 +490,29 @@ def test_a_process_alone_and_a_silence_of_none_watch_nobody():
         assert isinstance(watcher, NullWatchdog)
         with watcher:
             watcher.beat("cycle 1")
+
+
+def test_asking_where_the_main_thread_is_never_hangs_the_process():
+    """In Python 3.11 it does where garbage is collected meanwhile, whose finalizers let threads run that start or end."""
+    program = """
+import gc, threading, time
+from hvd_dqn.ranks.watchdog import frame_of
+
+class Slow:
+    def __init__(self): self.itself = self
+    def __del__(self): time.sleep(0.001)  # lets other threads run
+
+def start_threads():
+    for _ in range(300):
+        threading.Thread(target=time.sleep, args=(0,)).start()
+
+gc.set_threshold(1)
+starter = threading.Thread(target=start_threads)
+starter.start()
+while starter.is_alive():
+    Slow()
+    frame_of(threading.main_thread().ident)
+print("done")
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    assert done.stdout == "done\n", done.stderr

@@ -19,7 +19,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hvd_dqn import api as job
+from hvd_dqn import job
 from hvd_dqn.agent.learner import Learner, Phase
 from hvd_dqn.agent.preprocess import Preprocess
 from hvd_dqn.agent.replay import NOTHING, TRUNCATED

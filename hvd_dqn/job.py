@@ -1,0 +1,293 @@
+"""A training from its settings to its end, by one rank or many, and what it has learned: played, or as a policy."""
+
+import contextlib
+import functools
+import math
+import sys
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, TypeVar
+
+from hvd_dqn.agent.networks import Network
+from hvd_dqn.agent.policy import Policy
+from hvd_dqn.config import Config
+from hvd_dqn.config_files import configure
+from hvd_dqn.errors import InputError, RunError, tell
+from hvd_dqn.ranks.elastic import ElasticWorld
+from hvd_dqn.ranks.lockstep import BroadcastHook, in_step
+from hvd_dqn.ranks.world import Solo, World
+from hvd_dqn.reporting.session import Session, open_session
+from hvd_dqn.storage.checkpoint import Checkpoints, Snapshot
+from hvd_dqn.storage.run_directory import Run
+from hvd_dqn.training.build import make_environments, make_evaluator, make_policy, trained_network
+from hvd_dqn.training.evaluation import Evaluator
+from hvd_dqn.training.ledger import Row
+from hvd_dqn.training.trainer import Record, Trainer
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Result:
+    """How a training ended: the environment's own returns, neither clipped nor scaled.
+
+    `outcome` is "stopped" where somebody asked for that before the end; the run can then be gone on with.
+    """
+
+    outcome: Literal["finished", "stopped"]
+    return_mean: float  # of the last evaluation of this call, like the next two; NaN where there was none
+    return_std: float  # over its episodes
+    episodes: int
+    total_steps: int  # over all environments of all ranks
+    seconds: float  # of wall time, over all resumes of the run
+    best_return: float  # the highest mean of an evaluation; NaN where there was none
+    best_total_steps: int | None  # after which it was measured
+    run_dir: Path
+
+    @functools.cached_property
+    def policy(self) -> Policy:
+        """The policy of the best evaluation, loaded from the run directory when it is first asked for."""
+        return policy_of_run(Run(self.run_dir), best=True)
+
+
+class Evaluation(NamedTuple):
+    """Returns over `episodes` episodes of the weights after `total_steps`: the environment's own."""
+
+    total_steps: int
+    episodes: int
+    return_mean: float
+    return_std: float
+    return_min: float
+    return_max: float
+    length_mean: float  # in steps
+
+
+def warn(text: str) -> None:
+    warnings.warn(text, RuntimeWarning, stacklevel=2)
+
+
+def train_in_world(
+    config: Config,
+    name: str,
+    run: Run,
+    world: World,
+    stop: Callable[[], bool],
+    *,
+    resume: bool = False,
+    start_from: Path | None = None,
+    progress: bool = True,
+) -> Result:
+    """Trains to the end, or until a rank is asked to stop. A collective."""
+    say = tell if progress else warn
+    checkpoints = Checkpoints(run.path, world, config.checkpoint.keep, config.checkpoint.compress)
+    start = starting_weights(run, config, world, start_from, resume, say)
+    snapshot = newest(checkpoints, run, world, say) if resume else None
+    trainer = in_step(world, lambda: Trainer(config, world, snapshot, stop, start=start))
+    with contextlib.closing(trainer):
+        return _go_on(trainer, name, run, snapshot, checkpoints, start, progress=progress)
+
+
+def train_elastically(
+    config: Config, name: str, run: Run, stop: Callable[[], bool], *, resume: bool, start_from: Path | None = None
+) -> Result:
+    """The same by as many ranks as there are from time to time: a generation ends when that number changes.
+
+    Horovod: a rank may join at any time, so that nothing here is a collective before `furthest`, and a rank that fails on
+    its own account ends alone.
+    """
+    world = ElasticWorld()
+    sys.stdout = sys.__stdout__  # any rank may become the chief, whose results are printed
+    checkpoints = Checkpoints(run.path, world, config.checkpoint.keep, config.checkpoint.compress)
+    trainer: Trainer | None = None
+    while True:
+        try:
+            held = trainer.committed if trainer else None
+            snapshot, joined = world.furthest(held and (held, config.digest()), held.total_steps if held else -1)
+            again = world.any(trainer is not None)  # of this job's own ranks some have made the run directory
+            start = None
+            if snapshot is None:  # the job begins
+                start = starting_weights(run, config, world, start_from, resume, tell)
+                found = newest(checkpoints, run, world, tell).without_parts() if resume else None
+            else:
+                found, digest = snapshot
+                if digest != config.digest():
+                    world.abort("This rank was started with other settings than those that are training.")
+            if trainer is not None and found is not None and trainer.committed is not None:
+                trainer.worker.regroup(found, joined)
+            else:
+                if trainer is not None:  # of a generation that ended before it began: made for another number of ranks
+                    trainer.close()
+                trainer = Trainer(config, world, found, stop, joins=snapshot is not None, start=start)
+            return _go_on(trainer, name, run, found, checkpoints, start, again)
+        except Exception as error:
+            if not world.recovers_from(error):
+                raise
+            world.regroup()
+
+
+def _go_on(
+    trainer: Trainer,
+    name: str,
+    run: Run,
+    snapshot: Snapshot | None,
+    checkpoints: Checkpoints,
+    start: Snapshot | None,
+    again: bool = False,
+    progress: bool = True,
+) -> Result:
+    session = in_step(trainer.world, lambda: _opened(run, name, trainer, snapshot, start, again, progress))
+    last, evaluation = None, {"return_mean": math.nan, "return_std": math.nan, "episodes": 0}
+    # Closing: a record that cannot be shown ends the training there and then, its goodbyes to the other ranks included.
+    with session, contextlib.closing(trainer.train(checkpoints)) as records:
+        for record in records:
+            last = record
+            if record.kind == "evaluation":
+                evaluation = record.row
+            try:
+                session.show(record)
+            except OSError as error:
+                raise RunError(f"{run.path} cannot be written: {error}. Make room and go on with --resume.") from None
+            except InputError as error:  # what was begun is no bad input any more
+                raise RunError(str(error)) from None
+    assert last is not None
+    return _result(last, evaluation, trainer.worker.best, run)
+
+
+def _result(last: Record, evaluation: Row, best: tuple[float, int] | None, run: Run) -> Result:
+    return Result(
+        "stopped" if last.kind == "stopped" else "finished",
+        return_mean=evaluation["return_mean"],
+        return_std=evaluation["return_std"],
+        episodes=int(evaluation["episodes"]),
+        total_steps=int(last.row["total_steps"]),
+        seconds=last.row["seconds"],
+        best_return=math.nan if best is None else best[0],
+        best_total_steps=None if best is None else best[1],
+        run_dir=run.path,
+    )
+
+
+def _opened(
+    run: Run,
+    name: str,
+    trainer: Trainer,
+    snapshot: Snapshot | None,
+    start: Snapshot | None,
+    again: bool,
+    progress: bool,
+) -> Session:
+    try:
+        return open_session(run, name, trainer, snapshot, again, started_from=start and start.path, progress=progress)
+    except OSError as error:
+        raise InputError(f"Cannot write the run directory {run.path}: {error.strerror}.") from None
+
+
+def newest(checkpoints: Checkpoints, run: Run, world: World, say: Callable[[str], None]) -> Snapshot:
+    """The checkpoint to go on from. A collective. Raises InputError where there is none."""
+    snapshot = checkpoints.newest(say if world.rank == 0 else lambda text: None)
+    if snapshot is None:
+        raise InputError(f"There is nothing to resume in {run.path}: it has no complete checkpoint.")
+    return snapshot
+
+
+def starting_weights(
+    run: Run, config: Config, world: World, start_from: Path | None, resume: bool, say: Callable[[str], None]
+) -> Snapshot | None:
+    """The weights that a new run starts from; None where it starts from random ones, or goes on. A collective.
+
+    Of the best evaluation, else the newest. Raises InputError where they cannot be read or are of another network.
+    """
+    if start_from is None:
+        return None
+    source = Run(start_from)
+
+    def check() -> None:
+        if world.rank != 0:
+            return
+        if not resume:
+            _check_same_network(source, config)
+        # A batch system repeats the words of a job that it starts again, and adds --resume.
+        elif run.about().get("started_from", {}).get("run") != str(start_from):
+            raise InputError(
+                f"--from starts a new run, and --resume goes on with {run.path}, which did not start from {start_from}: "
+                "leave one of them out."
+            )
+
+    in_step(world, check)
+    return None if resume else weights_of_run(source, world, best=True, say=say)
+
+
+def _check_same_network(source: Run, config: Config) -> None:
+    """Weights are one vector, whose length alone does not tell layers of 3 and 5 from layers of 5 and 3."""
+    before, now = source.config(), config
+    names = ["env.normalize_observation"]
+    if ":" not in before.agent.network or ":" not in now.agent.network:
+        names += ["agent.network", "agent.hidden", "agent.dueling"]
+    for name in names:
+        section, setting = name.split(".")
+        old, new = (getattr(getattr(each, section), setting) for each in (before, now))
+        if old != new:
+            raise InputError(
+                f"The weights of {source.path} do not fit these settings: `{name}` is {old!r} there and {new!r} here. "
+                "Make them equal, or start without --from."
+            )
+
+
+def weights_of_run(run: Run, world: World, *, best: bool, say: Callable[[str], None]) -> Snapshot:
+    """The newest weights of a run, or those of its best evaluation if there was one. The chief reads them. A collective.
+
+    Raises InputError where there is no run, or its weights cannot be read.
+    """
+
+    def read() -> Snapshot | None:
+        if world.rank != 0:
+            return None
+        if not run.exists:
+            run.config()  # says so
+        checkpoints, damage = Checkpoints(run.path, world), list[str]()
+        snapshot = checkpoints.weights(None, damage.append)
+        if best and snapshot is not None and snapshot.state["best"]:
+            snapshot = checkpoints.weights(int(snapshot.state["best"][1]), damage.append)
+        if snapshot is None:
+            raise InputError(f"There are no weights in {run.path}. {' '.join(damage) or 'It has no checkpoint.'}")
+        for text in damage:
+            say(text)
+        return snapshot
+
+    snapshot = world.gather(in_step(world, read))[0]
+    assert snapshot is not None
+    return snapshot
+
+
+def evaluation_settings(config: Config, episodes: int, seed: int, epsilon: float) -> Config:
+    """A run's settings, to play other episodes than those of its training. Raises InputError."""
+    return configure(config, {"seed": seed, "evaluation": {"episodes": episodes, "epsilon": epsilon}})
+
+
+def evaluate_in_world(config: Config, world: World, snapshot: Snapshot) -> Evaluation:
+    """Plays the evaluation that `config` describes with the weights of a checkpoint. A collective."""
+
+    def build() -> tuple[Network, Evaluator]:
+        with contextlib.closing(make_environments(config, world, 1, "sync")) as envs:
+            network = trained_network(config, envs, world, snapshot)
+        return network, make_evaluator(config, world, network.q_values)
+
+    network, evaluator = in_step(world, build)
+    BroadcastHook(world, {variable.name: variable for variable in network.variables})()
+    network.refresh()
+    with contextlib.closing(evaluator):
+        row: dict[str, Any] | None = evaluator.evaluate(config.evaluation.episodes, round=0)
+    assert row is not None  # nobody asks an evaluation alone to stop
+    return Evaluation(snapshot.total_steps, **row)
+
+
+def policy_of_run(run: Run, *, best: bool, seed: int | None = None) -> Policy:
+    """The policy of a run's best evaluation or newest checkpoint. Makes a copy of the environment to ask for its spaces."""
+    config, snapshot = run.config(), weights_of_run(run, Solo(), best=best, say=warn)
+    with contextlib.closing(make_environments(config, Solo(), 1, "sync")) as envs:
+        network = trained_network(config, envs, Solo(), snapshot)
+        policy = make_policy(envs, network.q_values, seed)
+        policy.choose(envs.observation)  # makes the graph of a network that has one
+    return policy
