@@ -16,6 +16,9 @@ _HOMES = dict.fromkeys(("evaluate", "load_policy", "train"), "hvd_dqn.api")
 _HOMES |= {"Config": "hvd_dqn.config", "Policy": "hvd_dqn.agent.policy"}
 _HOMES |= dict.fromkeys(("Evaluation", "Result"), "hvd_dqn.job")
 
+_MODULES = ("errors", "training")
+_HOMES |= {name: f"hvd_dqn.{name}" for name in _MODULES}
+
 
 def __getattr__(name: str) -> Any:
     """Imports what is asked for: TensorFlow takes seconds, and the number of NumPy's threads must be set before it."""
@@ -24,5 +27,10 @@ def __getattr__(name: str) -> Any:
     from hvd_dqn.ranks.placement import thread_defaults
 
     with thread_defaults():
-        globals()[name] = value = getattr(importlib.import_module(_HOMES[name]), name)
+        module = importlib.import_module(_HOMES[name])
+    globals()[name] = value = module if name in _MODULES else getattr(module, name)
     return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOMES})

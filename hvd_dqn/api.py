@@ -1,4 +1,4 @@
-"""One training from its settings to its end, and what it has learned: in Python, and what the commands call too.
+"""The Python API: train, evaluate, and load the policy of a run.
 
 >>> import hvd_dqn
 >>> result = hvd_dqn.train("identity", seed=1, run_dir="runs/mine")
@@ -13,14 +13,14 @@ They print nothing, install no signal handlers and never end the process. What c
 training that fails a `RunError`, both of `hvd_dqn.errors`. Several ranks are started by a launcher:
 `horovodrun -np 4 hvd-dqn train ...`.
 
-TensorFlow takes its number of threads once in a process, when it first computes: from the first training. NumPy does so
-when it is first imported. Whatever the environment says wins (`TF_NUM_INTRAOP_THREADS`, `OMP_NUM_THREADS`).
+TensorFlow fixes its number of threads at the first training in a process, NumPy when it is first imported. What the
+environment says wins (`TF_NUM_INTRAOP_THREADS`, `OMP_NUM_THREADS`).
 
 For every record of a training, as a tuner wants them: `hvd_dqn.training.Trainer`.
 """
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
@@ -41,7 +41,7 @@ from hvd_dqn.job import (
 )
 from hvd_dqn.ranks.placement import launched_ranks, thread_defaults
 from hvd_dqn.ranks.world import Solo
-from hvd_dqn.storage.run_directory import Run, default_path
+from hvd_dqn.storage.run_directory import Run, default_path, name_of_env
 
 T = TypeVar("T")
 
@@ -58,9 +58,9 @@ def train(
 ) -> Result:
     """Trains to the end of the run, in this process alone.
 
-    `preset_or_config` is the name of a preset, the path of a YAML file, or a `Config`. `settings` are laid over it, by
-    nested names, `env={"id": "Acrobot-v1"}`, or dotted ones, `**{"env.id": "Acrobot-v1"}`; `seed=3` and `total_steps`
-    stand alone.
+    `preset_or_config` is the name of a preset, the path of a YAML file, or a `Config`; without it `env.id` must be
+    given. `settings` are laid over it, by nested names, `env={"id": "Acrobot-v1"}`, or dotted ones,
+    `**{"env.id": "Acrobot-v1"}`; `seed=3` and `total_steps` stand alone.
 
     `run_dir` keeps the run; by default runs/NAME-DATE-TIME. `resume` goes on from its newest checkpoint, with the run's own
     settings; then no preset need be named. `start_from` is the directory of another run, whose weights and statistics of
@@ -129,12 +129,21 @@ def _settings(
         name, base = Run(Path(run_dir)).resumed(source)
     elif isinstance(source, str):
         name, base = source, load_preset(source)
+    elif source is None and (env_id := _env_id(settings)):
+        name, base = name_of_env(env_id), Config()
     else:
         raise InputError(
-            f"What shall be trained? Expected: a preset ({', '.join(presets())}), the path of a YAML file, or a Config. "
-            f"Received: {source!r}."
+            f"What shall be trained? Expected: a preset ({', '.join(presets())}), the path of a YAML file, a Config, "
+            f"or env.id. Received: {source!r}."
         )
+    if resume and run_dir is not None:
+        name = Run(Path(run_dir)).name(otherwise=name)
     return name, configure(base, settings)
+
+
+def _env_id(settings: Mapping[str, Any]) -> str | None:
+    section = settings.get("env")
+    return settings.get("env.id") or (section.get("id") if isinstance(section, Mapping) else None)
 
 
 def _interruptible(work: Callable[[Callable[[], bool]], T]) -> T:

@@ -19,8 +19,9 @@ COMMANDS = ("train", "evaluate", "plot", "bench", "doctor", "presets")  # module
 USAGE = """\
 usage: hvd-dqn COMMAND ...
 
-  train PRESET | --config FILE  [--section.setting VALUE ...] [--run-dir DIR] [--resume] [--from RUN_DIR] [--elastic]
-                                [--timeline FILE]
+  train PRESET | --config FILE | --env.id ID
+                                [--section.setting VALUE ...] [--run-dir DIR] [--resume] [--from RUN_DIR]
+                                [--elastic] [--timeline FILE]
   evaluate RUN_DIR              [--episodes 100] [--seed S] [--epsilon E] [--best] [--json]
   plot RUN_DIR...               [-o FILE.png]
   bench learner | allreduce     [--json]

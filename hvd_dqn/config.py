@@ -61,6 +61,7 @@ class Env(Section):
         "how many of the last observations are stacked into one",
         source=f"{NATURE} (there 4)",
         ge=1,
+        le=1_000,
     )
     reward_scale: float = setting(
         1.0, "rewards are multiplied by this before learning; reported returns are not", source=OURS, gt=0
@@ -117,22 +118,23 @@ class Agent(Section):
     )
     epsilon_steps: int = setting(
         10_000,
-        "until learning starts, epsilon stays at `epsilon_start`; it falls linearly to `epsilon_end` over this time, counted "
-        "from the start of the run",
+        "epsilon falls linearly from `epsilon_start` to `epsilon_end` over this many, counted from the start of the run; "
+        "before `learn_start` it stays at `epsilon_start`, and then drops to that line",
         unit="total steps",
         source=OURS,
         ge=0,
     )
     epsilon_zeta: float | None = setting(
         None,
-        "ez-greedy exploration: a random action is repeated for n steps with a probability proportional to n**-x, and epsilon "
-        "is the probability that such a repetition begins; none takes a random action for one step",
+        "ez-greedy exploration: a random action is repeated for n steps with a probability proportional to n**-x, where x "
+        "is this setting; epsilon is the probability that a repetition begins; none: a random action lasts one step",
         source="Dabney et al. 2021, arXiv:2006.01782 (there 2)",
         gt=1,
     )
     epsilon_ladder: float = setting(
         0.0,
-        "gives each environment its own epsilon: environment i of N uses epsilon**(1 + x * i / (N - 1)); 0 gives all the same",
+        "gives each environment its own epsilon: environment i of N uses epsilon**(1 + x * i / (N - 1)), where x is this "
+        "setting; 0 gives all the same",
         source="Horgan et al. 2018 (there 7)",
         ge=0,
     )
@@ -165,15 +167,16 @@ class Learner(Section):
         "transitions trained on for each environment step, over all ranks; divided by the global batch, it is what papers call "
         "replay ratio: updates for each step",
         source=f"{NATURE} (32 per 4 steps); the name: Cassirer et al. 2021, arXiv:2102.04736",
-        gt=0,
+        ge=1e-6,
+        le=1e6,
     )
     learn_start: int = setting(
         1_000, "how much is collected before the first update", unit="total steps", source="Stable-Baselines3 zoo", ge=1
     )
-    train_period: int = setting(64, "time between two phases of updates", unit="total steps", source=OURS, ge=1)
+    train_period: int = setting(64, "total steps between two phases of updates", unit="total steps", source=OURS, ge=1)
     target_period: int = setting(
         10_000,
-        "time between two copies of the online network into the target network",
+        "total steps between two copies of the online network into the target network",
         unit="total steps",
         source=f"{NATURE}, there in parameter updates",
         ge=1,
@@ -203,8 +206,8 @@ class Learner(Section):
     )
     xla: bool | None = setting(
         None,
-        "compile phases of updates with XLA, if ranks do not communicate inside a phase; none compiles only small networks in "
-        "long runs",
+        "compile phases of updates with XLA, if ranks do not communicate inside a phase; none decides by itself: only small "
+        "networks in long runs",
         source=OURS,
     )
     overlap: bool = setting(
@@ -252,32 +255,36 @@ class Ranks(Section):
         ge=1,
     )
     drift_check_period: int = setting(
-        10_000, "time between two checks that all ranks have equal weights", unit="total steps", source=OURS, ge=1
+        10_000,
+        "total steps between two checks that all ranks have equal weights",
+        unit="total steps",
+        source=OURS,
+        ge=1,
     )
     vote_period: int = setting(
         500,
         "all ranks stop, with a checkpoint, at the first vote after any rank received SIGTERM, SIGINT or SIGUSR1; this is the "
-        "time between two votes, rounded up to a multiple of `train_period`",
+        "total steps between two votes, rounded up to a multiple of `train_period`",
         unit="total steps",
         source=OURS,
         ge=1,
     )
     silence_seconds: float | None = setting(
         60.0,
-        "none turns this watchdog off; otherwise the job ends if nothing is heard from a rank for this long",
+        "the job ends if nothing is heard from a rank for this long; none turns the watchdog off",
         unit="s",
         source=OURS,
         ge=1,
     )
     stall_seconds: float = setting(
-        1800.0, "the job ends if a rank finishes no step for this long", unit="s", source=OURS, ge=1
+        1800.0, "the job ends if no rank at all finishes a step for this long", unit="s", source=OURS, ge=1
     )
 
 
 class Evaluation(Section):
     """How the policy is measured, without exploration."""
 
-    period: int = setting(5_000, "time between two evaluations", unit="total steps", source=OURS, ge=1)
+    period: int = setting(5_000, "total steps between two evaluations", unit="total steps", source=OURS, ge=1)
     episodes: int = setting(20, "length of each evaluation, over all ranks", unit="episodes", source=OURS, ge=1)
     final_episodes: int = setting(
         100,
@@ -288,7 +295,7 @@ class Evaluation(Section):
     )
     max_episode_steps: int = setting(
         27_000,
-        "evaluation episodes are cut off, and count with the return they have by then, after this time",
+        "an evaluation episode is cut off after this many, and counts with its return so far",
         unit="steps",
         source="Mnih et al. 2015 (30 minutes of play)",
         ge=1,
@@ -311,13 +318,13 @@ class Evaluation(Section):
 class Report(Section):
     """What is written during the run."""
 
-    period: int = setting(1_000, "time between two rows of metrics.csv", unit="total steps", source=OURS, ge=1)
+    period: int = setting(1_000, "total steps between two rows of metrics.csv", unit="total steps", source=OURS, ge=1)
 
 
 class Checkpoint(Section):
     """What is saved, so that a run can be resumed."""
 
-    period: int = setting(25_000, "time between two checkpoints", unit="total steps", source=OURS, ge=1)
+    period: int = setting(25_000, "total steps between two checkpoints", unit="total steps", source=OURS, ge=1)
     keep: int = setting(
         3,
         "how many of the newest checkpoints are kept; the weights of the best evaluation are kept as well",

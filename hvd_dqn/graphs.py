@@ -1,5 +1,6 @@
 """TensorFlow graphs, called with NumPy arrays for NumPy arrays, and what is put into them: loops, gradients and clocks."""
 
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -15,7 +16,7 @@ class Graph:
     The graph itself fetches the arrays and delivers the results, so that no eager tensor is made: TensorFlow 2.15 loses 48
     bytes with each of them under Python 3.11 (its issue 62551), and converting them takes most of the time of a small call.
     With `compiled` XLA compiles it. Loops and branches over tensors are TensorFlow's own: autograph would read the source of
-    all that is called, which takes longer than all the rest of a start.
+    all that is called, which takes longer than all the rest of a start. Several threads may call it: they take turns.
     """
 
     def __init__(self, function: Callable[..., Sequence[tf.Tensor]], *, compiled: bool = False) -> None:
@@ -23,15 +24,17 @@ class Graph:
         self._arguments: list[np.ndarray] = []
         self._results: list[np.ndarray] = []
         self._run: Callable[[], None] | None = None
+        self._turn = threading.Lock()
 
     def __call__(self, *arguments: np.ndarray | np.generic) -> list[np.ndarray]:
-        self._arguments = [np.asarray(argument) for argument in arguments]
-        if self._run is None:
-            # The one trace itself: looking for it in each call would take a third of a small one.
-            self._run = tf.function(self._body, autograph=False).get_concrete_function()
-        self._run()
-        self._arguments = []
-        return self._results
+        with self._turn:
+            self._arguments = [np.asarray(argument) for argument in arguments]
+            if self._run is None:
+                # The one trace itself: looking for it in each call would take a third of a small one.
+                self._run = tf.function(self._body, autograph=False).get_concrete_function()
+            self._run()
+            self._arguments = []
+            return self._results
 
     def _body(self) -> None:
         dtypes = [argument.dtype for argument in self._arguments]

@@ -92,10 +92,10 @@ def train_in_world(
 def train_elastically(
     config: Config, name: str, run: Run, stop: Callable[[], bool], *, resume: bool, start_from: Path | None = None
 ) -> Result:
-    """The same by as many ranks as there are from time to time: a generation ends when that number changes.
+    """The same in an elastic job, whose number of ranks may change. A generation is the time between two changes.
 
-    Horovod: a rank may join at any time, so that nothing here is a collective before `furthest`, and a rank that fails on
-    its own account ends alone.
+    Horovod: a rank may join at any time, so no collective may come before `furthest`, and a rank with an error of its own
+    ends alone.
     """
     world = ElasticWorld()
     sys.stdout = sys.__stdout__  # any rank may become the chief, whose results are printed
@@ -209,7 +209,7 @@ def starting_weights(
         if not resume:
             _check_same_network(source, config)
         # A batch system repeats the words of a job that it starts again, and adds --resume.
-        elif run.about().get("started_from", {}).get("run") != str(start_from):
+        elif run.about().get("started_from", {}).get("run") != str(start_from.resolve()):
             raise InputError(
                 f"--from starts a new run, and --resume goes on with {run.path}, which did not start from {start_from}: "
                 "leave one of them out."

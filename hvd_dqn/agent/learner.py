@@ -9,7 +9,7 @@ import numpy as np
 import tensorflow as tf
 
 from hvd_dqn.agent.networks import Network, NumpyMlp
-from hvd_dqn.agent.objectives import Evaluated, Objective
+from hvd_dqn.agent.objectives import LossTerms, Objective
 from hvd_dqn.agent.optimizer import Adam
 from hvd_dqn.agent.preprocess import Preprocess
 from hvd_dqn.agent.transition import Batch
@@ -44,7 +44,9 @@ class Sums(NamedTuple):
 
 
 class Phase(NamedTuple):
-    """Sums over the updates of one phase, of this rank's minibatches; the gradient's is of the averaged gradient.
+    """What happened in one phase, summed over its updates.
+
+    Loss and q are of this rank's minibatches; the gradient's norm is that of the gradient averaged over ranks.
 
     Updates whose averaged gradient is not finite are skipped and only counted. `nonfinite` counts those whose loss was not
     finite on this rank; `any_skipped` says whether any rank skipped one. `allreduce_seconds` is the part of `seconds` that
@@ -69,9 +71,9 @@ class Learner:
 
     With `sync` "gradients" every update averages the gradient over the ranks of `world`; with "parameters" each rank takes
     the phase's updates alone and then parameters and optimizer slots are averaged (McMahan et al. 2017, arXiv:1602.05629),
-    which is another algorithm: for one rank both are the same. `passes` minibatches make one update (gradient accumulation).
-    With an `xla` of None phases are compiled where that pays for `planned` updates. With `overlap` there is a third network,
-    `acting`, to choose actions by while a phase goes on.
+    which is another algorithm (local SGD); on one rank both are the same. `passes` minibatches make one update (gradient
+    accumulation). With an `xla` of None phases are compiled if that pays for `planned` updates. With `overlap` there is a
+    third network, `acting`, to choose actions by while a phase runs.
     """
 
     def __init__(
@@ -111,7 +113,7 @@ class Learner:
         self.compiled = xla and (self._averages_parameters or (world.size == 1 and not world.elastic))
         self._is_timed = not self._averages_parameters and (world.size > 1 or world.elastic)
         # K may differ from phase to phase: one graph serves them all. Weighted batches, which have a field more, have another.
-        self._updates = {weighted: Graph(self._take_updates, compiled=self.compiled) for weighted in (False, True)}
+        self._updates = {weighted: Graph(self._run_phase, compiled=self.compiled) for weighted in (False, True)}
         self._average = Graph(self._average_parameters)
 
     @property
@@ -172,7 +174,7 @@ class Learner:
         """From now on `acting` has the weights that `online` has now."""
         self.acting.refresh(self._sync_acting())
 
-    def _take_updates(
+    def _run_phase(
         self,
         learning_rate: tf.Tensor,  # []
         copies: tf.Tensor,  # [K]
@@ -186,26 +188,26 @@ class Learner:
         if batch.weight is not None:
             results += (tf.TensorArray(tf.float32, tf.shape(copies)[0], element_shape=[batch.weight.shape[1]]),)
 
-        def take(k: tf.Tensor, results: Results, next_inputs: tf.Tensor, next_outputs: tf.Tensor) -> Results:
+        def update(k: tf.Tensor, results: Results, next_inputs: tf.Tensor, next_outputs: tf.Tensor) -> Results:
             minibatch = Batch(*(field[k] for field in fields))
             minibatch = minibatch._replace(
                 observation=self._preprocess(minibatch.observation), next_observation=next_inputs
             )
-            sums, priority = self._take_update(minibatch, next_outputs)
+            sums, priority = self._update(minibatch, next_outputs)
             total, *priorities = results
             return (total + sums, *(written.write(k, priority) for written in priorities))
 
-        def take_one(k: tf.Tensor, results: Results) -> Results:
+        def update_each(k: tf.Tensor, results: Results) -> Results:
             next_inputs = self._preprocess(batch.next_observation[k])
-            results = take(k, results, next_inputs, self.target(next_inputs))
+            results = update(k, results, next_inputs, self.target(next_inputs))
             tf.cond(copies[k], self._copy_target, list)
             return results
 
-        def take_several(s: tf.Tensor, results: Results) -> Results:
+        def update_group(s: tf.Tensor, results: Results) -> Results:
             begin, end = begins[s], ends[s]
             next_inputs, next_outputs = self._look_ahead(batch.next_observation[begin:end])
             results = fold(
-                lambda k, results: take(k, results, next_inputs[k - begin], next_outputs[k - begin]),
+                lambda k, results: update(k, results, next_inputs[k - begin], next_outputs[k - begin]),
                 results,
                 begin,
                 end,
@@ -216,10 +218,10 @@ class Learner:
         # Two loops around one update. The second has the target network value the next observations of many updates in
         # one product (an update at 64-64 takes 165 us instead of 187), whose number XLA would have to know beforehand.
         if self.compiled:
-            results = fold(take_one, results, 0, tf.shape(copies)[0])
+            results = fold(update_each, results, 0, tf.shape(copies)[0])
         else:
             begins = tf.concat([[0], ends[:-1]], axis=0)
-            results = fold(take_several, results, 0, tf.shape(ends)[0])
+            results = fold(update_group, results, 0, tf.shape(ends)[0])
         total, *priorities = results
         return [total, *(written.stack() for written in priorities), *self.online.numpy_weights()]
 
@@ -230,22 +232,22 @@ class Learner:
         outputs = self.target(inputs)
         return tuple(tf.reshape(x, [-1, size, *x.shape[1:]]) for x in (inputs, outputs))
 
-    def _take_update(self, minibatch: Batch, next_outputs: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+    def _update(self, minibatch: Batch, next_outputs: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
         """One update; `next_outputs` [B, ...] are the target network's. Returns its `Sums` as a vector, and priorities [B]."""
         variables = self.online.variables
         if self._passes == 1:
-            target = self._target(minibatch, next_outputs)
+            target = self._td_target(minibatch, next_outputs)
             with self._tape() as tape:
-                loss, mean_q, priority = self._evaluate(minibatch, target)
-                objective = _nan_unless_finite(loss)
+                loss, mean_q, priority = self._loss(minibatch, target)
+                scalar = _nan_unless_finite(loss)
         else:
             gradients, loss, mean_q, priority = self._accumulate(minibatch, next_outputs)
             with self._tape() as tape:
                 # The gradient of sum(g * v) by v is g: so the mean of the passes goes the way of any other gradient.
-                objective = tf.add_n([tf.reduce_sum(g * v) for g, v in zip(gradients, variables, strict=True)])
+                scalar = tf.add_n([tf.reduce_sum(g * v) for g, v in zip(gradients, variables, strict=True)])
         # These two calls are the body of `minimize`. Horovod: the first one averages. `tape.gradient` followed by
         # `apply_gradients` would average nothing, silently.
-        averaged = self.optimizer.compute_gradients(objective, variables, tape)
+        averaged = self.optimizer.compute_gradients(scalar, variables, tape)
         seconds = self._allreduce_seconds(tape, [gradient for gradient, _ in averaged])
         norm = global_norm([gradient for gradient, _ in averaged])
         if self._max_gradient_norm is not None:
@@ -293,11 +295,11 @@ class Learner:
         def add(p: tf.Tensor, means: tuple[Any, ...]) -> tuple[Any, ...]:
             gradients, loss, mean_q, priorities = means
             part = Batch(*(x[p] for x in parts))
-            target = self._target(part, outputs[p])
+            target = self._td_target(part, outputs[p])
             with DenseTape() as tape:
-                part_loss, part_q, priority = self._evaluate(part, target)
-                part_objective = _nan_unless_finite(part_loss)
-            part_gradients = tape.gradient(part_objective, variables)
+                part_loss, part_q, priority = self._loss(part, target)
+                part_scalar = _nan_unless_finite(part_loss)
+            part_gradients = tape.gradient(part_scalar, variables)
             gradients = [total + share * g for total, g in zip(gradients, part_gradients, strict=True)]
             return gradients, loss + share * part_loss, mean_q + share * part_q, priorities.write(p, priority)
 
@@ -306,17 +308,17 @@ class Learner:
         gradients, loss, mean_q, priorities = fold(add, zeros, 0, self._passes)
         return gradients, loss, mean_q, priorities.concat()
 
-    def _target(self, minibatch: Batch, next_outputs: tf.Tensor) -> tf.Tensor:
-        def target(inputs: tf.Tensor) -> tf.Tensor:
+    def _td_target(self, minibatch: Batch, next_outputs: tf.Tensor) -> tf.Tensor:
+        def target_network(inputs: tf.Tensor) -> tf.Tensor:
             return next_outputs if inputs is minibatch.next_observation else self.target(inputs)
 
-        return self._objective.target(minibatch, self.online, target)
+        return self._objective.target(minibatch, self.online, target_network)
 
-    def _evaluate(self, minibatch: Batch, target: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
+    def _loss(self, minibatch: Batch, target: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
         """The mean loss [], the mean value of the actions taken [], and the priorities [B]."""
-        found: Evaluated = self._objective.loss(self.online(minibatch.observation), minibatch.action, target)
-        loss = found.loss if minibatch.weight is None else minibatch.weight * found.loss
-        return tf.reduce_mean(loss), tf.reduce_mean(found.q), found.priority
+        terms: LossTerms = self._objective.loss(self.online(minibatch.observation), minibatch.action, target)
+        loss = terms.loss if minibatch.weight is None else minibatch.weight * terms.loss
+        return tf.reduce_mean(loss), tf.reduce_mean(terms.q), terms.priority
 
     def _copy_target(self) -> list[tf.Tensor]:
         return _copy(self.online, self.target)
@@ -362,7 +364,10 @@ def _copy(source: Network, to: Network) -> list[tf.Tensor]:
 
 
 def _ends(copies: np.ndarray, minibatch_bytes: int) -> np.ndarray:
-    """[S]: after how many updates the target network changes, or enough have been valued in one go."""
+    """[S]: where the groups of updates end that share one call of the target network.
+
+    A group ends at a copy of the target network, or when its observations reach AHEAD_BYTES.
+    """
     at_once = max(1, AHEAD_BYTES // minibatch_bytes)
     updates = np.arange(1, len(copies) + 1)
     since_copy = updates - np.maximum.accumulate(np.where(np.concatenate(([False], copies[:-1])), updates - 1, 0))
@@ -370,5 +375,5 @@ def _ends(copies: np.ndarray, minibatch_bytes: int) -> np.ndarray:
 
 
 def _nan_unless_finite(loss: tf.Tensor) -> tf.Tensor:
-    """The loss, such that its gradient is not finite either where it is not: an infinite Huber loss has a finite one."""
+    """The loss, or NaN if it is not finite, so that its gradient is NaN too: an infinite Huber loss has a finite one."""
     return loss * tf.where(tf.math.is_finite(loss), 1.0, math.nan)

@@ -3,6 +3,7 @@
 import importlib
 import itertools
 import math
+import random
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -16,6 +17,8 @@ from hvd_dqn.graphs import Graph
 
 # Convolutions of the trunks for images, (side, stride, filters) each. Source: Mnih et al. 2015, Methods, "Model architecture".
 CONVOLUTIONS = {"cnn": ((8, 4, 32), (4, 2, 64), (3, 1, 64))}
+
+MOST_PARAMETERS = 2**30  # 4 GB, of which Adam keeps two more and the target network another
 
 Shape = tuple[int, ...]
 Weights = Sequence[tf.Tensor]
@@ -46,7 +49,7 @@ class Network:
         return self._q_values(observation)[0]
 
     def numpy_weights(self) -> list[tf.Tensor]:
-        """What `refresh` takes: tensors that a graph which has changed the variables can deliver with its results."""
+        """The weights for `refresh`, as tensors: a graph that changes the variables returns them, which saves a call."""
         return []
 
     def refresh(self, numpy_weights: Sequence[np.ndarray] = ()) -> None:
@@ -218,16 +221,28 @@ def build_network(
         raise InputError(
             f"--agent.network must be mlp, {', '.join(CONVOLUTIONS)} or module:function. Received: {name!r}."
         )
-    kind = NumpyMlp if name == "mlp" and objective.outputs == 1 else FlatNetwork
     end = head(trunk.features, actions, objective.outputs, dueling=dueling)
+    parameters = sum(math.prod(shape) for shape in (*trunk.shapes, *end.shapes))
+    if parameters > MOST_PARAMETERS:
+        raise InputError(
+            f"The network would have {parameters:,} parameters, and at most {MOST_PARAMETERS:,} can be handled. "
+            "Lower --agent.hidden, or make observations smaller in a wrapper."
+        )
+    kind = NumpyMlp if name == "mlp" and objective.outputs == 1 else FlatNetwork
     return kind(trunk, end, preprocess, objective, rng)
 
 
 def _keras_network(
     name: str, preprocess: Preprocess, actions: int, objective: Objective, rng: np.random.Generator
 ) -> Network:
+    # The weights follow from `rng`, and the generators of whoever called this go on as if nothing had happened.
+    states = random.getstate(), np.random.get_state()  # noqa: NPY002
     tf.keras.utils.set_random_seed(int(rng.integers(2**31)))
-    model = _call_builder(name, preprocess.input_shape, actions)
+    try:
+        model = _call_builder(name, preprocess.input_shape, actions)
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])  # noqa: NPY002
     if model.non_trainable_variables:
         raise InputError(
             f"The model of {name} has variables that are not trained ({model.non_trainable_variables[0].name}, ...). "

@@ -1,4 +1,8 @@
-"""What turns the outputs of networks into a loss: the only place where the kind of an algorithm is known."""
+"""What turns the outputs of networks into a loss: here lies what makes an algorithm of the DQN family.
+
+A new one is a class with the members of `Objective`, returned by `hvd_dqn.training.build.make_objective`, and its settings
+in the section `agent` of `hvd_dqn/config.py`.
+"""
 
 from typing import NamedTuple, Protocol
 
@@ -10,12 +14,12 @@ from hvd_dqn.agent.transition import Batch
 LOSSES = {"huber": huber, "squared": squared}
 
 
-class Evaluated(NamedTuple):
-    """What an objective says of a minibatch, [B] each."""
+class LossTerms(NamedTuple):
+    """Loss terms of a minibatch, [B] each."""
 
     loss: tf.Tensor
-    priority: tf.Tensor  # at least 0: how much each transition surprised
-    q: tf.Tensor  # the values of the actions taken, for people to see
+    priority: tf.Tensor  # at least 0: the absolute error of each transition, or the like
+    q: tf.Tensor  # values of the actions taken, for logging
 
 
 class Outputs(Protocol):
@@ -33,15 +37,15 @@ class Objective(Protocol):
         """The values [B, A] in a network's outputs, to act by."""
         ...
 
-    def target(self, minibatch: Batch, online: Outputs, target: Outputs) -> tf.Tensor:
+    def target(self, minibatch: Batch, online: Outputs, target_network: Outputs) -> tf.Tensor:
         """What the outputs for the actions taken are fitted to, gradients stopped.
 
-        `minibatch` has tensors [B, ...], observations preprocessed. Either network may be called on either observation; the
-        target network's outputs for `minibatch.next_observation` cost nothing, for they are there already.
+        `minibatch` has tensors [B, ...], observations preprocessed. Either network may be called on either observation;
+        `target_network(minibatch.next_observation)` is computed already, so it costs nothing.
         """
         ...
 
-    def loss(self, out: tf.Tensor, action: tf.Tensor, target: tf.Tensor) -> Evaluated:
+    def loss(self, out: tf.Tensor, action: tf.Tensor, target: tf.Tensor) -> LossTerms:
         """Compares the online network's outputs for `minibatch.observation` with what `target` returned."""
         ...
 
@@ -57,14 +61,14 @@ class Dqn:
     def q(self, out: tf.Tensor) -> tf.Tensor:
         return out
 
-    def target(self, minibatch: Batch, online: Outputs, target: Outputs) -> tf.Tensor:
-        q_next_target = target(minibatch.next_observation)  # [B, A]
+    def target(self, minibatch: Batch, online: Outputs, target_network: Outputs) -> tf.Tensor:
+        q_next_target = target_network(minibatch.next_observation)  # [B, A]
         if not self._double:
             return q_target(minibatch.reward, minibatch.discount, q_next_target)
         q_next_online = online(minibatch.next_observation)  # [B, A]
         return double_q_target(minibatch.reward, minibatch.discount, q_next_online, q_next_target)
 
-    def loss(self, out: tf.Tensor, action: tf.Tensor, target: tf.Tensor) -> Evaluated:
+    def loss(self, out: tf.Tensor, action: tf.Tensor, target: tf.Tensor) -> LossTerms:
         q = q_of(out, action)  # [B]
         error = q - target
-        return Evaluated(self._loss(error), tf.abs(error), q)
+        return LossTerms(self._loss(error), tf.abs(error), q)

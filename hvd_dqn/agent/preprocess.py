@@ -18,10 +18,10 @@ BYTE = np.float32(1 / 255)
 class Preprocess:
     """Makes network inputs [B, *input_shape] float32 of observations [B, *shape], as the replay stores them.
 
-    Training, acting, evaluation and export all call the same object. Numbers of states become one-hot vectors (`categories`
-    of them, for each of stacked states), bytes are scaled to [0, 1], and where it `normalizes`, observations are measured in
-    deviations from the mean that `set_statistics` was given. `array` does in NumPy what a call does in a graph, to the bit:
-    an MLP acts in NumPy, where a small batch costs a twentieth of a TensorFlow call.
+    Training, acting, evaluation and export all call the same object. Discrete states become one-hot vectors of `categories`
+    numbers, one vector per stacked frame; bytes are scaled to [0, 1]; if it `normalizes`, observations become
+    (x - mean) / deviation, clipped, with the numbers that `set_statistics` was given. `array` does in NumPy what a call does
+    in a graph, to the bit: an MLP acts in NumPy, where a small batch costs a twentieth of a TensorFlow call.
     """
 
     def __init__(self, shape: tuple[int, ...], *, categories: int | None = None, normalizes: bool = False) -> None:
@@ -142,7 +142,7 @@ class RunningStatistics:
 
 
 class NoStatistics:
-    """Of observations that are not normalised."""
+    """Stands in for `RunningStatistics` if observations are not normalised."""
 
     mean, scale = np.zeros(1, np.float32), np.ones(1, np.float32)
 

@@ -20,11 +20,11 @@ ROUNDS = 64
 
 
 class Draw(NamedTuple):
-    """K x B transitions that were drawn, [K, B] each: all about them but their observations.
+    """K x B transitions that were drawn, [K, B] each: everything but their observations.
 
     `start` and `end` are the slots of the first observation and of the one after the last step, as indices into the
-    flattened rings. `generation` tells apart the transitions that follow each other in a slot. `weight` is None where all
-    were equally likely.
+    flattened rings. `generation` distinguishes the transitions that one slot holds one after another. `weight` is None
+    if all were equally likely, as they are here.
     """
 
     start: np.ndarray  # int64
@@ -202,7 +202,7 @@ class Replay:
         )
 
     def is_held(self, draw: Draw) -> np.ndarray:
-        """[K, B] bool: whether the transition that was drawn is still there, and no younger one in its slot."""
+        """[K, B] bool: whether the transition that was drawn has not been overwritten since."""
         return self._heads[draw.start // self._slots] - draw.generation < self._slots
 
     def _draw(self, size: int) -> tuple[np.ndarray, np.ndarray]:
@@ -234,7 +234,7 @@ class Replay:
         return drawn, generation
 
     def _candidates(self) -> tuple[np.ndarray, np.ndarray]:
-        """The oldest observations [E], as unreduced as `_heads`, and how many [E] from there on have a complete window."""
+        """The oldest observations [E], counted as `_heads` are, and how many [E] from there on have a complete window."""
         held = np.minimum(self._heads, self._slots - 1)  # without the head itself
         # An ended episode's windows are complete; of the one under way the newest n - 1 are not.
         under_way = self._ages[np.arange(self._envs), self._heads % self._slots]

@@ -8,7 +8,7 @@ from hvd_dqn.commands.words import asks_for_help, explain, fields_of, placed, sh
 from hvd_dqn.config import Config, Values, sections, setting, setting_names
 from hvd_dqn.config_files import advice, configure, load_file, load_preset, presets, validated
 from hvd_dqn.errors import InputError
-from hvd_dqn.storage.run_directory import Run
+from hvd_dqn.storage.run_directory import Run, name_of_env
 
 
 class Options(Values):
@@ -109,6 +109,8 @@ def read_settings(arguments: Sequence[str]) -> tuple[TrainOptions, str, Config]:
     name, base = _base(where, others[0] if others else None, settings.get("env.id"))
     if where.resume and not where.run_dir:
         raise InputError("--resume needs --run-dir DIR, the run to continue.")
+    if where.resume and where.run_dir:
+        name = Run(where.run_dir).name(otherwise=name)
     return where, name, configure(base, settings)
 
 
@@ -122,7 +124,7 @@ def _base(where: TrainOptions, preset: str | None, env_id: str | None) -> tuple[
     if preset:
         return preset, base
     if env_id:
-        return env_id.rpartition(":")[2].replace("/", "-"), base
+        return name_of_env(env_id), base
     raise InputError(
         f"What shall be trained? Name a preset ({', '.join(presets())}), a --config FILE or an environment, --env.id ID."
     )

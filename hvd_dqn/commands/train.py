@@ -23,6 +23,7 @@ stop_request = StopRequest()
 def run(arguments: Sequence[str], world: World) -> None:
     options, name, config = in_step(world, lambda: read_settings(arguments))
     _check_elastic(options, config)
+    _check_alike(options, config, world)
     in_step(world, lambda: _check_timeline(options, world))
 
     with loading():
@@ -34,10 +35,6 @@ def run(arguments: Sequence[str], world: World) -> None:
             config, name, Run(options.run_dir), stop_request, resume=options.resume, start_from=options.start_from
         )
     else:
-        digests = world.gather(config.digest())
-        if len(set(digests)) > 1:
-            odd = [rank for rank, digest in enumerate(digests) if digest != digests[0]]
-            raise InputError(f"The ranks were started with different settings: ranks {odd} differ from rank 0.")
         directory = Run(Path(world.gather(str(options.run_dir or default_path(name)))[0]))
         with world.timeline(options.timeline) if options.timeline else contextlib.nullcontext():
             result = job.train_in_world(
@@ -47,6 +44,15 @@ def run(arguments: Sequence[str], world: World) -> None:
     if result.outcome == "stopped":
         stop_request.ignore()
         sys.exit(STOPPED)
+
+
+def _check_alike(options: TrainOptions, config: Config, world: World) -> None:
+    """Raises InputError, on all ranks, if they were started differently: they would enter other collectives. A collective."""
+    mine = config.digest(), options.resume, options.elastic, str(options.start_from), options.timeline is not None
+    everyone = world.gather(mine)
+    odd = [rank for rank, theirs in enumerate(everyone) if theirs != everyone[0]]
+    if odd:
+        raise InputError(f"The ranks were started with different settings: ranks {odd} differ from rank 0.")
 
 
 def _check_elastic(options: TrainOptions, config: Config) -> None:

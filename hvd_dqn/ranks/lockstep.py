@@ -25,7 +25,7 @@ class BroadcastHook:
 def check_drift(world: World, variables: Mapping[str, Any], when: str) -> None:
     """Compares a checksum of every variable over ranks. Raises JobError, on all ranks, naming those that differ.
 
-    The error goes to the ranks whose values differ from the chief's. `when` says at which point of the run.
+    Its text names the ranks whose values differ from the chief's. `when` says at which point of the run.
     """
     sums = np.array([zlib.crc32(variable.numpy().tobytes()) for variable in variables.values()], np.float64)
     largest = world.max(np.concatenate([sums, -sums]))

@@ -33,7 +33,7 @@ TURN_SECONDS = 0.5  # between the ranks that all see the chief's end: the first 
 LONGEST_LINE = 4096  # bytes
 UNKNOWN_RANK = -1  # of a peer that has not shown the token
 # The innermost frame of a main thread that waits for other ranks, or for its own learning thread, is in one of these.
-WAITS_IN = ("horovod.", "mpi4py.", "tensorflow.", "hvd_dqn.ranks.world.", "hvd_dqn.training.worker.wait.")
+WAITS_IN = ("horovod.", "mpi4py.", "tensorflow.", "hvd_dqn.ranks.world.", "hvd_dqn.training.worker.finish_phase.")
 WAITS_BY = ("threading", "concurrent.futures._base")  # frames further inside, which do not tell who waits
 
 
@@ -202,7 +202,7 @@ class Watchdog:
             at_fault, seen = min(ranks.items(), key=lambda item: (item[1].waits, item[1].beaten))
             raise RunError(
                 f"{self._names[at_fault]} has not got on for {now - seen.beaten:.0f} s since: {seen.where}. It is at "
-                f"{seen.line}, and the others wait. Raise --ranks.stall_seconds if it may take so long."
+                f"{seen.line}, and the others wait. Raise --ranks.stall-seconds if it may take so long."
             )
 
     def _report(self, now: float) -> None:

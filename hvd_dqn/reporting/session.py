@@ -169,7 +169,7 @@ def open_session(
         "plan": trainer.worker.describe(),
     }
     if started_from is not None:
-        about["started_from"] = {"run": str(started_from.parents[1]), "total_steps": int(started_from.name)}
+        about["started_from"] = {"run": str(started_from.parents[1].resolve()), "total_steps": int(started_from.name)}
     reported = evaluated = None
     if snapshot is None:
         run.create(config, about, again)

@@ -3,6 +3,7 @@
 import contextlib
 import datetime
 import importlib.metadata
+import itertools
 import json
 import platform
 import shlex
@@ -71,9 +72,16 @@ class Run:
             )
         return made_by, self.config()
 
+    def name(self, otherwise: str) -> str:
+        """What this run was called when it began, which a resume does not change; `otherwise` if there is none yet."""
+        return str(self.about().get("preset")) if self.exists else otherwise
+
     def about(self) -> dict[str, Any]:
         try:
-            return json.loads((self.path / "run.json").read_text())
+            about = json.loads((self.path / "run.json").read_text())
+            if not isinstance(about, dict):
+                raise ValueError("its run.json holds no object")
+            return about
         except (OSError, ValueError) as error:
             raise InputError(
                 f"{self.path} is no run: {error}. Expected: a directory that `hvd-dqn train` made."
@@ -87,8 +95,18 @@ class Run:
         write(self.path / "run.json", (json.dumps(about, indent=1, default=str) + "\n").encode())
 
 
+def name_of_env(env_id: str) -> str:
+    """What a run of this environment is called if no preset and no file names it."""
+    return env_id.rpartition(":")[2].replace("/", "-")
+
+
 def default_path(name: str) -> Path:
-    return Path("runs") / f"{name}-{datetime.datetime.now():%Y%m%d-%H%M%S}"
+    """A directory that does not exist yet: runs/NAME-DATE-TIME, with a number behind it if another began in this second."""
+    path = first = Path("runs") / f"{name}-{datetime.datetime.now():%Y%m%d-%H%M%S}"
+    numbers = itertools.count(2)
+    while path.exists():
+        path = first.with_name(f"{first.name}-{next(numbers)}")
+    return path
 
 
 def differing(old: Config, new: Config) -> list[str]:

@@ -123,7 +123,7 @@ class Plan:
             return 0
         return self.updates_after(cycle) - self.updates_after(cycle - 1)
 
-    def waits_at(self, cycle: int) -> bool:
+    def finishes_phase_at(self, cycle: int) -> bool:
         """Whether the phase under way ends in this cycle: overlapping learning goes on until there is something to say."""
         return (
             not self.config.learner.overlap
@@ -179,7 +179,7 @@ class Plan:
         return self._passes_multiple(cycle, self.config.checkpoint.period)
 
     def votes_at(self, cycle: int) -> bool:
-        """Only where phases begin: there the ranks meet anyway, so that more of them do not vote more often than they learn."""
+        """Only where phases begin: there ranks communicate anyway, so votes are never more frequent than phases."""
         return self._passes_multiple(cycle, self._vote_period)
 
     def checks_drift_at(self, cycle: int) -> bool:

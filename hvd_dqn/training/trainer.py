@@ -26,7 +26,7 @@ class Record(NamedTuple):
 
 
 class Trainer:
-    """The loop of one rank: what it does when, and all that ranks do together. Raises InputError as `Worker` does.
+    """The training loop of one rank: it fixes the order of all collectives. Raises InputError as `Worker` does.
 
     `stop` tells whether this rank was asked to stop; the ranks vote on it at fixed cycles. `learned` is called after each
     phase. A rank that `joins` the others takes over the weights and counters of their `snapshot`. A new run takes its first
@@ -82,12 +82,12 @@ class Trainer:
                 worker.step(cycle)
                 votes, learns = plan.votes_at(cycle), plan.learns_at(cycle)
                 if votes or learns:
-                    self._wait()
+                    self._finish_phase()
                 stopping, changed = self._vote() if votes else (False, False)
                 if learns:
-                    worker.learn(cycle)
-                if plan.waits_at(cycle) or stopping:
-                    self._wait()
+                    worker.begin_phase(cycle)
+                if plan.finishes_phase_at(cycle) or stopping:
+                    self._finish_phase()
                 if plan.checks_drift_at(cycle):
                     self._check_drift(f"after {plan.total_steps_after(cycle):,} total steps")
                 if plan.reports_at(cycle):
@@ -131,7 +131,7 @@ class Trainer:
     def _commit(self, cycle: int) -> None:
         """Keeps in memory what the ranks share, for a job that goes on without those it loses. A collective."""
         if self.world.elastic:
-            self._wait()
+            self._finish_phase()
             worker, total_steps = self.worker, self.worker.plan.total_steps_after(cycle)
             state = worker.state(total_steps, finished=False)
             self.committed = Snapshot(Path(), total_steps, self.world.size, False, state, worker.learner.state(), {})
@@ -139,12 +139,12 @@ class Trainer:
     def _check_drift(self, when: str) -> None:
         check_drift(self.world, self.worker.learner.variables, when)
 
-    def _wait(self) -> None:
-        """Waits for the phase under way, if there is one; so there is on all ranks or on none. A collective.
+    def _finish_phase(self) -> None:
+        """Finishes the current phase, if any: all ranks have one, or none has. A collective.
 
         Raises JobError, on all ranks, where an update could not be made and the setting is to stop.
         """
-        phase = self.worker.wait()
+        phase = self.worker.finish_phase()
         if phase is None:
             return
         self._learned(self.worker)
@@ -156,7 +156,7 @@ class Trainer:
         raise JobError(
             f"The {what} on rank {', '.join(map(str, np.flatnonzero(ranks)))} is not finite after {total_steps:,} total steps: "
             f"{skipped.max()} of {phase.skipped + phase.updates} updates were not made, so the weights are still finite. "
-            "Lower --learner.learning_rate or --env.reward_scale, or skip such updates with --learner.on_nonfinite skip."
+            "Lower --learner.learning-rate or --env.reward-scale, or skip such updates with --learner.on-nonfinite skip."
             + (
                 " Gradients above 65,504 do not fit --ranks.compression fp16."
                 if self.config.ranks.compression == "fp16"

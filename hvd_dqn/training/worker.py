@@ -106,7 +106,7 @@ class Worker:
         return self.learner.online.q_values(observation)
 
     def begin_episodes(self) -> int | None:
-        """Starts the episodes, unless those of an earlier run go on: then returns how many of those do not."""
+        """Resets the environments and returns None; on an exact resume returns how many could not be restored instead."""
         if self._restored is not None:
             return int(np.count_nonzero(~self._restored))
         self.envs.reset(self._rng(ENVIRONMENTS).integers(2**31, size=self.envs.copies).tolist())
@@ -123,8 +123,11 @@ class Worker:
         self.statistics.observe(transition.observation)
         ledger.episodes(*episodes)
 
-    def learn(self, cycle: int) -> None:
-        """Begins a phase of updates, which `wait` ends; in between it goes on where it overlaps acting. A collective."""
+    def begin_phase(self, cycle: int) -> None:
+        """Draws the minibatches of a phase. A collective.
+
+        Its updates run in a thread from now on if they overlap acting, else in `finish_phase`.
+        """
         plan, updates = self.plan, self.plan.updates_at(cycle)
         with self.ledger.communicating():
             self.statistics.merge(self.world.sum)
@@ -139,7 +142,7 @@ class Worker:
             self._phase = self._thread.submit(self.learner.update, *work).result
         self.updates, self.learned_at = self.updates + updates, cycle
 
-    def wait(self) -> Phase | None:
+    def finish_phase(self) -> Phase | None:
         """What the phase under way has come to; None where there is none. A collective."""
         if self._phase is None:
             return None
@@ -212,7 +215,7 @@ class Worker:
         }
 
     def _layout(self) -> dict[str, int]:
-        """What must be as it was for a run to go on exactly."""
+        """The values that must be unchanged for an exact resume."""
         plan = self.plan
         return {"ranks": plan.size, "envs_per_rank": plan.envs_per_rank, "capacity": self.config.replay.capacity}
 
@@ -232,6 +235,11 @@ class Worker:
     def _restore(self, snapshot: Snapshot) -> None:
         try:
             self._take_over(snapshot)
+            if snapshot.state["finished"]:
+                steps = f"{self.config.total_steps:,}"
+                self.messages.append(
+                    f"The run was finished: it had reached its target. It goes on to {steps} total steps."
+                )
             if not snapshot.complete:
                 self.messages.append("The replay was not saved: it is filled anew before learning goes on.")
             elif snapshot.state["layout"] == self._layout():
@@ -293,7 +301,7 @@ class Worker:
 
 
 def _learns_from(snapshot: Snapshot | None) -> int:
-    """The total steps from which on a run that is gone on with learns. Raises InputError."""
+    """The total steps at which a resumed run starts to learn. Raises InputError."""
     if snapshot is None:
         return 0
     try:
@@ -313,5 +321,5 @@ def _check_not_finished(plan: Plan, snapshot: Snapshot | None) -> None:
     if snapshot is not None and plan.first_cycle >= plan.cycles and snapshot.state.get("finished", True):
         raise InputError(
             f"There is nothing left to train: the run has already taken {plan.resumed_at:,} total steps. "
-            f"Raise --total_steps above that. Received: {plan.config.total_steps:,}."
+            f"Raise --total-steps above that. Received: {plan.config.total_steps:,}."
         )

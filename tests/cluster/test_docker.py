@@ -11,7 +11,7 @@ import pytest
 import yaml
 from pydantic import BaseModel, ConfigDict
 
-from hvd_dqn.commands import COMMANDS
+from hvd_dqn.cli import COMMANDS
 from tests import ranks
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -66,17 +66,17 @@ def struck() -> None:
 
 def later(action) -> None:
     """After the first phase of updates that begins after STRIKES_AFTER."""
-    wait = Worker.wait
+    wait = Worker.finish_phase
 
     def broken(self):
         phase = wait(self)
         if phase and self.plan.total_steps_after(self.learned_at) > STRIKES_AFTER + self.plan.resumed_at:
-            Worker.wait = wait
+            Worker.finish_phase = wait
             struck()
             action(self)
         return phase
 
-    Worker.wait = broken
+    Worker.finish_phase = broken
 
 
 def raising(where, name: str, calls: int) -> None:

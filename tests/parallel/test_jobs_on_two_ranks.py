@@ -119,13 +119,13 @@ from hvd_dqn.training.worker import Worker
 from hvd_dqn.ranks.placement import LAUNCHER_VARIABLES
 import os
 rank = int(next(os.environ[name] for name in LAUNCHER_VARIABLES if name in os.environ))
-wait = Worker.wait
+wait = Worker.finish_phase
 def broken(self):
     phase = wait(self)
     if rank == 1 and phase and self.updates > 100:
         {what}
     return phase
-Worker.wait = broken
+Worker.finish_phase = broken
 sys.argv = ["hvd-dqn", "train", "identity", "--evaluation.target_return", "None", "--total_steps", "100000",
             "--ranks.drift_check_period", "1000", "--evaluation.period", "100000", "--run_dir", sys.argv[1]]
 cli.main()

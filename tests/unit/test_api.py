@@ -165,7 +165,7 @@ BAD_INPUT = [
     (["none.yaml"],        {},                                          r"none.yaml"),
     ([Path("identity")],   {},                                          r"Cannot read the settings in identity"),
     (["identity"],         {"agent": {"hiden": [3]}},                   r"no setting `agent.hiden`.*`agent.hidden`"),
-    (["identity"],         {"learner.batch_size": 0},                   r"`learner.batch_size`: .*Received: 0"),
+    (["identity"],         {"learner.batch_size": 0},                   r"`learner.batch_size` must be .*Received: 0"),
     (["identity"],         {"sed": 3},                                  r"no setting `sed`. Did you mean `seed`"),
     (["identity"],         {"learner.batch_size": 999},                 r"more transitions than the warm-up collects"),
     (["identity"],         {"env.id": "CartPol-v1"},                    r"CartPol-v1.*CartPole-v1"),
@@ -191,9 +191,9 @@ def test_bad_input_is_an_input_error_of_one_line(source, settings, line, tmp_pat
     [
         (lambda folder: hvd_dqn.load_policy("nothing"), r"nothing is no run"),
         (lambda folder: hvd_dqn.evaluate("nothing"), r"nothing is no run"),
-        (lambda folder: hvd_dqn.evaluate(folder, episodes=0), r"`evaluation.episodes`: .*Received: 0"),
-        (lambda folder: hvd_dqn.evaluate(folder, epsilon=2), r"`evaluation.epsilon`: .*Received: 2"),
-        (lambda folder: hvd_dqn.evaluate(folder, seed=-1), r"`seed`: .*Received: -1"),
+        (lambda folder: hvd_dqn.evaluate(folder, episodes=0), r"`evaluation.episodes` must be .*Received: 0"),
+        (lambda folder: hvd_dqn.evaluate(folder, epsilon=2), r"`evaluation.epsilon` must be .*Received: 2"),
+        (lambda folder: hvd_dqn.evaluate(folder, seed=-1), r"`seed` must be .*Received: -1"),
         (lambda folder: hvd_dqn.train("identity", run_dir=folder), r"already holds a run"),
         (lambda folder: hvd_dqn.train("cartpole", run_dir=folder, resume=True), r"a run of identity, not of cartpole"),
         (lambda folder: hvd_dqn.train(run_dir=folder, resume=True), r"nothing left to train"),
@@ -408,3 +408,25 @@ def test_the_command_takes_the_option_and_refuses_in_one_line(identity, tmp_path
     (said,) = done.stderr.splitlines()
     assert said.startswith("hvd-dqn: ")
     assert "nothing is no run" in said
+
+
+def test_trainings_that_begin_in_one_second_have_directories_of_their_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    first, second = (hvd_dqn.train("identity", total_steps=12) for _ in range(2))
+    assert first.run_dir != second.run_dir
+
+
+def test_an_environment_alone_is_trained_with_the_defaults_and_names_its_run(monkeypatch):
+    asked = []
+    monkeypatch.setattr(api, "train_in_world", lambda config, name, *_, **__: asked.append((config.env.id, name)))
+    hvd_dqn.train(env={"id": "some_package:Game/Easy-v0"})
+    hvd_dqn.train(**{"env.id": "Acrobot-v1"})
+    assert asked == [("some_package:Game/Easy-v0", "Game-Easy-v0"), ("Acrobot-v1", "Acrobot-v1")]
+
+
+def test_a_run_keeps_its_name_however_it_is_resumed(tmp_path):
+    run = hvd_dqn.train("identity", run_dir=tmp_path / "run", **SHORT).run_dir
+    steps = int(SHORT["total_steps"])
+    hvd_dqn.train(run / "config.yaml", run_dir=run, resume=True, total_steps=steps + 100)
+    hvd_dqn.train(Run(run).config(), run_dir=run, resume=True, total_steps=steps + 200)
+    assert Run(run).about()["preset"] == "identity"

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import psutil
@@ -101,3 +102,15 @@ def test_gradients_are_tensors_also_of_rows_and_of_what_does_not_count():
     rows, none = tape.gradient(total, [table, unused])
     assert rows.numpy().tolist() == [[0, 0], [2, 2], [0, 0], [1, 1]]
     assert none.numpy().tolist() == [0, 0]
+
+
+def test_several_threads_get_the_results_of_their_own_arguments():
+    graph = Graph(lambda x: [x + 1.0])
+
+    def ask(number):
+        return all(
+            np.array_equal(graph(np.full(number, float(number)))[0], np.full(number, number + 1.0)) for _ in range(200)
+        )
+
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(ask, range(1, 9)))

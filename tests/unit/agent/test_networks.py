@@ -1,5 +1,7 @@
 """Networks: shapes, the two ways of computing an MLP, dueling, and the user's own models."""
 
+import random
+
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -162,6 +164,7 @@ def test_one_seed_makes_one_network():
         ({"name": "tests.unit.agent.test_networks:keras_model_with_batch_statistics"}, r"LayerNormalization"),
         ({"name": "tests.unit.agent.test_networks:keras_model_with_a_regularizer"}, r"losses of its own"),
         ({"hidden": (), "dueling": True}, r"at least one hidden layer"),
+        ({"hidden": (10**6, 10**6)}, r"1,000,009,000,003 parameters.*Lower --agent.hidden"),
     ],
 )
 def test_a_network_that_cannot_be_made_is_refused(arguments, message):
@@ -228,3 +231,13 @@ def test_a_head_of_several_outputs_has_an_axis_for_them(name, dueling):
         theta[-15:] += np.tile(np.arange(5.0, dtype=np.float32), 3)
         network.theta.assign(theta)
         np.testing.assert_allclose(network(tf.constant(observation)), out, rtol=1e-4, atol=1e-5)
+
+
+def test_making_a_keras_model_leaves_the_callers_random_numbers_alone():
+    np.random.seed(3)  # noqa: NPY002
+    random.seed(3)
+    expected = np.random.random(), random.random()  # noqa: NPY002
+    np.random.seed(3)  # noqa: NPY002
+    random.seed(3)
+    make("tests.unit.agent.test_networks:keras_model")
+    assert (np.random.random(), random.random()) == expected  # noqa: NPY002

@@ -226,7 +226,7 @@ def wait_for_phase(arrivals):
 
 # As where learning overlaps acting: the main thread waits for its own that learns, and that one for other ranks.
 wait_for_the_learner = types.FunctionType(
-    wait_for_phase.__code__.replace(co_name="wait"),
+    wait_for_phase.__code__.replace(co_name="finish_phase"),
     {"__name__": "hvd_dqn.training.worker", "ThreadPoolExecutor": ThreadPoolExecutor},
 )
 

@@ -173,7 +173,7 @@ def test_a_target_that_is_reached_ends_all_ranks_at_once(tmp_path):
 @pytest.mark.parametrize("odd", [0, 1])
 def test_weights_that_drift_apart_end_all_ranks_with_the_same_words(odd, tmp_path):
     def prepare(rank, trainer, checkpoints):
-        learn = trainer.worker.learn
+        learn = trainer.worker.begin_phase
 
         def drift(cycle):
             learn(cycle)
@@ -181,7 +181,7 @@ def test_weights_that_drift_apart_end_all_ranks_with_the_same_words(odd, tmp_pat
                 theta = trainer.worker.learner.target.variables[0]
                 theta.assign(theta + 1e-3)
 
-        trainer.worker.learn = drift
+        trainer.worker.begin_phase = drift
 
     (first, second), _ = run_ranks(settings(learner={"target_period": 10_000}), tmp_path, prepare=prepare)
     assert isinstance(first, JobError)

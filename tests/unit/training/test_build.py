@@ -168,8 +168,8 @@ def test_who_acts_and_who_learns_sees_normalised_observations(made):
             acted += not np.array_equal(seen[-1], raw)
             np.testing.assert_allclose(seen.pop(), np.clip((raw - mean) * scale, -10, 10), rtol=1e-5)
         if agent.plan.learns_at(cycle):
-            agent.learn(cycle)
-            agent.wait()
+            agent.begin_phase(cycle)
+            agent.finish_phase()
             # The graph has the same statistics as whoever acts in NumPy.
             inputs = agent.preprocess(tf.constant(raw)).numpy()
             assert np.array_equal(inputs, array(raw))
@@ -192,8 +192,8 @@ def test_a_phase_gets_what_is_planned_and_what_it_says_is_reported(made):
     for cycle in range(agent.plan.cycles):
         agent.step(cycle)
         if agent.plan.learns_at(cycle):
-            agent.learn(cycle)
-            agent.wait()
+            agent.begin_phase(cycle)
+            agent.finish_phase()
             updates = agent.plan.updates_at(cycle)
             shape = (updates, agent.plan.batch_per_rank * 2)
             expected.append((shape, agent.plan.learning_rate_at(cycle), agent.plan.target_copies_at(cycle).tolist()))
@@ -272,6 +272,6 @@ def test_waiting_for_the_statistics_of_observations_counts_as_exchange(made):
     for cycle in range(60):
         agent.step(cycle)
         if agent.plan.learns_at(cycle):
-            agent.learn(cycle)
+            agent.begin_phase(cycle)
             break
     assert agent.ledger.spent["communicate"] >= 0.05

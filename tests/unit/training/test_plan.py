@@ -95,9 +95,9 @@ def test_an_overlapping_phase_ends_wherever_something_is_said_of_it():
     plan, plain = (Plan(config(learner={"overlap": overlap}, **settings), 3) for overlap in (True, False))
     asked = ("evaluates_at", "reports_at", "checkpoints_at", "checks_drift_at")
     for cycle in range(plan.cycles):
-        assert plan.waits_at(cycle) == any(getattr(plan, name)(cycle) for name in asked)
-        assert plain.waits_at(cycle)
-    assert plan.waits_at(plan.cycles - 1)
+        assert plan.finishes_phase_at(cycle) == any(getattr(plan, name)(cycle) for name in asked)
+        assert plain.finishes_phase_at(cycle)
+    assert plan.finishes_phase_at(plan.cycles - 1)
 
 
 @pytest.mark.parametrize(

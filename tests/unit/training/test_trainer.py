@@ -216,7 +216,7 @@ def test_environments_step_while_a_phase_goes_on(tmp_path, monkeypatch):
     trainer, stepped = Trainer(config(learner={"overlap": True}), Solo()), threading.Event()
     agent, update = trainer.worker, Learner.update
     first = next(cycle for cycle in range(agent.plan.cycles) if agent.plan.learns_at(cycle))
-    assert not agent.plan.waits_at(first)
+    assert not agent.plan.finishes_phase_at(first)
 
     def waiting(*arguments):
         assert stepped.wait(60), "no step was taken"
@@ -235,7 +235,7 @@ def test_of_an_overlapping_phase_only_the_waiting_for_its_end_counts():
     trainer.worker._phase = lambda: Phase(
         1, 0.0, 0.0, 0.0, 0, 0, False, seconds=1_000.0, allreduce_seconds=500.0, priority=None
     )
-    trainer.worker.wait()
+    trainer.worker.finish_phase()
     trainer.close()
     spent = trainer.worker.ledger.spent
     assert spent["update"] + spent["communicate"] < 10
@@ -651,7 +651,7 @@ def test_all_ranks_are_told_which_one_skipped_updates(nonfinite, told):
     trainer = Trainer(config(ranks={"sync": "parameters"}), world)
     trainer.worker._phase = lambda: Phase(4, 0.0, 0.0, 0.0, 0, 0, True, 1.0, 0.0, None)
     with pytest.raises(JobError, match=f"{told} finite after .* total steps: 2 of 4 updates"):
-        trainer._wait()
+        trainer._finish_phase()
     trainer.close()
 
 
