@@ -85,7 +85,7 @@ def test_the_timeline_tells_of_every_averaged_update_and_the_end_where_the_time_
 @pytest.mark.parametrize(
     ("words", "line"),
     [
-        (["train", "identity", "--learner.batch_sise", "3"], r"Did you mean `--learner.batch_size`"),
+        (["train", "identity", "--learner.batch_sise", "3"], r"Did you mean `--learner.batch-size`"),
         (
             ["train", "identity", "--ranks.scaling", "strong", "--env.envs_per_rank", "3"],
             r"multiple of their number.*3 on 2",
