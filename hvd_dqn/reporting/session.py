@@ -190,5 +190,9 @@ def open_session(
         display.message(f"Starting from the weights of {started_from}.")
     if snapshot is not None:
         where = snapshot.path if snapshot.path.name else "the memory of the ranks that are left"
-        display.message(f"Going on from {where}." + (f" Changed settings: {', '.join(changed)}." if changed else ""))
+        ended = (
+            f" The run had ended there; it goes on to {config.total_steps:,}." if snapshot.state.get("finished") else ""
+        )
+        settings = f" Changed settings: {', '.join(changed)}." if changed else ""
+        display.message(f"Going on from {where}.{ended}{settings}")
     return ChiefSession(run, trainer, reports, evaluations, display)

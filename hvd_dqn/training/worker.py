@@ -235,11 +235,6 @@ class Worker:
     def _restore(self, snapshot: Snapshot) -> None:
         try:
             self._take_over(snapshot)
-            if snapshot.state["finished"]:
-                steps = f"{self.config.total_steps:,}"
-                self.messages.append(
-                    f"The run was finished: it had reached its target. It goes on to {steps} total steps."
-                )
             if not snapshot.complete:
                 self.messages.append("The replay was not saved: it is filled anew before learning goes on.")
             elif snapshot.state["layout"] == self._layout():
