@@ -22,8 +22,8 @@ stop_request = StopRequest()
 
 def run(arguments: Sequence[str], world: World) -> None:
     options, name, config = in_step(world, lambda: read_settings(arguments))
+    _check_alike(options, config, world)  # first: whoever is refused alone leaves the others waiting
     _check_elastic(options, config)
-    _check_alike(options, config, world)
     in_step(world, lambda: _check_timeline(options, world))
 
     with loading():
