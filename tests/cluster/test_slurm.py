@@ -196,7 +196,7 @@ def rank_of(process):
     [
         ("train", [], {}, None, "train.sbatch: expected what to train, for example: HVD_DQN_ARGS=cartpole sbatch"),
         ("train", ["cartpoel"], {}, None, "hvd-dqn: There is no preset 'cartpoel'. Did you mean `cartpole`?"),
-        ("train-mpirun", ["cartpole", "--sede", "3"], {}, None, "hvd-dqn: There is no option '--sede'. Did you mean `--seed`?"),
+        ("train-mpirun", ["cartpole", "--sede", "3"], {}, None, "hvd-dqn: There is no option `--sede`. Did you mean `--seed`?"),
         ("train", ["cartpole", "--run-dir", "x"], {}, None, "train.sbatch: --run-dir is mine to say: set HVD_DQN_RUN_DIR"),
         ("train", ["cartpole"], {}, ".venv", "/.venv yet: run {project}/launch/setup.sh."),
         ("train-mpirun", ["cartpole"], {}, ".venv", "/.venv yet: run {project}/launch/setup.sh."),

@@ -18,11 +18,11 @@ import pytest
 from hvd_dqn.storage.arrays import read_arrays
 from tests.ranks import BIN, ROOT, checkpoints, horovodrun, processes_of, run, wait_until
 
-RANKS = [
-    "train", "identity", "--evaluation.target_return", "None", "--total_steps", "1000000", "--evaluation.period", "2500",
-    "--ranks.silence_seconds", "15", "--ranks.stall_seconds", "45", "--ranks.vote_period", "200",
-    "--checkpoint.period", "500",
-]  # fmt: skip
+SETTINGS = {  # of all jobs here, unless said otherwise
+    "--evaluation.target_return": "None", "--evaluation.period": "2500", "--total_steps": "1000000",
+    "--ranks.silence_seconds": "15", "--ranks.stall_seconds": "45", "--ranks.vote_period": "200",
+    "--checkpoint.period": "500",
+}  # fmt: skip
 MPIRUN = ["mpirun", "--allow-run-as-root", "--bind-to", "none", "-x", "PYTHONPATH", "-np", "2"]
 
 
@@ -33,18 +33,9 @@ def launch(launcher: str, *command: str | Path) -> subprocess.CompletedProcess:
 
 
 def job(folder: Path, fault: str = "none", culprit: int = 1, *words: str) -> list[str | Path]:
-    return [
-        "python",
-        "-m",
-        "tests.faults.job",
-        folder,
-        fault,
-        str(culprit),
-        *RANKS,
-        "--run_dir",
-        folder / "run",
-        *words,
-    ]
+    settings = [word for option, value in SETTINGS.items() if option not in words for word in (option, value)]
+    command = ["train", "identity", *settings, "--run_dir", folder / "run", *words]
+    return ["python", "-m", "tests.faults.job", folder, fault, str(culprit), *command]
 
 
 def plain(done: subprocess.CompletedProcess) -> str:
@@ -156,7 +147,7 @@ def test_a_second_ctrl_c_ends_the_job_at_once(folder):
 
 
 def test_ctrl_c_at_train_sh_leaves_a_checkpoint(folder):
-    command = [ROOT / "launch/train.sh", *RANKS[1:], "--run_dir", folder / "run"]
+    command = [ROOT / "launch/train.sh", *job(folder)[7:]]
     with (folder / "out").open("w") as out:
         terminal = subprocess.Popen([str(word) for word in command], stdout=out, stderr=out, start_new_session=True)
         wait_until(lambda: terminal.poll() is not None or checkpoints(folder), "no checkpoint is made")
