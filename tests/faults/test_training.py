@@ -33,8 +33,9 @@ def launch(launcher: str, *command: str | Path) -> subprocess.CompletedProcess:
 
 
 def job(folder: Path, fault: str = "none", culprit: int = 1, *words: str) -> list[str | Path]:
-    settings = [word for option, value in SETTINGS.items() if option not in words for word in (option, value)]
-    command = ["train", "identity", *settings, "--run_dir", folder / "run", *words]
+    settings = {**SETTINGS, "--run_dir": folder / "run"}
+    unsaid = [word for option, value in settings.items() if option not in words for word in (option, value)]
+    command = ["train", "identity", *unsaid, *words]
     return ["python", "-m", "tests.faults.job", folder, fault, str(culprit), *command]
 
 
