@@ -41,7 +41,9 @@ class ChiefSession:
         elif record.kind == "evaluation":
             self._evaluations.write(record.row)
             self._display.evaluation(record.row)
-        elif record.kind == "message":
+        elif record.kind == "warning" and self._is_quiet:
+            warnings.warn(record.text, RuntimeWarning, stacklevel=2)
+        elif record.kind in ("message", "warning"):
             self._display.message(record.text)
         elif record.kind == "stopped":
             self._stop(record.row)

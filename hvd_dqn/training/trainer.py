@@ -20,7 +20,7 @@ from hvd_dqn.training.worker import Worker
 class Record(NamedTuple):
     """One record of the run; equal on all ranks."""
 
-    kind: Literal["report", "evaluation", "message", "stopped", "result"]
+    kind: Literal["report", "evaluation", "message", "warning", "stopped", "result"]
     row: Row
     text: str = ""
 
@@ -241,7 +241,7 @@ class Trainer:
         except JobError as error:
             if self.config.checkpoint.on_failure == "stop":
                 raise JobError(f"{error} Make room and go on with --resume.") from None
-            yield Record("message", {}, f"{error} The run goes on without it.")
+            yield Record("warning", {}, f"{error} The run goes on without it.")
             if worker.best is not None and worker.best[1] == total_steps:
                 worker.best = None  # its weights made room for what could not be written
             return False

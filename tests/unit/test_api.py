@@ -3,6 +3,7 @@
 import ast
 import contextlib
 import dataclasses
+import errno
 import gc
 import json
 import os
@@ -396,6 +397,16 @@ def test_a_damaged_checkpoint_before_the_one_that_is_taken_is_told(copy):
     with pytest.warns(RuntimeWarning, match="2500 is damaged"):
         result = hvd_dqn.evaluate(copy, episodes=1)
     assert result.total_steps == 2000
+
+
+def test_a_checkpoint_that_the_run_does_without_is_told(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(Checkpoints, "_write_part", full)
+    with pytest.warns(RuntimeWarning, match="cannot be written .*The run goes on without it"):
+        result = hvd_dqn.train("identity", run_dir=tmp_path, total_steps=250, **{"checkpoint.on_failure": "continue"})
+    assert result.outcome == "finished"
 
 
 def test_the_command_takes_the_option_and_refuses_in_one_line(identity, tmp_path):

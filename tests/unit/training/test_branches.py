@@ -1,15 +1,19 @@
 """Where a run branches, all ranks take the same branch: two ranks as two threads, whose collectives are real and recorded."""
 
+import contextlib
 import errno
 import os
+import re
 import threading
 
 import numpy as np
 import pytest
 import tensorflow as tf
 
+import hvd_dqn
+import hvd_dqn.commands.train
 from hvd_dqn.config import Config
-from hvd_dqn.errors import JobError
+from hvd_dqn.errors import InputError, JobError
 from hvd_dqn.ranks.world import Solo
 from hvd_dqn.storage.checkpoint import Checkpoints
 from hvd_dqn.training.trainer import Trainer
@@ -93,27 +97,19 @@ def settings(**changes) -> Config:
     return Config.model_validate(base)
 
 
-def run_ranks(config, path, *, stop=lambda rank: lambda: False, prepare=lambda rank, trainer, checkpoints: None):
-    """Trains on all ranks at once. Returns the records or the error of each, and their tapes."""
+def in_threads(rank_main):
+    """Runs `rank_main(rank, world)` on all ranks at once. Returns what they made of it or their errors, and the tape."""
     meeting = Meeting()
     worlds = [ThreadWorld(rank, meeting) for rank in range(RANKS)]
     outcomes = [None] * RANKS
 
     def main(rank):
-        checkpoints = Checkpoints(path, worlds[rank])
-        trainer = Trainer(config, worlds[rank], stop=stop(rank))
-        records = []
         try:
-            prepare(rank, trainer, checkpoints)
-            for record in trainer.train(checkpoints):
-                records.append(record)
-            outcomes[rank] = records
+            outcomes[rank] = rank_main(rank, worlds[rank])
         except Exception as error:
             outcomes[rank] = error
-            if not isinstance(error, JobError):  # one that all raise alike
+            if not isinstance(error, JobError | InputError):  # those that all raise alike
                 meeting.barrier.abort()
-        finally:
-            trainer.close()
 
     threads = [threading.Thread(target=main, args=(rank,)) for rank in range(RANKS)]
     for thread in threads:
@@ -123,8 +119,21 @@ def run_ranks(config, path, *, stop=lambda rank: lambda: False, prepare=lambda r
     assert not any(thread.is_alive() for thread in threads)
     tapes = [world.tape for world in worlds]
     assert tapes[0] == tapes[1]
-    assert len(tapes[0]) > 5
     return outcomes, tapes[0]
+
+
+def run_ranks(config, path, *, stop=lambda rank: lambda: False, prepare=lambda rank, trainer, checkpoints: None):
+    """Trains on all ranks at once. Returns the records or the error of each, and the tape."""
+
+    def train(rank, world):
+        checkpoints = Checkpoints(path, world)
+        with contextlib.closing(Trainer(config, world, stop=stop(rank))) as trainer:
+            prepare(rank, trainer, checkpoints)
+            return list(trainer.train(checkpoints))
+
+    outcomes, tape = in_threads(train)
+    assert len(tape) > 5
+    return outcomes, tape
 
 
 def kinds(outcome) -> list[str]:
@@ -209,3 +218,18 @@ def test_a_rank_whose_disk_is_full_ends_all_or_none(full, policy, tmp_path):
         assert kinds(first) == kinds(second)
         assert kinds(first)[-1] == "result"
         assert sum("cannot be written" in record.text for record in first) >= 2
+
+
+@pytest.mark.parametrize(
+    "words",
+    [["--seed", "2"], ["--resume"], ["--elastic"], ["--from", "elsewhere"], ["--timeline", "file"]],
+    ids=" ".join,
+)
+def test_ranks_that_were_started_differently_are_refused_together(words, tmp_path):
+    common = ["identity", "--run-dir", str(tmp_path)]
+    if words == ["--resume"]:
+        hvd_dqn.train("identity", total_steps=250, run_dir=tmp_path)
+    (first, second), _ = in_threads(lambda rank, world: hvd_dqn.commands.train.run(common + words * rank, world))
+    assert isinstance(first, InputError)
+    assert str(first) == str(second)
+    assert re.search(r"started with different .*ranks \[1\] differ from rank 0", str(first))
