@@ -1,16 +1,16 @@
 """Redistributes the replays that N ranks saved to the rings of M ranks: evenly, the oldest first, losing nothing.
 
-Every rank computes the same `deal` from the kinds and ages of all old replays. Then it collects its own rings with
-`gather_state`, which reads the old replays one after another. In a new ring
+Every rank computes the same `deal` from the step types and episode steps of all old replays. Then it collects its own
+rings with `gather_state`, which reads the old replays one after another. In a new ring
 
   - every transition whose stack was complete in the old ring can be sampled, with the same stack. The others (the oldest
     few of a ring that has wrapped) could not be sampled before, and are now context only;
   - every episode has ended. An episode under way is truncated at its newest observation, since the environments begin
     anew. So its newest n - 1 transitions, whose windows were incomplete, can be sampled at once;
   - an episode that was cut becomes two. The first part is truncated, and the observation at the cut is its last one. The
-    second part begins with the frame_stack - 1 observations before the cut, of kind NOTHING, for its stacks. The n - 1
+    second part begins with the frame_stack - 1 observations before the cut, of type NOTHING, for its stacks. The n - 1
     windows across a cut become shorter and bootstrap from the cut with gamma**m, as at any truncation;
-  - ages are counted from a piece's first slot, so that no stack ever reaches into the piece before it.
+  - episode steps are counted from a piece's first slot, so that no stack ever reaches into the piece before it.
 """
 
 import heapq
@@ -36,7 +36,7 @@ PIECE = np.dtype(
     [
         ("shard", np.int64),
         ("env", np.int64),
-        ("first", np.int64),  # the first transition's slot, unreduced as the heads are
+        ("first", np.int64),  # the first transition's slot, counted as write positions are: without modulo
         ("before", np.int64),  # observations of the same episode that the old ring holds before it
         ("steps", np.int64),
         ("age", np.int64),  # slots between the first transition and the stream's head
@@ -55,7 +55,7 @@ class Deal(NamedTuple):
     transitions: int  # in all old replays together, without those with incomplete stacks
     dropped: int  # the oldest of these, for which `limit` left no room
     cuts: int
-    heads: np.ndarray  # [R] slots filled in each new ring
+    write_positions: np.ndarray  # [R] slots filled in each new ring
     counts: np.ndarray  # [R] transitions in each new ring; all of them can be sampled at once
     pieces: np.ndarray  # [P] of type PIECE, ring by ring, the oldest first
     ranks: int  # N, whose replays these were
@@ -77,7 +77,8 @@ def deal(
 ) -> Deal:
     """Plans how the streams of all old replays are laid in `rings` new rings, for which `slots` slots are planned.
 
-    `shards` are what `Replay.state()` returned on each old rank; of the arrays only kinds, ages and heads are needed.
+    `shards` are what `Replay.state()` returned on each old rank. Only "step_types", "episode_steps", "write_positions" and
+    "slots" are needed.
     Where more than `limit` slots per ring would be needed, each ring does without its oldest transitions.
 
     The fullest ring gets at most 2 * frame_stack + 1 % more slots than its share, and the emptiest lacks no more than
@@ -94,14 +95,14 @@ def deal(
     pieces = _lay(pieces, rings, frame_stack)
     if limit is not None:
         pieces = _newest(pieces, rings, limit - 1, frame_stack)
-    heads = _per_ring(pieces, _sizes(pieces), rings)
+    write_positions = _per_ring(pieces, _sizes(pieces), rings)
     counts = _per_ring(pieces, pieces["steps"], rings)
     return Deal(
-        slots=max(slots, int(heads.max()) + 1),
+        slots=max(slots, int(write_positions.max()) + 1),
         transitions=transitions,
         dropped=transitions - int(counts.sum()),
         cuts=int(np.count_nonzero(pieces["cut"])),
-        heads=heads,
+        write_positions=write_positions,
         counts=counts,
         pieces=pieces,
         ranks=ranks,
@@ -113,18 +114,19 @@ def _episodes(shards: Iterable[Mapping[str, Any]], frame_stack: int) -> tuple[np
     found, ranks = [np.empty(0, PIECE)], 0
     for shard in shards:
         slots = int(shard["slots"])
-        for env, row in enumerate(zip(shard["heads"], shard["kinds"], shard["ages"], strict=True)):
+        arrays = (shard["write_positions"], shard["step_types"], shard["episode_steps"])
+        for env, row in enumerate(zip(*arrays, strict=True)):
             head = int(row[0])
             oldest = head - min(head, slots - 1)
             place = np.arange(oldest, head + 1) % slots  # oldest to newest, the head included
-            kinds, ages = row[1][place], row[2][place]
+            step_types, episode_steps = row[1][place], row[2][place]
             # At the head is the newest observation, or none yet of an episode that is to begin: a piece without steps.
-            bounds = np.append(np.flatnonzero((ages == 0) | (place == place[0])), len(place))
+            bounds = np.append(np.flatnonzero((episode_steps == 0) | (place == place[0])), len(place))
             begin, last = bounds[:-1], bounds[1:] - 1  # first and last observations
-            transitions = np.append(np.flatnonzero(kinds != NOTHING), len(place))
+            transitions = np.append(np.flatnonzero(step_types != NOTHING), len(place))
             first = transitions[np.searchsorted(transitions, begin)]
             # The ring has lost the beginning of its oldest episode, and with it the stacks of the next k - 1.
-            first = np.maximum(first, np.where(ages[begin] > 0, begin + frame_stack - 1, 0))
+            first = np.maximum(first, np.where(episode_steps[begin] > 0, begin + frame_stack - 1, 0))
             pieces = np.zeros(len(begin), PIECE)
             pieces["shard"], pieces["env"] = ranks, env
             pieces["first"], pieces["age"] = oldest + first, head - oldest - first
@@ -228,7 +230,7 @@ def gather_state(
 ) -> dict[str, Any]:
     """This rank's `rings`, as `Replay.load_state` takes them in a replay of `deal.slots` slots.
 
-    `shards` are the old ranks' in turn. Of each, the frames, actions, rewards and kinds are iterated over once, one row
+    `shards` are the old ranks' in turn. Of each, frames, actions, rewards and step_types are iterated over once, one row
     [used, ...] per environment; what this rank needs of a row is copied before the next is asked for. So an iterable
     that reads a row when it is asked for holds one row of one old replay in memory. `rng` is the state of the generator
     that this rank goes on with.
@@ -238,8 +240,8 @@ def gather_state(
     """
     mine = deal.pieces[(deal.pieces["ring"] >= rings.start) & (deal.pieces["ring"] < rings.stop)]
     mine = mine[np.lexsort((mine["env"], mine["shard"]))]
-    heads = deal.heads[rings.start : rings.stop].copy()
-    used = int(heads.max()) + 1
+    write_positions = deal.write_positions[rings.start : rings.stop].copy()
+    used = int(write_positions.max()) + 1
     arrays = {name: array[:, :used] for name, array in (into or {}).items()}
 
     # Slot by slot, where the pieces come from and go to; what comes from one old stream is contiguous.
@@ -251,7 +253,7 @@ def gather_state(
     stream = (mine["shard"] << 32) + mine["env"]
 
     for number, shard in zip(range(deal.ranks), shards, strict=True):
-        for name in ("frames", "actions", "rewards", "kinds"):
+        for name in ("frames", "actions", "rewards", "step_types"):
             for env, row in enumerate(shard[name]):
                 if name not in arrays:
                     arrays[name] = np.zeros((len(rings), used, *row.shape[1:]), row.dtype)
@@ -262,13 +264,14 @@ def gather_state(
                     # The row of a stream that has wrapped is as long as its ring.
                     arrays[name][ring[some], at[some]] = row[source[some] % len(row)]
 
-    filled = np.arange(used) < heads[:, None]
-    kinds, ages = arrays["kinds"], arrays.setdefault("ages", np.zeros((len(rings), used), np.int32))
-    kinds[~filled], ages[~filled] = NOTHING, 0
-    kinds[ring, at] = np.where(step < np.repeat(mine["context"], sizes), NOTHING, kinds[ring, at])
-    ages[ring, at] = step
+    filled = np.arange(used) < write_positions[:, None]
+    step_types = arrays["step_types"]
+    episode_steps = arrays.setdefault("episode_steps", np.zeros((len(rings), used), np.int32))
+    step_types[~filled], episode_steps[~filled] = NOTHING, 0
+    step_types[ring, at] = np.where(step < np.repeat(mine["context"], sizes), NOTHING, step_types[ring, at])
+    episode_steps[ring, at] = step
     last = mine["ring"] - rings.start, mine["at"] + sizes - 1
     leaving = last[0], last[1] - 1
-    kinds[last] = NOTHING
-    kinds[leaving] = np.where(kinds[leaving] == GOES_ON, TRUNCATED, kinds[leaving])
-    return arrays | {"heads": heads, "slots": deal.slots, "rng": rng}
+    step_types[last] = NOTHING
+    step_types[leaving] = np.where(step_types[leaving] == GOES_ON, TRUNCATED, step_types[leaving])
+    return arrays | {"write_positions": write_positions, "slots": deal.slots, "rng": rng}

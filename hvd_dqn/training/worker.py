@@ -240,7 +240,7 @@ class Worker:
             elif snapshot.state["layout"] == self._layout():
                 self._restore_part(snapshot)
             else:
-                self._deal_anew(snapshot)
+                self._reshard(snapshot)
         except Damaged as damage:
             raise InputError(f"The checkpoint {snapshot.path} cannot be taken over: {damage}.") from None
         except (InputError, RunError):
@@ -271,12 +271,13 @@ class Worker:
         self._restored = self.envs.load_state(part["envs"])
         self.replay.truncate_episodes(~self._restored)
 
-    def _deal_anew(self, snapshot: Snapshot) -> None:
+    def _reshard(self, snapshot: Snapshot) -> None:
         """Takes its share of the transitions of other ranks, or of rings of another size."""
         plan, capacity = self.plan, self.config.replay.capacity
         shards = [snapshot.part(rank)["replay"] for rank in range(snapshot.ranks)]
+        needed = ("step_types", "episode_steps", "write_positions", "slots")
         dealt = deal(
-            (small({name: shard[name] for name in ("kinds", "ages", "heads", "slots")}) for shard in shards),
+            (small({name: shard[name] for name in needed}) for shard in shards),
             plan.envs,
             plan.slots_per_env,
             self.config.env.frame_stack,

@@ -507,7 +507,7 @@ def test_each_of_two_ranks_takes_its_own_share_of_what_one_has_stored(tmp_path):
 def stored(replay) -> list[bytes]:
     """The observations of all transitions."""
     arrays = replay.arrays()
-    return [frame.tobytes() for frame in arrays["frames"][arrays["kinds"] != NOTHING]]
+    return [frame.tobytes() for frame in arrays["frames"][arrays["step_types"] != NOTHING]]
 
 
 def test_a_smaller_replay_is_dealt_the_newest_of_what_was_stored(tmp_path):
@@ -677,7 +677,7 @@ def test_environments_that_cannot_be_put_back_end_their_episodes_in_the_replay(t
     longer = settings.model_copy(update={"total_steps": 1_920})
     records, resumed = play(longer, Solo(), tmp_path, Checkpoints(tmp_path, Solo()).newest(print))
     assert "12 of 12 environments start new episodes" in records[0].text
-    count = lambda agent: int(np.count_nonzero(agent.replay.arrays()["kinds"] == TRUNCATED))  # noqa: E731
+    count = lambda agent: int(np.count_nonzero(agent.replay.arrays()["step_types"] == TRUNCATED))  # noqa: E731
     assert count(trainer.worker) == 0  # CartPole is never truncated so early
     assert count(resumed.worker) > 0
 
