@@ -119,7 +119,7 @@ def _settings(
 ) -> tuple[str, Config]:
     """The run's name and its settings."""
     if resume and run_dir is None:
-        raise InputError("--resume needs --run-dir DIR, the run to go on with.")
+        raise InputError("--resume needs --run-dir DIR, the run to continue.")
     is_file = isinstance(source, Path) or (isinstance(source, str) and source.endswith((".yaml", ".yml")))
     if isinstance(source, Config):
         name, base = "run", source

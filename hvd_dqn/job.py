@@ -148,7 +148,7 @@ def _go_on(
             try:
                 session.show(record)
             except OSError as error:
-                raise RunError(f"{run.path} cannot be written: {error}. Make room and go on with --resume.") from None
+                raise RunError(f"{run.path} cannot be written: {error}. Free space and use --resume.") from None
             except InputError as error:  # what was begun is no bad input any more
                 raise RunError(str(error)) from None
     assert last is not None
@@ -211,7 +211,7 @@ def starting_weights(
         # A batch system repeats the words of a job that it starts again, and adds --resume.
         elif run.about().get("started_from", {}).get("run") != str(start_from.resolve()):
             raise InputError(
-                f"--from starts a new run, and --resume goes on with {run.path}, which did not start from {start_from}: "
+                f"--from starts a new run, and --resume continues {run.path}, which did not start from {start_from}: "
                 "leave one of them out."
             )
 

@@ -301,12 +301,12 @@ class Environments:
             close_vector(self._vector, CLOSING_SECONDS)
             if self.restarted >= self._restarts:
                 raise RunError(
-                    f"{told}. Mend it, or have the copies that are trained with made anew after a failure: "
+                    f"{told}. Fix it, or let ranks make their training environments again after a failure: "
                     f"--env.restart_failed_envs.{trace}"
                 ) from failure
             self.restarted += 1
             left = self._restarts - self.restarted
-            tell(f"{told}. All copies of this rank are made anew; restarts left: {left}.{trace}")
+            tell(f"{told}. All copies of this rank are made again; restarts left: {left}.{trace}")
             try:
                 self._make()
                 if self.restorable:
@@ -316,7 +316,7 @@ class Environments:
             except EnvFailure as again:
                 failure = again
             except InputError as error:
-                failure = EnvFailure(self._numbers(), "could not be made anew", one_line(error))
+                failure = EnvFailure(self._numbers(), "could not be made again", one_line(error))
 
 
 NO_EPISODES = Episodes(np.empty(0, np.float64), np.empty(0, np.int64))

@@ -50,8 +50,8 @@ def _refuse_unconnected_tasks() -> None:
     """Without MPI, srun starts unconnected processes, each of which would run the same training alone."""
     if srun_tasks() > 1:
         _refuse(
-            f"srun started {srun_tasks()} tasks that know nothing of each other: use `srun --mpi=pmix`, or mpirun "
-            "inside the job where `srun --mpi=list` has no pmix.",
+            f"srun started {srun_tasks()} tasks that are not connected to each other: use `srun --mpi=pmix`, or mpirun "
+            "inside the job if `srun --mpi=list` shows no pmix.",
             int(os.environ.get("SLURM_PROCID", 0)),
         )
 

@@ -38,7 +38,7 @@ def check_drift(world: World, variables: Mapping[str, Any], when: str) -> None:
     names = ", ".join(f"{name} ({v.name})" for (name, v), is_odd in zip(variables.items(), odd, strict=True) if is_odd)
     raise JobError(
         f"The ranks have drifted apart {when}: on rank {ranks} the variables {names} differ from rank 0's. "
-        "Something changed weights without averaging; go on from the last checkpoint with --resume."
+        "Something changed weights without averaging; continue from the last checkpoint with --resume."
     )
 
 

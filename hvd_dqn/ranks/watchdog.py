@@ -142,8 +142,8 @@ class Watchdog:
         if chief and not all(reached):
             names = ", ".join(name for name, is_reached in zip(self._names, reached, strict=True) if not is_reached)
             warning = (
-                f"hvd-dqn: Not watched: {names}, from where the chief's TCP port {port} cannot be reached at "
-                f"{', '.join(addresses)}. Only the launcher may notice their death. Let the hosts reach each other."
+                f"hvd-dqn: Not watched: {names}. TCP port {port} of the chief cannot be reached from there at "
+                f"{', '.join(addresses)}. Only the launcher may notice if they die. Let the hosts reach each other."
             )
             print(warning, file=sys.stderr, flush=True)
 
@@ -178,7 +178,7 @@ class Watchdog:
             for peer in self._peers:
                 peer.send(abort=True)
             _exit_later()
-            self._world.abort(f"{fault} This ends the job; go on from its last checkpoint with --resume.")
+            self._world.abort(f"{fault} This ends the job; continue from its last checkpoint with --resume.")
         self._ends.close()
 
     def _restart_clocks(self, now: float) -> None:
@@ -201,8 +201,8 @@ class Watchdog:
         if is_complete and all(now - status.beaten > self._stall for status in ranks.values()):
             at_fault, seen = min(ranks.items(), key=lambda item: (item[1].waits, item[1].beaten))
             raise RunError(
-                f"{self._names[at_fault]} has not got on for {now - seen.beaten:.0f} s since: {seen.where}. It is at "
-                f"{seen.line}, and the others wait. Raise --ranks.stall-seconds if it may take so long."
+                f"{self._names[at_fault]} has made no progress for {now - seen.beaten:.0f} s; it last began: "
+                f"{seen.where}. It is at {seen.line}, and the others wait. Raise --ranks.stall-seconds if it may take longer."
             )
 
     def _report(self, now: float) -> None:
@@ -231,7 +231,7 @@ class Watchdog:
                 return self._drop(peer)
             name = self._names[peer.rank]
             raise RunError(
-                f"{name} is gone: its connection closed without a goodbye. Unless it said why, it was killed."
+                f"{name} is gone: its connection closed without a goodbye. If it printed no reason, it was killed."
             )
         for message in messages:
             if peer.rank == UNKNOWN_RANK:

@@ -53,7 +53,7 @@ class ChiefSession:
         self._run.note(ended="stopped", finished=now(), stopped_at=row["total_steps"])
         self._conclude(
             f"{self._run.about()['preset']}: stopped on request after {row['total_steps']:,.0f} total steps and "
-            f"{row['seconds']:.0f} s; go on with: hvd-dqn train --run-dir {self._run.path} --resume"
+            f"{row['seconds']:.0f} s; continue with: hvd-dqn train --run-dir {self._run.path} --resume"
         )
 
     def _finish(self, row: Row) -> None:
@@ -189,10 +189,8 @@ def open_session(
     if started_from is not None:
         display.message(f"Starting from the weights of {started_from}.")
     if snapshot is not None:
-        where = snapshot.path if snapshot.path.name else "the memory of the ranks that are left"
-        ended = (
-            f" The run had ended there; it goes on to {config.total_steps:,}." if snapshot.state.get("finished") else ""
-        )
+        where = snapshot.path if snapshot.path.name else "the memory of the remaining ranks"
+        ended = f" The run had ended; it continues to {config.total_steps:,}." if snapshot.state.get("finished") else ""
         settings = f" Changed settings: {', '.join(changed)}." if changed else ""
-        display.message(f"Going on from {where}.{ended}{settings}")
+        display.message(f"Resuming from {where}.{ended}{settings}")
     return ChiefSession(run, trainer, reports, evaluations, display)

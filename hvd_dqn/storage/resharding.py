@@ -66,8 +66,8 @@ class Deal(NamedTuple):
         # Nobody reads more than eight numbers.
         shares = ", ".join(f"{n:,}" for n in counts) if ranks <= 8 else f"{counts.min():,} to {counts.max():,} each"
         return (
-            f"{self.transitions:,} transitions of {self.ranks} rank{'s' * (self.ranks != 1)} dealt out to {ranks}: {shares}; "
-            f"rings of {self.slots:,} slots; episodes cut in {self.cuts:,} place{'s' * (self.cuts != 1)}"
+            f"{self.transitions:,} transitions of {self.ranks} rank{'s' * (self.ranks != 1)} redistributed to {ranks}: "
+            f"{shares}; rings of {self.slots:,} slots; episodes cut in {self.cuts:,} place{'s' * (self.cuts != 1)}"
             + (f"; the oldest {self.dropped:,} dropped for lack of room" if self.dropped else "")
         )
 

@@ -35,7 +35,7 @@ class Run:
         """Makes the directory. Raises InputError if it cannot be written, or holds a run that is not to be made `again`."""
         if self.exists and not (again and self.about().get("ended") == "running"):
             raise InputError(
-                f"{self.path} already holds a run. Go on with it by --resume, or choose another --run-dir."
+                f"{self.path} already holds a run. Continue it with --resume, or choose another --run-dir."
             )
         try:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -67,9 +67,7 @@ class Run:
             raise InputError(f"There is nothing to resume in {self.path}: it holds no run. Start it without --resume.")
         made_by = str(self.about().get("preset"))
         if preset is not None and preset != made_by:
-            raise InputError(
-                f"{self.path} is a run of {made_by}, not of {preset}. Leave the preset out or name that one."
-            )
+            raise InputError(f"{self.path} is a run of {made_by}, not of {preset}. Name {made_by} or no preset.")
         return made_by, self.config()
 
     def name(self, otherwise: str) -> str:

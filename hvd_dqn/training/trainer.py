@@ -120,7 +120,9 @@ class Trainer:
         lost = self.worker.begin_episodes()
         if lost is not None and (lost := int(self.world.sum(np.array([lost]))[0])):
             envs = self.worker.plan.envs
-            yield Record("message", {}, f"{lost} of {envs} environments start new episodes: they cannot be saved.")
+            yield Record(
+                "message", {}, f"{lost} of {envs} environments start new episodes: their state cannot be saved."
+            )
 
     def _vote(self) -> tuple[bool, bool]:
         """Whether one of the ranks was asked to stop, and whether the hosts have changed. A collective."""
@@ -240,8 +242,8 @@ class Trainer:
                 )
         except JobError as error:
             if self.config.checkpoint.on_failure == "stop":
-                raise JobError(f"{error} Make room and go on with --resume.") from None
-            yield Record("message", {}, f"{error} The run goes on without it.")
+                raise JobError(f"{error} Free space and use --resume.") from None
+            yield Record("message", {}, f"{error} The run continues without it.")
             if worker.best is not None and worker.best[1] == total_steps:
                 worker.best = None  # its weights made room for what could not be written
             return False

@@ -183,11 +183,11 @@ class Worker:
         rows["network"] = f"{self.config.agent.network}, {parameters:,} parameters{compiled}"
         rows["replay"] += f", {self.replay.nbytes / 1e6:,.0f} MB"
         if not self.config.checkpoint.save_replay:
-            rows["after a resume"] = "the replay is filled anew"
+            rows["after a resume"] = "the replay is filled again"
         elif self.envs.restorable:
-            rows["after a resume"] = "the run goes on exactly"
+            rows["after a resume"] = "the run continues exactly"
         else:
-            rows["after a resume"] = f"episodes begin anew: {self.config.env.id} cannot be saved"
+            rows["after a resume"] = f"new episodes begin: {self.config.env.id} cannot be saved"
         return rows
 
     def state(self, total_steps: int, finished: bool) -> dict[str, Any]:
@@ -226,17 +226,17 @@ class Worker:
         self.plan = Plan(self.config, now, snapshot.total_steps, empty, _learns_from(snapshot))
         self._take_over(snapshot)
         text = (
-            f"{before} rank{'s' * (before > 1)} before, {now} now. Going on from {snapshot.total_steps:,} total steps"
+            f"{before} rank{'s' * (before > 1)} before, {now} now. Continuing from {snapshot.total_steps:,} total steps"
         )
         if now <= before:
-            text += f", and at most {len(self.replay):,} transitions of each rank that was lost are gone"
+            text += f", and at most {len(self.replay):,} transitions of each rank that was lost are missing"
         self.messages.append(text + ("." if not joined else ". A rank that joined begins with an empty replay."))
 
     def _restore(self, snapshot: Snapshot) -> None:
         try:
             self._take_over(snapshot)
             if not snapshot.complete:
-                self.messages.append("The replay was not saved: it is filled anew before learning goes on.")
+                self.messages.append("The replay was not saved: it is filled again before learning continues.")
             elif snapshot.state["layout"] == self._layout():
                 self._restore_part(snapshot)
             else:
@@ -287,7 +287,7 @@ class Worker:
         first, mine = self.world.rank * plan.envs_per_rank, self.replay.state()
         rings = range(first, first + plan.envs_per_rank)
         self.replay.load_state(gather_state(dealt, rings, shards, mine["rng"], into=self.replay.arrays()))
-        self.messages.append(dealt.describe(plan.size) + ". Episodes begin anew.")
+        self.messages.append(dealt.describe(plan.size) + ". New episodes begin.")
 
     def close(self) -> None:
         if self._thread is not None:

@@ -229,7 +229,7 @@ def test_tasks_without_mpi_are_told_what_srun_needs(slurm, project):
     command = [ROOT / ".venv/bin/hvd-dqn", "train", "identity", "--run-dir", project / "run"]
     done = slurm.run("srun", "--mpi=none", "--ntasks=2", *command, cwd=project)
     assert done.returncode == 2, done.stderr
-    assert done.stderr.count("srun started 2 tasks that know nothing of each other: use `srun --mpi=pmix`") == 1
+    assert done.stderr.count("srun started 2 tasks that are not connected to each other: use `srun --mpi=pmix`") == 1
     assert not (project / "run").exists()
 
 

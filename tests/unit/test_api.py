@@ -347,7 +347,7 @@ def test_a_run_that_started_from_another_says_so_and_goes_on(identity, tmp_path,
     again = hvd_dqn.train("identity", **words, resume=True, total_steps=1000)
     assert again.total_steps == 1000
     assert Run(first.run_dir).about()["started_from"] == about["started_from"]
-    with pytest.raises(InputError, match=r"--from starts a new run, and --resume goes on.*leave one of them out"):
+    with pytest.raises(InputError, match=r"--from starts a new run, and --resume continues.*leave one of them out"):
         hvd_dqn.train("identity", run_dir=first.run_dir, start_from=tmp_path / "other", resume=True)
 
 

@@ -353,10 +353,10 @@ def test_the_log_tells_how_many_went_where():
     ranks.play(cycles=500)
     shards = ranks.shards()
     assert deal(shards, 3, 340, 1).describe(3) == (
-        "1,000 transitions of 2 ranks dealt out to 3: 335, 330, 335; rings of 341 slots; episodes cut in 14 places"
+        "1,000 transitions of 2 ranks redistributed to 3: 335, 330, 335; rings of 341 slots; episodes cut in 14 places"
     )
-    assert "dealt out to 9: 106 to 113 each;" in deal(shards, 9, 120, 1).describe(9)
-    assert deal(shards[:1], 2, 260, 1).describe(2).startswith("500 transitions of 1 rank dealt out to 2: 252, 248;")
+    assert "redistributed to 9: 106 to 113 each;" in deal(shards, 9, 120, 1).describe(9)
+    assert deal(shards[:1], 2, 260, 1).describe(2).startswith("500 transitions of 1 rank redistributed to 2: 252, 248;")
     assert deal(shards, 3, 200, 1, limit=200).describe(1).endswith("; the oldest 419 dropped for lack of room")
 
 
