@@ -341,7 +341,7 @@ class Learner:
         return {name: variable.numpy() for name, variable in self.variables.items()}
 
     def load_state(self, state: dict[str, np.ndarray]) -> None:
-        """Raises ValueError where the arrays do not fit, after which nothing has been changed.
+        """Raises ValueError if the arrays do not fit, after which nothing has been changed.
 
         `overlap` may have changed: `acting` then starts from `online`, or is forgotten.
         """

@@ -68,7 +68,7 @@ class Policy:
         """The action for one observation, an int, or for B observations, [B] int64: numbers of the action space.
 
         It is the one of the highest value or, with probability `epsilon`, a random one. `mask`, [A] bool or [B, A], is True
-        for actions that may be taken. Raises InputError where a shape is another, or a mask leaves no action.
+        for actions that may be taken. Raises InputError if a shape is another, or a mask leaves no action.
         """
         if not 0 <= epsilon <= 1:
             raise InputError(f"`epsilon` is a probability, from 0 to 1. Received: {epsilon}.")

@@ -54,7 +54,7 @@ class Replay:
     and gamma**m after m steps elsewhere: truncation bootstraps from the true last observation.
 
     `rng` is PCG64, NumPy's default. `sharers` replays of this size are allocated on this machine, one per local rank.
-    Raises InputError where the machine lacks the memory for them.
+    Raises InputError if the machine lacks the memory for them.
     """
 
     def __init__(
@@ -167,7 +167,7 @@ class Replay:
         """Draws K = `updates` minibatches of B = `batch_size` transitions.
 
         Every draw is uniform over the starts of all environments, independently of the others (with replacement).
-        Raises ValueError where there is no start.
+        Raises ValueError if there is no start.
         """
         start, generation = self._draw(updates * batch_size)  # [K * B], as everything below
         end = start
@@ -290,7 +290,7 @@ class Replay:
         """Takes over what `state()` returned; `n_step`, `gamma` and `frame_stack` may have changed since.
 
         The arrays [E, used, ...] may be anything that has a shape and dtype and yields rows, so that a big one need not be
-        in memory twice. Raises InputError where the rings have other sizes.
+        in memory twice. Raises InputError if the rings have other sizes.
         """
         saved, mine = state["frames"], self._frames
         expected = (self._slots, self._envs, mine.shape[2:], mine.dtype)

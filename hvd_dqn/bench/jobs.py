@@ -27,7 +27,7 @@ HVD_DQN = (sys.executable, "-m", "hvd_dqn", "bench")
 
 
 def check_launcher() -> None:
-    """Raises InputError where this process cannot start jobs."""
+    """Raises InputError if this process cannot start jobs."""
     if is_launched():
         raise InputError("This benchmark starts its jobs itself: start it alone, without horovodrun, mpirun or srun.")
     if shutil.which("mpirun") is None:

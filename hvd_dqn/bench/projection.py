@@ -158,7 +158,7 @@ def batch_for(
     sync: str,
     limit: int = 1 << 20,
 ) -> int | None:
-    """The smallest batch per rank, up to `limit`, with at least this efficiency; None where there is none."""
+    """The smallest batch per rank, up to `limit`, with at least this efficiency; None if there is none."""
 
     def reached(batch: int) -> bool:
         return efficiency(cost(at_batch(phase, per_update, batch), interconnect, ranks, sync)) >= target

@@ -78,7 +78,7 @@ class JsonOptions(Options):
 
 
 def parse(kind: type[O], arguments: Sequence[str], prog: str) -> O:
-    """Reads `arguments` into a `kind`. Raises InputError with one line where they do not fit."""
+    """Reads `arguments` into a `kind`. Raises InputError with one line if they do not fit."""
     known, first = fields_of(kind), kind.without_dashes
     if asks_for_help(arguments):
         defaults = {name: field.default for name, field in known.items()}

@@ -33,7 +33,7 @@ class Environments:
 
     A step yields single frames (for the replay); `observation` holds the last `frame_stack` of them. Arrays handed out
     are never written again and must not be written by others. `first_index` is the global index of the first copy and,
-    with `rank`, names a copy in errors. Raises InputError where the environment cannot be made or cannot be learned by
+    with `rank`, names a copy in errors. Raises InputError if the environment cannot be made or cannot be learned by
     DQN.
 
     A copy fails by raising, by the end of its process, and by a value that is not finite. After the first `restarts`

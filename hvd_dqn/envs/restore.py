@@ -139,7 +139,7 @@ class AttributeRestorer:
         return np.ones(self._vector.num_envs, np.bool_)
 
     def _set(self, state: Mapping[str, Any]) -> None:
-        """Raises Exception where it cannot."""
+        """Raises Exception if it cannot."""
         mine = vars(self._vector.unwrapped)
         arrays = {k.removeprefix("vector."): v for k, v in state.items() if k.startswith("vector.")}
         for name, value in {**arrays, **state["vector"]["numbers"]}.items():

@@ -129,7 +129,7 @@ class Solo:
 class HorovodWorld:
     """Several ranks. Tensors go through Horovod; objects through mpi4py, or through Horovod too where Gloo is in charge.
 
-    Raises RunError where mpi4py and Horovod do not see the same job.
+    Raises RunError if mpi4py and Horovod do not see the same job.
     """
 
     elastic = changed = False

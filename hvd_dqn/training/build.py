@@ -119,7 +119,7 @@ def start_from(
 ) -> None:
     """Takes over both networks and the statistics of observations of another run; the optimizer starts anew.
 
-    Raises InputError where that run's networks have other shapes.
+    Raises InputError if that run's networks have other shapes.
     """
     own, taken = learner.state(), weights_of("online", snapshot) | weights_of("target", snapshot)
     expected = {name: array.shape for name, array in own.items() if name.startswith(("online/", "target/"))}
@@ -138,7 +138,7 @@ def start_from(
 def restore_weights(
     learner: Learner, preprocess: Preprocess, statistics: RunningStatistics | NoStatistics, snapshot: Snapshot
 ) -> None:
-    """Raises InputError where the checkpoint was made by a network of another shape."""
+    """Raises InputError if the checkpoint was made by a network of another shape."""
     try:
         learner.load_state(snapshot.arrays)
         statistics.load_state(snapshot.state["normalizer"])
@@ -150,7 +150,7 @@ def restore_weights(
 def trained_network(config: Config, envs: Environments, world: World, snapshot: Snapshot) -> Network:
     """The network of a checkpoint, with its preprocessing.
 
-    Without target network and optimizer. Raises InputError where the checkpoint was made by a network of another shape.
+    Without target network and optimizer. Raises InputError if the checkpoint was made by a network of another shape.
     """
     statistics, preprocess = make_statistics(config, envs), make_preprocess(config, envs)
     _choose_threads(config, envs, preprocess, world)
@@ -172,7 +172,7 @@ def weights_of(part: str, snapshot: Snapshot) -> dict[str, np.ndarray]:
 
 
 def load_variables(variables: Sequence[Any], arrays: Mapping[str, np.ndarray]) -> None:
-    """Raises ValueError where the arrays do not fit, after which nothing has been changed."""
+    """Raises ValueError if the arrays do not fit, after which nothing has been changed."""
     expected, received = [tuple(variable.shape) for variable in variables], [array.shape for array in arrays.values()]
     if expected != received:
         raise ValueError(f"expected arrays of shapes {expected}, received {received}")

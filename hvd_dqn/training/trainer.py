@@ -144,7 +144,7 @@ class Trainer:
     def _finish_phase(self) -> None:
         """Finishes the current phase, if any: all ranks have one, or none has. A collective.
 
-        Raises JobError, on all ranks, where an update could not be made and the setting is to stop.
+        Raises JobError, on all ranks, if an update could not be made and the setting is to stop.
         """
         phase = self.worker.finish_phase()
         if phase is None:

@@ -36,7 +36,7 @@ class Worker:
     """Environments, replay, networks and statistics of one rank, and how far they have come.
 
     Goes on from `snapshot`: exactly where the layout is the same, else with its weights and transitions. One that `joins`
-    others that are training has only their weights and counters. Raises InputError where the settings cannot be carried
+    others that are training has only their weights and counters. Raises InputError if the settings cannot be carried
     out or the snapshot does not fit. `stop` is asked, and `beat` called, in every step of an evaluation.
     """
 
@@ -143,7 +143,7 @@ class Worker:
         self.updates, self.learned_at = self.updates + updates, cycle
 
     def finish_phase(self) -> Phase | None:
-        """What the phase under way has come to; None where there is none. A collective."""
+        """What the phase under way has come to; None if there is none. A collective."""
         if self._phase is None:
             return None
         update, self._phase = self._phase, None
