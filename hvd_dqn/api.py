@@ -62,15 +62,15 @@ def train(
     given. `settings` override it, by nested names, `env={"id": "Acrobot-v1"}`, or by dotted names,
     `**{"env.id": "Acrobot-v1"}`. `seed=3` and `total_steps` belong to no section.
 
-    The run is saved in `run_dir`, by default runs/NAME-DATE-TIME. `resume` continues from its newest checkpoint with the
-    run's own settings; no preset is needed then. `start_from` is the directory of another run. The new run starts with
-    that run's weights and observation statistics: those of its best evaluation, else its newest. `progress` prints what
-    the command prints.
+    The run is saved in `run_dir`, by default runs/NAME-DATE-TIME. `resume` continues from its newest checkpoint with
+    the run's own settings; no preset is needed then. `start_from` is the directory of another run. The new run starts
+    with that run's weights and observation statistics: those of its best evaluation, else its newest. `progress` prints
+    what the command prints.
 
     `stop` is called every `ranks.vote_period` total steps and in every step of an evaluation. Once it returns True, the
     run is saved and the outcome is "stopped". Ctrl-C (a notebook's interrupt) does the same and then raises
-    KeyboardInterrupt. A second Ctrl-C raises it at once, while the training still saves in its thread: called in the main
-    thread, this function trains in another one.
+    KeyboardInterrupt. A second Ctrl-C raises it at once, while the training still saves in its thread: called in the
+    main thread, this function trains in another one.
 
     Raises InputError for wrong input, before training starts, and RunError if the run cannot continue.
     """
@@ -95,8 +95,8 @@ def evaluate(
 ) -> Evaluation:
     """Plays `episodes` with the newest weights of a run, or with those of its best evaluation.
 
-    Each action is random with probability `epsilon`. Gives the same numbers as `hvd-dqn evaluate` on any number of ranks.
-    Raises InputError if there is no such run, or no readable checkpoint of it.
+    Each action is random with probability `epsilon`. Gives the same numbers as `hvd-dqn evaluate` on any number of
+    ranks. Raises InputError if there is no such run, or no readable checkpoint of it.
     """
     with thread_defaults():
         run = Run(Path(run_dir))

@@ -11,7 +11,7 @@ def tell(text: str) -> None:
 
 
 def nearest(name: str, known: Iterable[str], least: float = 0.5) -> str:
-    """What to add to a message about an unknown `name`: the most similar of `known`, if it is at least `least` similar."""
+    """What to add to a message about an unknown `name`: the most similar of `known`, if similar by `least` or more."""
     close = difflib.get_close_matches(name, list(known), n=1, cutoff=least)
     return f" Did you mean `{close[0]}`?" if close else ""
 

@@ -15,8 +15,9 @@ class Graph:
 
     The graph itself fetches the arrays and delivers the results, without eager tensors: TensorFlow 2.15 leaks 48 bytes
     with each of them under Python 3.11 (its issue 62551), and converting them takes most of the time of a small call.
-    With `compiled` XLA compiles the graph. Autograph is off, so `function` must use TensorFlow's own loops and branches:
-    reading the source of all called functions would dominate the start. Several threads may call a graph in turns.
+    With `compiled` XLA compiles the graph. Autograph is off, so `function` must use TensorFlow's own loops and
+    branches: reading the source of all called functions would dominate the start. Several threads may call a graph in
+    turns.
     """
 
     def __init__(self, function: Callable[..., Sequence[tf.Tensor]], *, compiled: bool = False) -> None:
@@ -48,7 +49,7 @@ class Graph:
 
 
 def fold(step: Callable[[tf.Tensor, Any], Any], start: Any, begin: tf.Tensor | int, end: tf.Tensor | int) -> Any:
-    """Starts from `start` and applies `result = step(k, result)` for k = begin, ..., end - 1, in a loop of the graph."""
+    """Applies `result = step(k, result)` for k = begin, ..., end - 1, from `start` on, in a loop of the graph."""
     loop = tf.while_loop(lambda k, _: k < end, lambda k, result: (k + 1, step(k, result)), (begin, start))
     return loop[1]
 

@@ -196,7 +196,7 @@ def starting_weights(
 ) -> Snapshot | None:
     """The weights that a new run starts from; None if it starts from random weights, or is resumed. A collective.
 
-    These are the weights of the best evaluation, else the newest. Raises InputError if they cannot be read or do not fit.
+    They are those of the best evaluation, else the newest. Raises InputError if they cannot be read or do not fit.
     """
     if start_from is None:
         return None
@@ -283,7 +283,7 @@ def evaluate_in_world(config: Config, world: World, snapshot: Snapshot) -> Evalu
 
 
 def policy_of_run(run: Run, *, best: bool, seed: int | None = None) -> Policy:
-    """The policy of a run's best evaluation or newest checkpoint. Makes a copy of the environment to read its spaces."""
+    """The policy of a run's best evaluation or newest checkpoint. Makes one environment, to read its spaces."""
     config, snapshot = run.config(), weights_of_run(run, Solo(), best=best, say=warn)
     with contextlib.closing(make_environments(config, Solo(), 1, "sync")) as envs:
         network = trained_network(config, envs, Solo(), snapshot)

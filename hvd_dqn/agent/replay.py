@@ -9,8 +9,8 @@ import psutil
 from hvd_dqn.agent.transition import Batch, Transition
 from hvd_dqn.errors import InputError
 
-# Step types, one per slot: no transition starts here (slot not yet written, last observation of an episode, write head),
-# or one does, after which the episode continues, was terminated, or was truncated.
+# Step types, one per slot: no transition starts here (slot not yet written, last observation of an episode, write
+# head), or one does, after which the episode continues, was terminated, or was truncated.
 NOTHING, GOES_ON, TERMINATED, TRUNCATED = np.arange(4, dtype=np.uint8)
 
 # The plan's smallest rings, full of episodes of one step, still accept a quarter of the draws. What is missing after
@@ -234,7 +234,7 @@ class Replay:
         return drawn, generation
 
     def _candidates(self) -> tuple[np.ndarray, np.ndarray]:
-        """The number of the oldest observation [E], as in `_write_positions`, and how many [E] complete windows follow."""
+        """The oldest observations [E], numbered as in `_write_positions`, and how many [E] have a complete window."""
         held = np.minimum(self._write_positions, self._slots - 1)  # without the head itself
         # An ended episode's windows are complete; of the one under way the newest n - 1 are not.
         under_way = self._episode_steps[np.arange(self._envs), self._write_positions % self._slots]

@@ -202,7 +202,7 @@ class Watchdog:
             at_fault, seen = min(ranks.items(), key=lambda item: (item[1].waits, item[1].beaten))
             raise RunError(
                 f"{self._names[at_fault]} has made no progress for {now - seen.beaten:.0f} s; it last began: "
-                f"{seen.where}. It is at {seen.line}, and the others wait. Raise --ranks.stall-seconds if it may take longer."
+                f"{seen.where}. It is at {seen.line}, and the others wait. Raise --ranks.stall-seconds if it needs longer."
             )
 
     def _report(self, now: float) -> None:

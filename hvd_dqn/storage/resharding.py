@@ -77,9 +77,8 @@ def deal(
 ) -> Deal:
     """Plans how the streams of all old replays are laid in `rings` new rings, for which `slots` slots are planned.
 
-    `shards` are what `Replay.state()` returned on each old rank. Only "step_types", "episode_steps", "write_positions" and
-    "slots" are needed.
-    Where more than `limit` slots per ring would be needed, each ring does without its oldest transitions.
+    `shards` are what `Replay.state()` returned on each old rank; only slots, step_types, episode_steps and
+    write_positions are needed. If a ring would need more than `limit` slots, each ring drops its oldest transitions.
 
     The fullest ring gets at most 2 * frame_stack + 1 % more slots than its share, and the emptiest lacks no more than
     the longest piece, a quarter of a share. A pure function of integers: every rank gets the same result.
@@ -230,10 +229,10 @@ def gather_state(
 ) -> dict[str, Any]:
     """This rank's `rings`, as `Replay.load_state` takes them in a replay of `deal.slots` slots.
 
-    `shards` are the old ranks' in turn. Of each, frames, actions, rewards and step_types are iterated over once, one row
-    [used, ...] per environment; what this rank needs of a row is copied before the next is asked for. So an iterable
-    that reads a row when it is asked for holds one row of one old replay in memory. `rng` is the state of the generator
-    that this rank goes on with.
+    `shards` are the old ranks' in turn. Of each, frames, actions, rewards and step_types are iterated over once, one
+    row [used, ...] per environment; what this rank needs of a row is copied before the next is asked for. So an
+    iterable that reads a row when it is asked for holds one row of one old replay in memory. `rng` is the state of the
+    generator that this rank goes on with.
 
     `into` are arrays [E, used or more, ...] by their names in the state, such as a replay's own, which are filled in
     place. The state then consists of views of them, and NumPy skips the copying of an array to itself in `load_state`.

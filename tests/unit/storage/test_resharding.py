@@ -268,8 +268,8 @@ def test_a_transition_that_lost_frames_of_its_stack_becomes_context():
 
 
 def test_stacks_stay_in_their_piece_also_when_the_next_run_wants_more_frames():
-    # A cut leaves as many frames of context as the stack had. If episode steps continued across it, a deeper stack would read
-    # further back, into the last frames of the piece before.
+    # A cut leaves as many frames of context as the stack had. If episode steps continued across it, a deeper stack
+    # would read further back, into the last frames of the piece before.
     ranks = Ranks(ranks=1, envs=1, slots=100, stack=2)
     ranks.play("." * 60)
     dealt = ranks.redeal(ranks=1, envs=3, slots=20)
