@@ -373,5 +373,5 @@ def _ends(copies: np.ndarray, minibatch_bytes: int) -> np.ndarray:
 
 
 def _nan_unless_finite(loss: tf.Tensor) -> tf.Tensor:
-    """The loss, or NaN if it is not finite: an infinite Huber loss has a finite gradient, but NaN has none."""
+    """The loss, or NaN if it is not finite, whose gradient is NaN: that of an infinite Huber loss is finite."""
     return loss * tf.where(tf.math.is_finite(loss), 1.0, math.nan)

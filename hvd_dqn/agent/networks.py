@@ -249,7 +249,7 @@ def _keras_network(
         )
     if model.losses:
         raise InputError(
-            f"The model of {name} has losses of its own (a regularizer's). DQN's loss does not include them: leave them out."
+            f"The model of {name} has losses of its own (a regularizer's). DQN's loss has none of them: leave them out."
         )
     return Network(model.trainable_variables, model, preprocess, objective)
 

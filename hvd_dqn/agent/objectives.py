@@ -23,7 +23,7 @@ class LossTerms(NamedTuple):
 
 
 class Outputs(Protocol):
-    """A network, as seen by an objective: inputs [B, ...] to outputs [B, A], or [B, A, N] for N > 1 numbers per action."""
+    """A network as an objective sees it: inputs [B, ...] to outputs [B, A], or [B, A, N] if N > 1."""
 
     def __call__(self, inputs: tf.Tensor, /) -> tf.Tensor: ...
 

@@ -1,4 +1,4 @@
-"""A rank's memory of past transitions: one ring of single observations per environment, drawn from uniformly."""
+"""A rank's memory of past transitions: one ring of single observations per environment, sampled uniformly."""
 
 import math
 from typing import Any, NamedTuple
@@ -13,18 +13,18 @@ from hvd_dqn.errors import InputError
 # head), or one does, after which the episode continues, was terminated, or was truncated.
 NOTHING, GOES_ON, TERMINATED, TRUNCATED = np.arange(4, dtype=np.uint8)
 
-# The plan's smallest rings, full of episodes of one step, still accept a quarter of the draws. What is missing after
-# so many rounds, (3/4)^64 = 1e-8 of them, is drawn from the list of all starts: exact, too, but as slow as the ring is
-# long.
+# Rounds of rejection sampling. The plan's smallest rings, full of episodes of one step, still accept a quarter of the
+# draws. The (3/4)^64 = 1e-8 that are missing after these rounds are drawn from the list of all starts. That is exact
+# too, but its time grows with the ring.
 ROUNDS = 64
 
 
 class Draw(NamedTuple):
-    """K x B transitions that were drawn, [K, B] each: everything but their observations.
+    """K x B sampled transitions, [K, B] each, without their observations.
 
     `start` and `end` are the slots of the first observation and of the one after the last step, as indices into the
-    flattened rings. `generation` distinguishes the transitions that one slot holds one after another. `weight` is None
-    if all were equally likely, as they are here.
+    flattened rings. `generation` distinguishes the transitions that a slot holds over time. `weight` is None if all
+    were equally likely, as they are here.
     """
 
     start: np.ndarray  # int64
@@ -39,9 +39,9 @@ class Draw(NamedTuple):
 class Replay:
     """Rings of `slots` observations, one for each of `envs` environments, with the transitions between them.
 
-    A slot holds an observation and the action, reward and end of the transition that leaves it. The write head is the
-    slot of the newest observation, which no transition has left yet. An episode's last observation takes a slot of its
-    own, which none ever leaves. So a transition costs one observation, and an episode one more.
+    A slot holds an observation and the action, reward and step type of the transition that starts there. The write head
+    is the slot of the newest observation, where no transition starts yet. An episode's last observation takes a slot of
+    its own, where none ever starts. So a transition costs one observation, and an episode one more.
 
     A sampled observation is the last `frame_stack` ones concatenated on the last axis, oldest first: [k * D] from [D],
     [H, W, k * C] from [H, W, C]. At an episode's start its first frame is repeated, as Gymnasium's
@@ -50,7 +50,7 @@ class Replay:
     A *start* is a stored transition that may be sampled:
       - the frames that its stack needs are all still in the ring, and
       - its window is complete: the n transitions from it on are stored, or fewer up to its episode's end.
-    The reward is summed over the window. The discount is 0 after a termination (also where the same step was truncated)
+    The reward is summed over the window. The discount is 0 after a termination (even if the same step was truncated)
     and gamma**m after m steps elsewhere: truncation bootstraps from the true last observation.
 
     `rng` is PCG64, NumPy's default. `sharers` replays of this size are allocated on this machine, one per local rank.
@@ -70,8 +70,8 @@ class Replay:
         gamma: float = 0.99,
         sharers: int = 1,
     ) -> None:
-        # A full ring has slots - 1 besides the head. The window may rule out the newest n - 1 of them and the stack the
-        # oldest k - 1; of two neighbours among the others one is a start, since last observations are never neighbours.
+        # A full ring has slots - 1 besides the head. The newest n - 1 of them may lack a window, and the oldest k - 1 a
+        # stack. Of two neighbours among the others one is a start, because last observations are never neighbours.
         if slots < n_step + frame_stack + 1:
             raise ValueError(
                 f"A ring needs at least n_step + frame_stack + 1 = {n_step + frame_stack + 1} slots. Received: {slots}."
@@ -80,7 +80,7 @@ class Replay:
         available = psutil.virtual_memory().available
         if needed > available:
             raise InputError(
-                f"The replay needs {needed / 1e9:.1f} GB on this machine, and {available / 1e9:.1f} GB are available. "
+                f"The replay needs {needed / 1e9:.1f} GB on this machine, but {available / 1e9:.1f} GB are available. "
                 f"Received: {sharers} ranks x {envs} environments x {slots} observations. Lower --replay.capacity."
             )
         self._slots, self._envs = slots, envs
@@ -110,13 +110,13 @@ class Replay:
         return sum(array.nbytes for array in self.arrays().values()) + self._write_positions.nbytes
 
     def __len__(self) -> int:
-        """Transitions stored, a few of which may not be starts: see the class."""
+        """The number of stored transitions. A few of them may not be starts: see the class."""
         return int(np.count_nonzero(self._step_types))
 
     def add(self, transition: Transition) -> None:
         """Stores one cycle of all environments.
 
-        Rows that are not valid leave their streams as they are, except that a truncated one ends the episode under way.
+        Invalid rows change nothing, except that a truncated one ends the current episode.
         """
         assert transition.observation.shape == transition.next_observation.shape == self._frames[:, 0].shape
         rows = np.flatnonzero(transition.valid)
@@ -130,8 +130,8 @@ class Replay:
         self._actions.reshape(-1)[at] = transition.action
         self._rewards.reshape(-1)[at] = transition.reward
         self._step_types.reshape(-1)[at] = np.where(terminated, TERMINATED, np.where(truncated, TRUNCATED, GOES_ON))
-        # Where the episode goes on, the next cycle overwrites this with an equal observation; where it ended, the slot
-        # is kept, since truncation bootstraps from it.
+        # If the episode continues, the next cycle overwrites this with an equal observation. If it has ended, the slot
+        # is kept, because truncation bootstraps from it.
         at = self._advance(rows, self._episode_steps.reshape(-1)[at] + 1)
         frames[at] = transition.next_observation
         ended = rows[terminated | truncated]
@@ -141,10 +141,10 @@ class Replay:
             self.truncate_episodes(cut)
 
     def truncate_episodes(self, where: np.ndarray | None = None) -> None:
-        """Ends the episodes under way as truncated: `where`, [E] bool, says so, or in all environments.
+        """Truncates the current episodes of the environments `where`, [E] bool; by default of all environments.
 
-        To be called when environments are reset from outside, as after a restore: what they show next does not follow
-        from the last observation stored.
+        Call it when environments are reset from outside, for example after a restore: their next observation does not
+        follow the last one stored.
         """
         rows = np.arange(self._envs) if where is None else np.flatnonzero(where)
         rows = rows[self._episode_steps[rows, self._write_positions[rows] % self._slots] > 0]
@@ -191,7 +191,7 @@ class Replay:
         )
 
     def gather(self, draw: Draw) -> Batch:
-        """Stacks the observations of what was drawn. Must come before the next `add`."""
+        """Stacks the observations of the sampled transitions. Call it before the next `add`."""
         return Batch(
             observation=self._stacks(draw.start),
             action=draw.action,
@@ -202,7 +202,7 @@ class Replay:
         )
 
     def is_held(self, draw: Draw) -> np.ndarray:
-        """[K, B] bool: whether the transition that was drawn has not been overwritten since."""
+        """[K, B] bool: whether each sampled transition is still stored, that is, not overwritten."""
         return self._write_positions[draw.start // self._slots] - draw.generation < self._slots
 
     def _draw(self, size: int) -> tuple[np.ndarray, np.ndarray]:
@@ -215,7 +215,7 @@ class Replay:
         for _ in range(ROUNDS if bounds[-1] else 0):
             place = self._rng.integers(bounds[-1], size=len(missing))
             env = np.searchsorted(bounds, place, side="right")
-            place -= (bounds - candidates)[env]  # from here on counted from the environment's oldest slot
+            place -= (bounds - candidates)[env]  # from here on relative to the environment's oldest slot
             generation[missing] = unreduced = oldest[env] + place
             drawn[missing] = at = env * self._slots + unreduced % self._slots
             is_start = step_types[at] != NOTHING
@@ -227,7 +227,7 @@ class Replay:
         starts = self._starts()
         if len(starts) == 0:
             raise ValueError("The replay holds no transition that can be sampled yet.")
-        # Rejected draws are replaced by uniform ones whatever they were, so all stay uniform.
+        # Rejected draws are replaced by uniform ones, so all stay uniform.
         drawn[missing] = at = self._rng.choice(starts, len(missing))
         env = at // self._slots
         generation[missing] = oldest[env] + (at - oldest[env]) % self._slots
@@ -236,7 +236,7 @@ class Replay:
     def _candidates(self) -> tuple[np.ndarray, np.ndarray]:
         """The oldest observations [E], numbered as in `_write_positions`, and how many [E] have a complete window."""
         held = np.minimum(self._write_positions, self._slots - 1)  # without the head itself
-        # An ended episode's windows are complete; of the one under way the newest n - 1 are not.
+        # All windows of an ended episode are complete. The newest n - 1 of the current one are not.
         under_way = self._episode_steps[np.arange(self._envs), self._write_positions % self._slots]
         incomplete = np.minimum(under_way, self._n_step - 1)
         return self._write_positions - held, held - incomplete
@@ -279,7 +279,7 @@ class Replay:
     def state(self) -> dict[str, Any]:
         """Arrays, the number of slots, and under "rng" what `json` can write.
 
-        The arrays are views of the slots in use: write them before the next `add`, or copy them.
+        The arrays are views of the used slots: write or copy them before the next `add`.
         """
         used = min(int(self._write_positions.max()) + 1, self._slots)
         arrays = {name: array[:, :used] for name, array in self.arrays().items()}
@@ -287,10 +287,10 @@ class Replay:
         return arrays | own
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Takes over what `state()` returned; `n_step`, `gamma` and `frame_stack` may have changed since.
+        """Restores what `state()` returned. `n_step`, `gamma` and `frame_stack` may have changed since.
 
-        The arrays [E, used, ...] may be anything that has a shape and dtype and yields rows, so that a big one need not be
-        in memory twice. Raises InputError if the rings have other sizes.
+        An array [E, used, ...] may be any object with a shape and a dtype that yields rows. So a large array need not
+        be in memory twice. Raises InputError if the rings have other sizes.
         """
         saved, mine = state["frames"], self._frames
         expected = (self._slots, self._envs, mine.shape[2:], mine.dtype)

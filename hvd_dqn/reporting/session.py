@@ -1,4 +1,4 @@
-"""Connects a run to what a person sees of it: its files, the display, and the closing line."""
+"""Connects a run to its outputs: files, the display, and the last line."""
 
 import contextlib
 import warnings
@@ -17,7 +17,7 @@ from hvd_dqn.training.trainer import Record, Trainer
 
 
 class ChiefSession:
-    """Writes and shows the records of a run. As a context it notes in run.json how the run ended."""
+    """Writes and shows the records of a run. As a context manager it records in run.json how the run ended."""
 
     def __init__(
         self,
@@ -63,7 +63,7 @@ class ChiefSession:
         self._run.note(ended="finished", finished=now(), result=row, best=(best_return, best_steps))
         try:
             plot([self._run.path], self._run.path / "curve.png")
-        except InputError as error:  # the run itself is done
+        except InputError as error:  # the run itself has succeeded
             self._complain(str(error))
         self._conclude(f"{self._run.about()['preset']}: {where_the_time_went(trainer.worker.ledger)}")
         self._conclude(
@@ -73,7 +73,7 @@ class ChiefSession:
         )
 
     def _conclude(self, text: str) -> None:
-        """A line of the result."""
+        """Prints a line of the result."""
         if not self._is_quiet:
             print(text, flush=True)
 
@@ -93,7 +93,7 @@ class ChiefSession:
     ) -> None:
         if kind is None:
             self.close()
-        else:  # no error in here may replace the one that ended the run
+        else:  # an error in here must not replace the one that ended the run
             with contextlib.suppress(OSError):
                 self.close()
             with contextlib.suppress(InputError, OSError):
@@ -101,14 +101,14 @@ class ChiefSession:
 
 
 def where_the_time_went(ledger: Ledger) -> str:
-    """The parts of this rank's time, the largest first. Only the wait before averaging is a part of its own (idle)."""
+    """The parts of this rank's time, the largest first. "idle" is only the wait before averaging."""
     spent = ledger.spent | {"rest": ledger.seconds - sum(ledger.spent.values())}
     parts = sorted(spent.items(), key=lambda part: -part[1])
     return "time: " + ", ".join(f"{100 * seconds / ledger.seconds:.0f} % {name}" for name, seconds in parts)
 
 
 class NullProgress:
-    """The display of a run that nobody watches."""
+    """The display of a run without output."""
 
     def plan(self, rows: dict[str, str]) -> None:
         pass
@@ -151,9 +151,9 @@ def open_session(
     started_from: Path | None = None,
     progress: bool = True,
 ) -> Session:
-    """Creates the run directory or continues it; `again` creates one anew that a start left behind. Raises InputError.
+    """Creates the run directory or continues it. `again` replaces one from an unfinished start. Raises InputError.
 
-    `started_from` is the checkpoint that a new run has its first weights of. Without `progress` nothing is printed.
+    `started_from` is the checkpoint of a new run's first weights. Without `progress` nothing is printed.
     """
     if trainer.world.rank != 0:
         return NullSession()

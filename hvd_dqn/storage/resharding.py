@@ -5,8 +5,8 @@ rings with `gather_state`, which reads the old replays one after another. In a n
 
   - every transition whose stack was complete in the old ring can be sampled, with the same stack. The others (the oldest
     few of a ring that has wrapped) could not be sampled before, and are now context only;
-  - every episode has ended. An episode under way is truncated at its newest observation, since the environments begin
-    anew. So its newest n - 1 transitions, whose windows were incomplete, can be sampled at once;
+  - every episode has ended. An unfinished episode is truncated at its newest observation, because the environments
+    start new episodes. So its newest n - 1 transitions, whose windows were incomplete, can be sampled at once;
   - an episode that was cut becomes two. The first part is truncated, and the observation at the cut is its last one. The
     second part begins with the frame_stack - 1 observations before the cut, of type NOTHING, for its stacks. The n - 1
     windows across a cut become shorter and bootstrap from the cut with gamma**m, as at any truncation;
@@ -27,7 +27,7 @@ from hvd_dqn.agent.replay import GOES_ON, NOTHING, TRUNCATED
 PARTS = 4
 # An episode that takes a smaller part of a ring than this is never cut: it would even out too little.
 SHORT = 1 / 100
-# Slots copied at once: 4,096 * 84 * 84 B = 29 MB of Atari frames in passing.
+# Slots copied at once: 4,096 * 84 * 84 B = 29 MB of Atari frames.
 CHUNK = 4096
 
 # A piece is a stretch of one old stream, laid in a new ring as `context` + `steps` + 1 consecutive slots: observations
@@ -40,7 +40,7 @@ PIECE = np.dtype(
         ("before", np.int64),  # observations of the same episode that the old ring holds before it
         ("steps", np.int64),
         ("age", np.int64),  # slots between the first transition and the stream's head
-        ("cut", np.bool_),  # the episode goes on in another piece
+        ("cut", np.bool_),  # the episode continues in another piece
         ("context", np.int64),
         ("ring", np.int64),
         ("at", np.int64),  # the slot in the new ring
@@ -49,7 +49,7 @@ PIECE = np.dtype(
 
 
 class Deal(NamedTuple):
-    """For every new ring the pieces to lay in it."""
+    """The pieces that each new ring receives."""
 
     slots: int  # per new ring, the head included: the planned number, or more if needed
     transitions: int  # in all old replays together, without those with incomplete stacks
@@ -63,7 +63,7 @@ class Deal(NamedTuple):
     def describe(self, ranks: int) -> str:
         """One sentence for the log; each of the `ranks` has an equal number of the rings."""
         counts = self.counts.reshape(ranks, -1).sum(axis=1)
-        # Nobody reads more than eight numbers.
+        # More than eight numbers are summarised.
         shares = ", ".join(f"{n:,}" for n in counts) if ranks <= 8 else f"{counts.min():,} to {counts.max():,} each"
         return (
             f"{self.transitions:,} transitions of {self.ranks} rank{'s' * (self.ranks != 1)} redistributed to {ranks}: "
@@ -80,8 +80,8 @@ def deal(
     `shards` are what `Replay.state()` returned on each old rank; only slots, step_types, episode_steps and
     write_positions are needed. If a ring would need more than `limit` slots, each ring drops its oldest transitions.
 
-    The fullest ring gets at most 2 * frame_stack + 1 % more slots than its share, and the emptiest lacks no more than
-    the longest piece, a quarter of a share. A pure function of integers: every rank gets the same result.
+    The fullest ring gets at most 2 * frame_stack + 1 % more slots than its share. The emptiest lacks at most the
+    longest piece, a quarter of a share. A pure function of integers: every rank gets the same result.
     """
     assert limit is None or limit >= slots
     pieces, ranks = _episodes(shards, frame_stack)
@@ -89,7 +89,7 @@ def deal(
     share = math.ceil(_sizes(pieces).sum() / rings)
     if limit is not None:
         share = min(share, limit - 1)
-    # Parts of 3 * frame_stack transitions or more: at least three quarters of what is laid is no context.
+    # Parts have 3 * frame_stack transitions or more, so at most a quarter of the laid slots is context.
     pieces = _cut(pieces, max(share // PARTS, 4 * frame_stack), frame_stack)
     pieces = _lay(pieces, rings, frame_stack)
     if limit is not None:
@@ -119,12 +119,12 @@ def _episodes(shards: Iterable[Mapping[str, Any]], frame_stack: int) -> tuple[np
             oldest = head - min(head, slots - 1)
             place = np.arange(oldest, head + 1) % slots  # oldest to newest, the head included
             step_types, episode_steps = row[1][place], row[2][place]
-            # At the head is the newest observation, or none yet of an episode that is to begin: a piece without steps.
+            # The head holds the newest observation, or none yet if an episode is about to begin: a piece without steps.
             bounds = np.append(np.flatnonzero((episode_steps == 0) | (place == place[0])), len(place))
             begin, last = bounds[:-1], bounds[1:] - 1  # first and last observations
             transitions = np.append(np.flatnonzero(step_types != NOTHING), len(place))
             first = transitions[np.searchsorted(transitions, begin)]
-            # The ring has lost the beginning of its oldest episode, and with it the stacks of the next k - 1.
+            # The ring has lost the beginning of its oldest episode, so the next k - 1 stacks are incomplete.
             first = np.maximum(first, np.where(episode_steps[begin] > 0, begin + frame_stack - 1, 0))
             pieces = np.zeros(len(begin), PIECE)
             pieces["shard"], pieces["env"] = ranks, env
@@ -152,7 +152,7 @@ def _per_ring(pieces: np.ndarray, amounts: np.ndarray, rings: int) -> np.ndarray
 
 
 def _parts(pieces: np.ndarray, skip: np.ndarray, steps: np.ndarray, frame_stack: int) -> np.ndarray:
-    """[P] of each piece the `steps` transitions after the first `skip`."""
+    """[P] parts of the pieces: the `steps` transitions after the first `skip`."""
     parts = pieces.copy()
     parts["cut"] |= skip + steps < pieces["steps"]
     parts["first"] += skip
@@ -163,7 +163,7 @@ def _parts(pieces: np.ndarray, skip: np.ndarray, steps: np.ndarray, frame_stack:
 
 
 def _cut(pieces: np.ndarray, longest: int, frame_stack: int) -> np.ndarray:
-    """[P2] the same transitions in pieces of at most `longest` slots; longer ones in equal parts."""
+    """[P2] the same transitions in pieces of at most `longest` slots. Longer pieces are cut into equal parts."""
     # A part takes up to frame_stack slots besides its transitions.
     number = np.where(_sizes(pieces) > longest, -(-pieces["steps"] // (longest - frame_stack)), 1)
     part = np.arange(number.sum()) - np.repeat(np.cumsum(number) - number, number)
@@ -173,13 +173,14 @@ def _cut(pieces: np.ndarray, longest: int, frame_stack: int) -> np.ndarray:
 
 
 def _lay(pieces: np.ndarray, rings: int, frame_stack: int) -> np.ndarray:
-    """[P2] the pieces in their rings: each in turn, oldest first, goes to the ring that is the emptiest then.
+    """[P2] the pieces with their rings. In order, oldest first, each piece goes to the ring that is the emptiest then.
 
-    One that would fill the ring beyond `full` is cut there, unless it is short, and the rest goes to the next ring. A cut
-    costs up to k = frame_stack slots and closes its ring, so there are at most R. With 2 * k spare slots per ring, never
-    do all rings have k or fewer left while something is to be laid; hence a cut always finds room for a transition.
+    A piece that would fill the ring beyond `full` is cut there, unless it is short, and the rest goes to the next ring.
+    A cut costs up to k = frame_stack slots and closes its ring, so there are at most R cuts. Each ring has 2 * k spare
+    slots. So as long as pieces remain, some ring has more than k slots left, and a cut always leaves room for a
+    transition.
     """
-    # Streams advance in lockstep, so what is as far from the head is as old. By the middle, since pieces overlap.
+    # Streams advance in lockstep, so the distance from the head tells the age. Sort by middles, because pieces overlap.
     pieces = pieces[np.argsort(-(2 * pieces["age"] - pieces["steps"]), kind="stable")]
     share = math.ceil(_sizes(pieces).sum() / rings)
     full, short = share + 2 * frame_stack, int(share * SHORT)
@@ -210,11 +211,11 @@ def _placed(pieces: np.ndarray, rings: int) -> np.ndarray:
 
 
 def _newest(pieces: np.ndarray, rings: int, room: int, frame_stack: int) -> np.ndarray:
-    """[P2] what is left of the pieces when each ring has only `room` slots besides its head."""
+    """[P2] the rest of the pieces if each ring has only `room` slots besides its head."""
     sizes = _sizes(pieces)
     newer = _per_ring(pieces, sizes, rings)[pieces["ring"]] - pieces["at"] - sizes  # slots laid after the piece
     left = room - newer
-    # What loses its beginning needs context instead.
+    # A piece that loses its beginning needs context instead.
     kept = np.where(sizes <= left, pieces["steps"], np.maximum(left - frame_stack, 0))
     parts = _parts(pieces, pieces["steps"] - kept, kept, frame_stack)
     return _placed(parts[kept > 0], rings)
@@ -229,13 +230,12 @@ def gather_state(
 ) -> dict[str, Any]:
     """This rank's `rings`, as `Replay.load_state` takes them in a replay of `deal.slots` slots.
 
-    `shards` are the old ranks' in turn. Of each, frames, actions, rewards and step_types are iterated over once, one
-    row [used, ...] per environment; what this rank needs of a row is copied before the next is asked for. So an
-    iterable that reads a row when it is asked for holds one row of one old replay in memory. `rng` is the state of the
-    generator that this rank goes on with.
+    `shards` yields the old ranks' states in order. Frames, actions, rewards and step_types are read once, one row
+    [used, ...] per environment. This rank copies what it needs of a row before it reads the next row. So if rows are
+    read on demand, only one row of one old replay is in memory. `rng` is the state of this rank's generator.
 
-    `into` are arrays [E, used or more, ...] by their names in the state, such as a replay's own, which are filled in
-    place. The state then consists of views of them, and NumPy skips the copying of an array to itself in `load_state`.
+    `into` holds arrays [E, used or more, ...] by their names in the state, for example a replay's own. They are filled
+    in place. The state then consists of views of them, and in `load_state` NumPy need not copy an array to itself.
     """
     mine = deal.pieces[(deal.pieces["ring"] >= rings.start) & (deal.pieces["ring"] < rings.stop)]
     mine = mine[np.lexsort((mine["env"], mine["shard"]))]
@@ -243,7 +243,7 @@ def gather_state(
     used = int(write_positions.max()) + 1
     arrays = {name: array[:, :used] for name, array in (into or {}).items()}
 
-    # Slot by slot, where the pieces come from and go to; what comes from one old stream is contiguous.
+    # For each slot its source and destination. Slots from the same old stream are contiguous.
     sizes = _sizes(mine)
     ends = np.append(0, np.cumsum(sizes))
     step = np.arange(ends[-1]) - np.repeat(ends[:-1], sizes)
@@ -260,7 +260,7 @@ def gather_state(
                 begin, end = ends[np.searchsorted(stream, [this, this + 1])]
                 for i in range(begin, end, CHUNK):
                     some = slice(i, min(i + CHUNK, end))
-                    # The row of a stream that has wrapped is as long as its ring.
+                    # If a stream has wrapped, its row is as long as its ring.
                     arrays[name][ring[some], at[some]] = row[source[some] % len(row)]
 
     filled = np.arange(used) < write_positions[:, None]

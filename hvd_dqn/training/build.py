@@ -1,4 +1,4 @@
-"""The parts of an agent, made from the settings."""
+"""Makes the parts of an agent from the settings."""
 
 import itertools
 import math
@@ -21,10 +21,11 @@ from hvd_dqn.storage.arrays import UNREADABLE
 from hvd_dqn.storage.checkpoint import Snapshot
 from hvd_dqn.training.evaluation import Evaluator
 
-# Multiplications of a minibatch by the MLP's kernels from which on a second thread pays. Batch 64: at 256-256 (4 million) an
-# update takes 327 us by one thread and 633 by two, at 512-512 (17) 1,039 and 1,167, at 1024-1024 (68) 4,656 and 3,870.
+# The number of multiplications of a minibatch by the MLP's kernels from which a second thread pays. Batch 64: at
+# 256-256 (4 million) an update takes 327 us with one thread and 633 with two, at 512-512 (17 million) 1,039 and 1,167,
+# at 1024-1024 (68 million) 4,656 and 3,870.
 SHARED_PRODUCTS = 32_000_000
-MOST_COPIES = 32  # that evaluate, on each rank: in processes of their own a thousand would be too many
+MOST_COPIES = 32  # for evaluation, on each rank: a thousand worker processes would be too many
 
 
 def make_environments(config: Config, world: World, copies: int, vectorization: str, restarts: int = 0) -> Environments:
@@ -83,7 +84,7 @@ def _choose_threads(config: Config, envs: Environments, preprocess: Preprocess, 
         batch = learner.batch_size // (world.size if config.ranks.scaling == "strong" else 1)
         if batch * sum(a * b for a, b in itertools.pairwise(widths)) < SHARED_PRODUCTS:
             compute_alone()
-    elif learner.overlap:  # an MLP acts in NumPy; others would wait for the whole phase
+    elif learner.overlap:  # an MLP acts in NumPy; other networks would wait for the whole phase
         compute_concurrently()
 
 
@@ -95,7 +96,7 @@ def make_learner(
     rng: np.random.Generator,
     planned: int = 0,
 ) -> Learner:
-    """`planned` updates are to be taken with it."""
+    """The learner. `planned` is the number of updates that it will take."""
     learner, objective = config.learner, make_objective(config)
     _choose_threads(config, envs, preprocess, world)
     return Learner(
@@ -117,7 +118,7 @@ def make_learner(
 def start_from(
     learner: Learner, preprocess: Preprocess, statistics: RunningStatistics | NoStatistics, snapshot: Snapshot
 ) -> None:
-    """Takes over both networks and the statistics of observations of another run; the optimizer starts anew.
+    """Loads both networks and the observation statistics of another run. The optimizer starts from zero.
 
     Raises InputError if that run's networks have other shapes.
     """
@@ -131,7 +132,9 @@ def start_from(
             f"{expected.get(different)}, received {received.get(different)}. The observations, the actions and the "
             "layers must have the same shapes in both runs."
         )
-    own = {name: array for name, array in own.items() if not name.startswith("acting/")}  # a copy of the online network
+    own = {
+        name: array for name, array in own.items() if not name.startswith("acting/")
+    }  # only a copy of the online network
     restore_weights(learner, preprocess, statistics, snapshot._replace(arrays=own | taken))
 
 
@@ -166,13 +169,13 @@ def trained_network(config: Config, envs: Environments, world: World, snapshot: 
 
 
 def weights_of(part: str, snapshot: Snapshot) -> dict[str, np.ndarray]:
-    """The variables of the "online" or "target" network of a checkpoint, by their names there: `online/0`, ..."""
+    """The variables of the "online" or "target" network of a checkpoint, by their names in it: `online/0`, ..."""
     names = [name for name in snapshot.arrays if name.startswith(f"{part}/")]
     return {name: snapshot.arrays[name] for name in sorted(names, key=lambda name: int(name.rpartition("/")[2]))}
 
 
 def load_variables(variables: Sequence[Any], arrays: Mapping[str, np.ndarray]) -> None:
-    """Raises ValueError if the arrays do not fit, after which nothing has been changed."""
+    """Raises ValueError if the arrays do not fit, and then changes nothing."""
     expected, received = [tuple(variable.shape) for variable in variables], [array.shape for array in arrays.values()]
     if expected != received:
         raise ValueError(f"expected arrays of shapes {expected}, received {received}")
@@ -194,9 +197,9 @@ def make_evaluator(
     values: Callable[[np.ndarray], np.ndarray],
     stop: Callable[[], bool] = lambda: False,
 ) -> Evaluator:
-    """Of the policy that acts by `values`: [B, *observation_shape] -> [B, A]."""
+    """The evaluator of the policy with these `values`: [B, *observation_shape] -> [B, A]."""
     settings, copies = config.evaluation, min(-(-config.evaluation.episodes // world.size), MOST_COPIES)
-    # One by one, not the environment's own vector class: that takes one seed for all its copies.
+    # Not the environment's own vector class: it takes one seed for all copies.
     mode = "async" if config.env.vectorization == "async" else "sync"
     envs = make_environments(config, world, copies, mode)
     return Evaluator(
