@@ -15,9 +15,8 @@ class Graph:
 
     The graph itself fetches the arrays and delivers the results, without eager tensors: TensorFlow 2.15 leaks 48 bytes
     with each of them under Python 3.11 (its issue 62551), and converting them takes most of the time of a small call.
-    With `compiled` XLA compiles the graph. Autograph is off, so `function` must use TensorFlow's own loops and
-    branches: reading the source of all called functions would dominate the start. Several threads may call a graph in
-    turns.
+    With `compiled` XLA compiles the graph. Autograph is off, because it would read the source of all called functions,
+    which dominates the start: use TensorFlow's own loops and branches. Several threads may call a graph in turns.
     """
 
     def __init__(self, function: Callable[..., Sequence[tf.Tensor]], *, compiled: bool = False) -> None:

@@ -82,9 +82,7 @@ class _Job:
         code = self.process.wait()
         self._errors.seek(0)
         said = self._errors.read().strip().splitlines() or ["nothing"]
-        raise JobError(
-            f"`{' '.join(self._command)}` ended with code {code} and without a result. Its last line: {said[-1]}"
-        )
+        raise JobError(f"`{' '.join(self._command)}` ended with code {code} and without a result. It said: {said[-1]}")
 
     def go(self) -> None:
         assert self.process.stdin is not None

@@ -46,8 +46,7 @@ def measure_learner(world: World, networks: Sequence[str] = tuple(LEARNER_CASES)
     """Microseconds per update of each network: the phase of K updates alone, and with sampling its batches.
 
     All ranks call it. The networks take turns, so that a slow moment of the machine affects all of them. The slowest
-    rank of each turn counts. An update includes averaging over ranks. Every phase ends with a copy into the target
-    network.
+    rank of each turn counts. An update includes averaging over ranks. Every phase ends with a target copy.
     """
     if all(LEARNER_CASES[name].network == "mlp" for name in networks):
         compute_alone()  # as in training; a process has one number of threads for all measurements

@@ -36,9 +36,8 @@ class Environments:
     errors name it with `rank`. Raises InputError if the environment cannot be made, or if DQN cannot learn it.
 
     A copy fails if it raises, if its process ends, or if it returns a value that is not finite. After each of the first
-    `restarts` failures all copies are closed, made again and reset with new seeds, derived from those of the last
-    `reset`. After the next failure `step` and `reset` raise RunError with the number of the copy and the environment's
-    traceback.
+    `restarts` failures all copies are closed, made again and reset with seeds derived from those of the last `reset`.
+    After the next failure `step` and `reset` raise RunError with the copy's number and the environment's traceback.
     """
 
     observation_space: spaces.Space
@@ -188,8 +187,7 @@ class Environments:
         """Finds out whether the copies are `restorable`, with about a hundred steps and some resets of the first copy.
 
         Call it before `reset`, which then starts as if there had been no probe. (An environment that keeps state over a
-        seeded reset is not restorable, nor is one that fails here.) From then on, restorable copies record what
-        restoring needs.
+        seeded reset is not restorable, nor is one that fails here.) From then on, restorable copies record their steps.
         """
         self._probed = True
         try:

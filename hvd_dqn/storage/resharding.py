@@ -177,8 +177,7 @@ def _lay(pieces: np.ndarray, rings: int, frame_stack: int) -> np.ndarray:
 
     A piece that would fill the ring beyond `full` is cut there, unless it is short, and the rest goes to the next ring.
     A cut costs up to k = frame_stack slots and closes its ring, so there are at most R cuts. Each ring has 2 * k spare
-    slots. So as long as pieces remain, some ring has more than k slots left, and a cut always leaves room for a
-    transition.
+    slots. So while pieces remain, some ring has more than k slots left, and a cut always leaves room for a transition.
     """
     # Streams advance in lockstep, so the distance from the head tells the age. Sort by middles, because pieces overlap.
     pieces = pieces[np.argsort(-(2 * pieces["age"] - pieces["steps"]), kind="stable")]

@@ -21,9 +21,8 @@ from hvd_dqn.storage.arrays import UNREADABLE
 from hvd_dqn.storage.checkpoint import Snapshot
 from hvd_dqn.training.evaluation import Evaluator
 
-# The number of multiplications of a minibatch by the MLP's kernels from which a second thread pays. Batch 64: at
-# 256-256 (4 million) an update takes 327 us with one thread and 633 with two, at 512-512 (17 million) 1,039 and 1,167,
-# at 1024-1024 (68 million) 4,656 and 3,870.
+# From this many multiplications per minibatch on, a second thread pays for an MLP. Batch 64: at 256-256 (4 million) an
+# update takes 327 us with one thread and 633 with two, at 512-512 (17) 1,039 and 1,167, at 1024-1024 (68) 4,656 and 3,870.
 SHARED_PRODUCTS = 32_000_000
 MOST_COPIES = 32  # for evaluation, on each rank: a thousand worker processes would be too many
 
@@ -132,9 +131,7 @@ def start_from(
             f"{expected.get(different)}, received {received.get(different)}. The observations, the actions and the "
             "layers must have the same shapes in both runs."
         )
-    own = {
-        name: array for name, array in own.items() if not name.startswith("acting/")
-    }  # only a copy of the online network
+    own = {name: array for name, array in own.items() if not name.startswith("acting/")}  # a copy of `online`
     restore_weights(learner, preprocess, statistics, snapshot._replace(arrays=own | taken))
 
 

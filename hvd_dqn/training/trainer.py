@@ -120,9 +120,7 @@ class Trainer:
         lost = self.worker.begin_episodes()
         if lost is not None and (lost := int(self.world.sum(np.array([lost]))[0])):
             envs = self.worker.plan.envs
-            yield Record(
-                "message", {}, f"{lost} of {envs} environments start new episodes: their state cannot be saved."
-            )
+            yield Record("message", {}, f"{lost} of {envs} environments start new episodes: they cannot be restored.")
 
     def _vote(self) -> tuple[bool, bool]:
         """Whether any rank was asked to stop, and whether the hosts have changed. A collective."""

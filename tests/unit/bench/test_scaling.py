@@ -148,7 +148,7 @@ def test_one_that_dies_is_told_of_and_the_others_are_ended(monkeypatch):
                 job.read("ready")
             jobs[1].answer()
 
-    with pytest.raises(JobError, match=r"ended with code 3 and without a result\. Its last line: why it died"):
+    with pytest.raises(JobError, match=r"ended with code 3 and without a result\. It said: why it died"):
         wait_for_the_second()
     assert not running(SLEEP)
 
@@ -188,7 +188,7 @@ def test_ended_while_it_starts_them_it_ends_what_has_started(monkeypatch):
 def test_one_that_hangs_is_ended(monkeypatch):
     monkeypatch.setattr(bench_jobs, "TIMEOUT", 1.0)
     monkeypatch.setattr(bench_jobs, "HVD_DQN", (sys.executable, "-c", f"import time; {SLEEP}"))
-    with pytest.raises(JobError, match=r"ended with code -15 and without a result\. Its last line: nothing"):
+    with pytest.raises(JobError, match=r"ended with code -15 and without a result\. It said: nothing"):
         bench_jobs.run_independently(2, [])
     assert not running(SLEEP)
 
