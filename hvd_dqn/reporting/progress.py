@@ -65,7 +65,7 @@ def short(value: float) -> str:
 
 
 def clock(seconds: float) -> str:
-    """mm:ss, with hours in front where there are any."""
+    """mm:ss, from an hour on h:mm:ss."""
     if not math.isfinite(seconds):
         return "-"
     minutes, second = divmod(round(seconds), 60)

@@ -21,8 +21,8 @@ from hvd_dqn.storage.arrays import UNREADABLE
 from hvd_dqn.storage.checkpoint import Snapshot
 from hvd_dqn.training.evaluation import Evaluator
 
-# From this many multiplications per minibatch on, a second thread pays for an MLP. Batch 64: at 256-256 (4 million) an
-# update takes 327 us with one thread and 633 with two, at 512-512 (17) 1,039 and 1,167, at 1024-1024 (68) 4,656 and 3,870.
+# Multiplications per minibatch from which a second thread pays for an MLP. Batch 64: at 256-256 (4 million) an update
+# takes 327 us with one thread and 633 with two, at 512-512 (17) 1,039 and 1,167, at 1024-1024 (68) 4,656 and 3,870.
 SHARED_PRODUCTS = 32_000_000
 MOST_COPIES = 32  # for evaluation, on each rank: a thousand worker processes would be too many
 

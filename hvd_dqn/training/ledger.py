@@ -16,7 +16,7 @@ COLUMNS = (
     *(f"time_{name}" for name in TIMED),
 )  # fmt: skip
 
-Row = dict[str, float]  # by column; NaN where there was nothing to measure
+Row = dict[str, float]  # by column; NaN if there was nothing to measure
 
 
 class Reducer(Protocol):
