@@ -21,7 +21,7 @@ _HOMES |= {name: f"hvd_dqn.{name}" for name in _MODULES}
 
 
 def __getattr__(name: str) -> Any:
-    """Imports what is asked for: TensorFlow takes seconds, and the number of NumPy's threads must be set before it."""
+    """Imports on first use: TensorFlow takes seconds, and NumPy's number of threads must be set before its import."""
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from hvd_dqn.ranks.placement import thread_defaults

@@ -9,14 +9,14 @@
 (3, array([0, 2]))
 
 `train`, `evaluate` and `load_policy` work in this process alone, also in a notebook, and need neither MPI nor Horovod.
-They print nothing, install no signal handlers and never end the process. What cannot be done is an `InputError`, and a
-training that fails a `RunError`, both of `hvd_dqn.errors`. Several ranks are started by a launcher:
+They print nothing, install no signal handlers and never end the process. They raise `InputError` for wrong input and
+`RunError` if a training fails, both from `hvd_dqn.errors`. A launcher starts several ranks:
 `horovodrun -np 4 hvd-dqn train ...`.
 
-TensorFlow fixes its number of threads at the first training in a process, NumPy when it is first imported. What the
-environment says wins (`TF_NUM_INTRAOP_THREADS`, `OMP_NUM_THREADS`).
+TensorFlow fixes its number of threads at the first training in a process, NumPy when it is first imported. The
+environment variables `TF_NUM_INTRAOP_THREADS` and `OMP_NUM_THREADS` take precedence.
 
-For every record of a training, as a tuner wants them: `hvd_dqn.training.Trainer`.
+`hvd_dqn.training.Trainer` yields every record of a training, for example to a tuner.
 """
 
 import threading
@@ -59,20 +59,20 @@ def train(
     """Trains to the end of the run, in this process alone.
 
     `preset_or_config` is the name of a preset, the path of a YAML file, or a `Config`; without it `env.id` must be
-    given. `settings` are laid over it, by nested names, `env={"id": "Acrobot-v1"}`, or dotted ones,
-    `**{"env.id": "Acrobot-v1"}`; `seed=3` and `total_steps` stand alone.
+    given. `settings` override it, by nested names, `env={"id": "Acrobot-v1"}`, or by dotted names,
+    `**{"env.id": "Acrobot-v1"}`. `seed=3` and `total_steps` belong to no section.
 
-    `run_dir` keeps the run; by default runs/NAME-DATE-TIME. `resume` goes on from its newest checkpoint, with the run's own
-    settings; then no preset need be named. `start_from` is the directory of another run, whose weights and statistics of
-    observations this new one starts with: those of its best evaluation, else its newest. With `progress` it prints what the
-    command prints.
+    The run is saved in `run_dir`, by default runs/NAME-DATE-TIME. `resume` continues from its newest checkpoint with
+    the run's own settings; no preset is needed then. `start_from` is the directory of another run. The new run starts
+    with that run's weights and observation statistics: those of its best evaluation, else its newest. `progress` prints
+    what the command prints.
 
-    `stop` is asked every `ranks.vote_period` total steps, and in every step of an evaluation: once it returns True, the run
-    is saved and the outcome is "stopped". Ctrl-C (a notebook's interrupt) does the same and is then raised as
-    KeyboardInterrupt; a second one is raised at once, while the training still stops and saves in its thread. For that the
-    training runs in a thread of its own where this is called in the main one.
+    `stop` is called every `ranks.vote_period` total steps and in every step of an evaluation. Once it returns True, the
+    run is saved and the outcome is "stopped". Ctrl-C (a notebook's interrupt) does the same and then raises
+    KeyboardInterrupt. A second Ctrl-C raises it at once, while the training still saves in its thread: called in the
+    main thread, this function trains in another one.
 
-    Raises InputError for what cannot be done, before anything is trained, and RunError where the run cannot go on.
+    Raises InputError for wrong input, before training starts, and RunError if the run cannot continue.
     """
     with thread_defaults():
         if launched_ranks() > 1:
@@ -95,8 +95,8 @@ def evaluate(
 ) -> Evaluation:
     """Plays `episodes` with the newest weights of a run, or with those of its best evaluation.
 
-    Each action is random with probability `epsilon`. The same numbers as `hvd-dqn evaluate` gives, on however many ranks.
-    Raises InputError where there is no such run, or no checkpoint of it that can be read.
+    Each action is random with probability `epsilon`. Gives the same numbers as `hvd-dqn evaluate` on any number of
+    ranks. Raises InputError if there is no such run, or no readable checkpoint of it.
     """
     with thread_defaults():
         run = Run(Path(run_dir))
@@ -105,10 +105,10 @@ def evaluate(
 
 
 def load_policy(run_dir: str | Path, best: bool = True, *, seed: int | None = None) -> Policy:
-    """The policy of a run's best evaluation, or with `best=False` its newest; one without evaluation has its newest.
+    """The policy of a run's best evaluation. With `best=False`, or if there was no evaluation: its newest policy.
 
-    `seed` is that of its random actions. Makes one copy of the environment to ask for its spaces, and closes it. Raises
-    InputError where there is no such run, no checkpoint of it that can be read, or no such environment.
+    `seed` seeds its random actions. Makes one copy of the environment to read its spaces, and closes it. Raises
+    InputError if there is no such run, no readable checkpoint of it, or no such environment.
     """
     with thread_defaults():
         return policy_of_run(Run(Path(run_dir)), best=best, seed=seed)
@@ -119,7 +119,7 @@ def _settings(
 ) -> tuple[str, Config]:
     """The run's name and its settings."""
     if resume and run_dir is None:
-        raise InputError("--resume needs --run-dir DIR, the run to go on with.")
+        raise InputError("--resume needs --run-dir DIR, the run to continue.")
     is_file = isinstance(source, Path) or (isinstance(source, str) and source.endswith((".yaml", ".yml")))
     if isinstance(source, Config):
         name, base = "run", source
@@ -147,9 +147,9 @@ def _env_id(settings: Mapping[str, Any]) -> str | None:
 
 
 def _interruptible(work: Callable[[Callable[[], bool]], T]) -> T:
-    """Does `work` such that Ctrl-C never cuts it in the middle of a step; `work` is told how to ask whether one came.
+    """Does `work` so that Ctrl-C never interrupts a step. `work` gets a function that tells whether Ctrl-C was pressed.
 
-    Python raises KeyboardInterrupt in the main thread alone, and wherever that is; so the work goes into another.
+    Python raises KeyboardInterrupt in the main thread only, at any point. So the work runs in another thread.
     """
     asked = threading.Event()
     if threading.current_thread() is not threading.main_thread():
@@ -163,4 +163,4 @@ def _interruptible(work: Callable[[Callable[[], bool]], T]) -> T:
         result.result()
         raise
     finally:
-        thread.shutdown(wait=result.done())  # after a second Ctrl-C nobody waits
+        thread.shutdown(wait=result.done())  # after a second Ctrl-C, do not wait

@@ -1,4 +1,4 @@
-"""The console script: settles threads, starts the world, runs one command and turns errors into exit codes."""
+"""The console script: sets threads, connects the ranks, runs one command and turns errors into exit codes."""
 
 import contextlib
 import importlib
@@ -11,7 +11,7 @@ from hvd_dqn import __version__
 from hvd_dqn.errors import InputError, JobError, RunError, nearest, tell
 from hvd_dqn.ranks.placement import is_elastic, set_thread_defaults
 
-if TYPE_CHECKING:  # it imports NumPy, whose number of threads has to be settled first
+if TYPE_CHECKING:  # it imports NumPy, whose number of threads must be set first
     from hvd_dqn.ranks.world import World
 
 COMMANDS = ("train", "evaluate", "plot", "bench", "doctor", "presets")  # modules of hvd_dqn.commands
@@ -39,13 +39,13 @@ Started by horovodrun, mpirun or srun, the same command is one rank of many.
 def main() -> None:
     """Runs one command. Exit codes: 0 done, 1 failed, 2 bad input, 75 stopped on request after a checkpoint."""
     set_thread_defaults()
-    # A console script does not have it: for the user's own `module:EnvId` and `module:function`.
+    # Console scripts lack this entry. It finds the user's own `module:EnvId` and `module:function`.
     sys.path.insert(0, os.getcwd())
     run_command(sys.argv[1:])
 
 
 def run_command(argv: Sequence[str]) -> None:
-    """Runs the command that `argv` (without the program's name) asks for. Raises SystemExit if the exit code is not 0."""
+    """Runs the command in `argv`, given without the program's name. Raises SystemExit if the exit code is not 0."""
     from hvd_dqn.commands.loading import loading
     from hvd_dqn.commands.train import stop_request
     from hvd_dqn.ranks.connect import connect
@@ -55,13 +55,13 @@ def run_command(argv: Sequence[str]) -> None:
     world: World | None = None
     try:
         if argv[:1] == ["train"]:
-            # Before the seconds that the world takes to start. An elastic job's launcher ends single ranks by SIGTERM.
+            # Early, because connecting takes seconds. An elastic job's launcher ends single ranks with SIGTERM.
             stop_request.install(for_all="--elastic" not in argv)
         if any(word.partition("=")[0] == "--timeline" for word in argv):
-            os.environ["HOROVOD_TIMELINE"] = "DYNAMIC"  # which Horovod has to know before it starts
+            os.environ["HOROVOD_TIMELINE"] = "DYNAMIC"  # Horovod reads this when it starts
         with loading():
             world = connect()
-        # Results are the chief's to print.
+        # Only the chief prints results.
         with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere if world.rank else sys.stdout):
             command = in_step(world, lambda: find_command(argv[0] if argv else "--help"))
             command(argv[1:], world)
@@ -71,7 +71,7 @@ def run_command(argv: Sequence[str]) -> None:
         sys.exit(2)
     except JobError as error:
         assert world is not None
-        if world.rank == 0 or is_elastic():  # there any rank may fail alone, or have become the chief
+        if world.rank == 0 or is_elastic():  # elastic: any rank may fail alone, or may have become the chief
             tell(str(error))
         sys.exit(1)
     except (RunError, KeyboardInterrupt) as error:

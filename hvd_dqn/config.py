@@ -10,7 +10,7 @@ from hvd_dqn.values import read_value
 
 
 def setting(default: Any, meaning: str, *, unit: str = "", source: str = "", **limits: Any) -> Any:
-    """One setting. `limits` are pydantic's (`ge`, `le`, ...); help and the settings table show all of it."""
+    """One setting. `limits` are pydantic's (`ge`, `le`, ...). --help and the settings table show all arguments."""
     return Field(default, json_schema_extra={"meaning": meaning, "unit": unit, "source": source}, **limits)
 
 
@@ -20,7 +20,7 @@ Counts = tuple[Annotated[int, Field(ge=1)], ...]
 
 
 class Values(BaseModel):
-    """Named values that are read as they are meant (`1e6` is a whole number) and cannot be changed afterwards."""
+    """Immutable named values. Text is read by the type that is expected, so `1e6` can be a whole number."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, populate_by_name=True)
 
@@ -359,7 +359,7 @@ class Config(Section):
     checkpoint: Checkpoint = Checkpoint()
 
     def digest(self) -> str:
-        """A short hash; ranks that were started with equal settings have equal ones."""
+        """A short hash. Ranks that were started with equal settings have equal hashes."""
         return hashlib.sha256(self.model_dump_json().encode()).hexdigest()[:12]
 
     def to_yaml(self) -> str:

@@ -1,4 +1,4 @@
-"""Settings from presets, YAML files, the command line and Python: read in one way, and what is wrong is said in one line."""
+"""Reads settings from presets, YAML files, the command line and Python, all in one way. Errors are one line."""
 
 import difflib
 from collections.abc import Callable, Mapping
@@ -15,7 +15,7 @@ from hvd_dqn.values import expected, read_yaml
 
 V = TypeVar("V", bound=Values)
 RENAMED = {"learner.replay_ratio": "learner.samples_per_insert"}
-# What other libraries call it.
+# Names of our settings in other libraries.
 ELSEWHERE = {
     "lr": "learner.learning_rate",
     "learning_starts": "learner.learn_start",
@@ -46,7 +46,7 @@ ELSEWHERE = {
 
 
 def presets() -> dict[str, str]:
-    """The text of each preset by name, its source and expected result in the leading comment."""
+    """The text of each preset by name. The leading comment tells its source and expected result."""
     folder = resources.files("hvd_dqn") / "presets"
     return {
         file.name.removesuffix(".yaml"): file.read_text() for file in sorted(folder.iterdir(), key=lambda f: f.name)
@@ -61,7 +61,7 @@ def load_preset(name: str) -> Config:
 
 
 def load_file(path: Path, base: Config | None = None) -> Config:
-    """The settings of a YAML file laid over `base` or the defaults."""
+    """The settings of a YAML file, which override `base` or the defaults."""
     try:
         return from_yaml(path.read_text(), str(path), base)
     except (OSError, UnicodeDecodeError) as error:
@@ -71,7 +71,7 @@ def load_file(path: Path, base: Config | None = None) -> Config:
 
 
 def from_yaml(text: str, origin: str, base: Config | None = None) -> Config:
-    """The settings of a YAML text laid over `base` or the defaults; `origin` names it in errors."""
+    """The settings of a YAML text, which override `base` or the defaults; errors call the text `origin`."""
     try:
         settings = read_yaml(text)
         if settings is None or settings == {}:
@@ -86,8 +86,7 @@ def from_yaml(text: str, origin: str, base: Config | None = None) -> Config:
 def configure(base: Config, settings: Mapping[str, Any]) -> Config:
     """`base` with other `settings`, by nested names (`{"env": {"id": ...}}`), dotted ones (`{"env.id": ...}`) or both.
 
-    Values may be text as on the command line: `"1e6"`, `"64,64"`. Raises InputError, in one line, for the first thing that
-    is wrong.
+    Values may be text as on the command line: `"1e6"`, `"64,64"`. Raises InputError, in one line, for the first error.
     """
     values = base.model_dump()
     for name, value in _by_dotted_name(settings).items():
@@ -112,7 +111,7 @@ def _by_dotted_name(settings: Any) -> dict[str, Any]:
 
 
 def _inside(section: str, values: Any) -> dict[str, Any]:
-    """What is given for a section, by dotted names. One with nothing in it keeps what it has."""
+    """The settings given in a section, by dotted names. An empty section changes nothing."""
     if isinstance(values, Section):
         values = values.model_dump()
     if values is None:
@@ -128,7 +127,7 @@ def _inside(section: str, values: Any) -> dict[str, Any]:
 
 
 def advice(name: str, spell: Callable[[str], str] = str) -> str:
-    """What to add to a message about a setting that does not exist; `spell` writes a name as it must stand there."""
+    """What to add to a message about an unknown setting; `spell` writes names as the message must show them."""
     if name in RENAMED:
         return f" Its name is now `{spell(RENAMED[name])}`: write that instead."
     meant = [f"`{spell(known)}`" for known in _meant(name)]
@@ -136,7 +135,7 @@ def advice(name: str, spell: Callable[[str], str] = str) -> str:
 
 
 def _meant(name: str) -> list[str]:
-    """The names that `name` may stand for: another library's word, the end of dotted names, or one that looks like it."""
+    """The settings that `name` may mean: by another library's name, by the end of a dotted name, or by similarity."""
     leaf = name.rpartition(".")[2]
     if name in sections():
         return [next(known for known in setting_names() if known.startswith(f"{name}."))]
@@ -151,7 +150,7 @@ def _meant(name: str) -> list[str]:
 
 
 def validated(kind: type[V], values: Mapping[str, Any], spell: Callable[[str], str] = str) -> V:
-    """`values` as a `kind`. Raises InputError, which writes names as `spell` says, with the first that does not fit."""
+    """`values` as a `kind`. Raises InputError for the first value that does not fit; `spell` writes its name."""
     try:
         return kind.model_validate(values)
     except ValidationError as error:
@@ -176,6 +175,6 @@ def _explained(kind: type[Values], error: ValidationError, spell: Callable[[str]
 
 
 def _shown(value: Any) -> str:
-    """`value` in one line that is not too long."""
+    """`value` in one line, shortened if it is long."""
     text = " ".join(repr(value).split())
     return text if len(text) <= 80 else f"{text[:77]}..."

@@ -1,4 +1,4 @@
-"""TensorFlow graphs, called with NumPy arrays for NumPy arrays, and what is put into them: loops, gradients and clocks."""
+"""TensorFlow graphs that take and return NumPy arrays, and their building blocks: loops, gradients and clocks."""
 
 import threading
 from collections.abc import Callable, Sequence
@@ -7,16 +7,16 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-SUMMED_BY_ONE_THREAD = 65_536  # numbers; TensorFlow shares out the sum of 200,000 among threads
+SUMMED_BY_ONE_THREAD = 65_536  # numbers; TensorFlow uses several threads for a sum of 200,000
 
 
 class Graph:
-    """`function` of tensors, traced in its first call; later ones may have other leading dimensions.
+    """`function` of tensors, traced in its first call. Later calls may have other leading dimensions.
 
-    The graph itself fetches the arrays and delivers the results, so that no eager tensor is made: TensorFlow 2.15 loses 48
-    bytes with each of them under Python 3.11 (its issue 62551), and converting them takes most of the time of a small call.
-    With `compiled` XLA compiles it. Loops and branches over tensors are TensorFlow's own: autograph would read the source of
-    all that is called, which takes longer than all the rest of a start. Several threads may call it: they take turns.
+    The graph itself fetches the arrays and delivers the results, without eager tensors: TensorFlow 2.15 leaks 48 bytes
+    with each of them under Python 3.11 (its issue 62551), and converting them takes most of the time of a small call.
+    With `compiled` XLA compiles the graph. Autograph is off, because it would read the source of all called functions,
+    which dominates the start: use TensorFlow's own loops and branches. Several threads may call a graph in turns.
     """
 
     def __init__(self, function: Callable[..., Sequence[tf.Tensor]], *, compiled: bool = False) -> None:
@@ -44,19 +44,19 @@ class Graph:
         tf.numpy_function(self._deliver, list(self._function(*tensors)), [])
 
     def _deliver(self, *results: np.ndarray) -> None:
-        self._results = [np.array(result) for result in results]  # copies: TensorFlow uses its memory again
+        self._results = [np.array(result) for result in results]  # copies: TensorFlow reuses its memory
 
 
 def fold(step: Callable[[tf.Tensor, Any], Any], start: Any, begin: tf.Tensor | int, end: tf.Tensor | int) -> Any:
-    """What `step(k, result)` makes of `start` for k = begin, ..., end - 1, in a loop of the graph."""
+    """Applies `result = step(k, result)` for k = begin, ..., end - 1, from `start` on, in a loop of the graph."""
     loop = tf.while_loop(lambda k, _: k < end, lambda k, result: (k + 1, step(k, result)), (begin, start))
     return loop[1]
 
 
 def global_norm(tensors: Sequence[tf.Tensor]) -> tf.Tensor:
-    """The norm [] of all numbers together, the same to the last bit however many threads a rank has.
+    """The norm [] of all numbers together. It does not depend on the number of threads, to the last bit.
 
-    TensorFlow shares out the sum of a large tensor among them: such a one is summed in parts, each by one thread.
+    TensorFlow sums a large tensor in several threads. So such a tensor is summed here in parts of one thread each.
     """
     halves = []
     for tensor in tensors:
@@ -67,7 +67,7 @@ def global_norm(tensors: Sequence[tf.Tensor]) -> tf.Tensor:
 
 
 class DenseTape(tf.GradientTape):
-    """Whose gradients are tensors: of an embedding too, and of what the result does not depend on."""
+    """A tape whose gradients are always dense tensors: also for embeddings, and zeros for unused variables."""
 
     def gradient(self, target: tf.Tensor, sources: Any) -> list[tf.Tensor]:
         gradients = super().gradient(target, sources, unconnected_gradients=tf.UnconnectedGradients.ZERO)
@@ -75,7 +75,7 @@ class DenseTape(tf.GradientTape):
 
 
 class StampedTape(DenseTape):
-    """Takes the time when its gradient is ready."""
+    """Records the time at which its gradient is ready."""
 
     def gradient(self, target: tf.Tensor, sources: Any) -> list[tf.Tensor]:
         gradients = super().gradient(target, sources)
@@ -84,7 +84,7 @@ class StampedTape(DenseTape):
 
 
 def time_after(gradients: list[tf.Tensor]) -> tf.Tensor:
-    """The time [] in seconds when these are there."""
-    # Identities: whoever depends on the results of an inlined function otherwise only waits for what it must run.
+    """The time [] in seconds at which these gradients are ready."""
+    # Identities: an operation that depends on an inlined function otherwise waits only for a part of that function.
     with tf.control_dependencies([tf.identity(part) for part in gradients]):
         return tf.timestamp()

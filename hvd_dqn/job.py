@@ -1,4 +1,4 @@
-"""A training from its settings to its end, by one rank or many, and what it has learned: played, or as a policy."""
+"""A whole training, from settings to result, on one rank or many; and the evaluation and policy of a finished run."""
 
 import contextlib
 import functools
@@ -33,22 +33,22 @@ T = TypeVar("T")
 class Result:
     """How a training ended: the environment's own returns, neither clipped nor scaled.
 
-    `outcome` is "stopped" where somebody asked for that before the end; the run can then be gone on with.
+    `outcome` is "stopped" if the run was stopped on request before its end; it can then be resumed.
     """
 
     outcome: Literal["finished", "stopped"]
-    return_mean: float  # of the last evaluation of this call, like the next two; NaN where there was none
+    return_mean: float  # of the last evaluation of this call, as the next two are; NaN without one
     return_std: float  # over its episodes
     episodes: int
     total_steps: int  # over all environments of all ranks
     seconds: float  # of wall time, over all resumes of the run
-    best_return: float  # the highest mean of an evaluation; NaN where there was none
+    best_return: float  # the highest mean of an evaluation; NaN if there was none
     best_total_steps: int | None  # after which it was measured
     run_dir: Path
 
     @functools.cached_property
     def policy(self) -> Policy:
-        """The policy of the best evaluation, loaded from the run directory when it is first asked for."""
+        """The policy of the best evaluation, loaded from the run directory on first use."""
         return policy_of_run(Run(self.run_dir), best=True)
 
 
@@ -94,18 +94,17 @@ def train_elastically(
 ) -> Result:
     """The same in an elastic job, whose number of ranks may change. A generation is the time between two changes.
 
-    Horovod: a rank may join at any time, so no collective may come before `furthest`, and a rank with an error of its own
-    ends alone.
+    Horovod: a rank may join at any time, so `furthest` must be the first collective. A rank that fails ends alone.
     """
     world = ElasticWorld()
-    sys.stdout = sys.__stdout__  # any rank may become the chief, whose results are printed
+    sys.stdout = sys.__stdout__  # any rank may become the chief, which prints the results
     checkpoints = Checkpoints(run.path, world, config.checkpoint.keep, config.checkpoint.compress)
     trainer: Trainer | None = None
     while True:
         try:
             held = trainer.committed if trainer else None
             snapshot, joined = world.furthest(held and (held, config.digest()), held.total_steps if held else -1)
-            again = world.any(trainer is not None)  # of this job's own ranks some have made the run directory
+            again = world.any(trainer is not None)  # ranks of this job have already made the run directory
             start = None
             if snapshot is None:  # the job begins
                 start = starting_weights(run, config, world, start_from, resume, tell)
@@ -117,7 +116,7 @@ def train_elastically(
             if trainer is not None and found is not None and trainer.committed is not None:
                 trainer.worker.regroup(found, joined)
             else:
-                if trainer is not None:  # of a generation that ended before it began: made for another number of ranks
+                if trainer is not None:  # it never began, and was made for another number of ranks
                     trainer.close()
                 trainer = Trainer(config, world, found, stop, joins=snapshot is not None, start=start)
             return _go_on(trainer, name, run, found, checkpoints, start, again)
@@ -139,7 +138,7 @@ def _go_on(
 ) -> Result:
     session = in_step(trainer.world, lambda: _opened(run, name, trainer, snapshot, start, again, progress))
     last, evaluation = None, {"return_mean": math.nan, "return_std": math.nan, "episodes": 0}
-    # Closing: a record that cannot be shown ends the training there and then, its goodbyes to the other ranks included.
+    # Closing: if a record cannot be shown, the training ends at once and says goodbye to the other ranks.
     with session, contextlib.closing(trainer.train(checkpoints)) as records:
         for record in records:
             last = record
@@ -148,8 +147,8 @@ def _go_on(
             try:
                 session.show(record)
             except OSError as error:
-                raise RunError(f"{run.path} cannot be written: {error}. Make room and go on with --resume.") from None
-            except InputError as error:  # what was begun is no bad input any more
+                raise RunError(f"{run.path} cannot be written: {error}. Free space and use --resume.") from None
+            except InputError as error:  # a run that has begun does not end with "bad input"
                 raise RunError(str(error)) from None
     assert last is not None
     return _result(last, evaluation, trainer.worker.best, run)
@@ -185,7 +184,7 @@ def _opened(
 
 
 def newest(checkpoints: Checkpoints, run: Run, world: World, say: Callable[[str], None]) -> Snapshot:
-    """The checkpoint to go on from. A collective. Raises InputError where there is none."""
+    """The checkpoint to resume from. A collective. Raises InputError if there is none."""
     snapshot = checkpoints.newest(say if world.rank == 0 else lambda text: None)
     if snapshot is None:
         raise InputError(f"There is nothing to resume in {run.path}: it has no complete checkpoint.")
@@ -195,9 +194,9 @@ def newest(checkpoints: Checkpoints, run: Run, world: World, say: Callable[[str]
 def starting_weights(
     run: Run, config: Config, world: World, start_from: Path | None, resume: bool, say: Callable[[str], None]
 ) -> Snapshot | None:
-    """The weights that a new run starts from; None where it starts from random ones, or goes on. A collective.
+    """The weights that a new run starts from; None if it starts from random weights, or is resumed. A collective.
 
-    Of the best evaluation, else the newest. Raises InputError where they cannot be read or are of another network.
+    They are those of the best evaluation, else the newest. Raises InputError if they cannot be read or do not fit.
     """
     if start_from is None:
         return None
@@ -208,10 +207,10 @@ def starting_weights(
             return
         if not resume:
             _check_same_network(source, config)
-        # A batch system repeats the words of a job that it starts again, and adds --resume.
+        # A batch system restarts a job with the same arguments and adds --resume.
         elif run.about().get("started_from", {}).get("run") != str(start_from.resolve()):
             raise InputError(
-                f"--from starts a new run, and --resume goes on with {run.path}, which did not start from {start_from}: "
+                f"--from starts a new run, and --resume continues {run.path}, which did not start from {start_from}: "
                 "leave one of them out."
             )
 
@@ -220,7 +219,7 @@ def starting_weights(
 
 
 def _check_same_network(source: Run, config: Config) -> None:
-    """Weights are one vector, whose length alone does not tell layers of 3 and 5 from layers of 5 and 3."""
+    """Weights are one vector. Its length does not tell whether the layers had 3 and 5 or 5 and 3 neurons."""
     before, now = source.config(), config
     names = ["env.normalize_observation"]
     if ":" not in before.agent.network or ":" not in now.agent.network:
@@ -238,14 +237,14 @@ def _check_same_network(source: Run, config: Config) -> None:
 def weights_of_run(run: Run, world: World, *, best: bool, say: Callable[[str], None]) -> Snapshot:
     """The newest weights of a run, or those of its best evaluation if there was one. The chief reads them. A collective.
 
-    Raises InputError where there is no run, or its weights cannot be read.
+    Raises InputError if there is no run, or its weights cannot be read.
     """
 
     def read() -> Snapshot | None:
         if world.rank != 0:
             return None
         if not run.exists:
-            run.config()  # says so
+            run.config()  # raises InputError
         checkpoints, damage = Checkpoints(run.path, world), list[str]()
         snapshot = checkpoints.weights(None, damage.append)
         if best and snapshot is not None and snapshot.state["best"]:
@@ -262,12 +261,12 @@ def weights_of_run(run: Run, world: World, *, best: bool, say: Callable[[str], N
 
 
 def evaluation_settings(config: Config, episodes: int, seed: int, epsilon: float) -> Config:
-    """A run's settings, to play other episodes than those of its training. Raises InputError."""
+    """A run's settings, changed for evaluating it with other episodes. Raises InputError."""
     return configure(config, {"seed": seed, "evaluation": {"episodes": episodes, "epsilon": epsilon}})
 
 
 def evaluate_in_world(config: Config, world: World, snapshot: Snapshot) -> Evaluation:
-    """Plays the evaluation that `config` describes with the weights of a checkpoint. A collective."""
+    """Runs the evaluation that `config` describes, with the weights of a checkpoint. A collective."""
 
     def build() -> tuple[Network, Evaluator]:
         with contextlib.closing(make_environments(config, world, 1, "sync")) as envs:
@@ -279,15 +278,15 @@ def evaluate_in_world(config: Config, world: World, snapshot: Snapshot) -> Evalu
     network.refresh()
     with contextlib.closing(evaluator):
         row: dict[str, Any] | None = evaluator.evaluate(config.evaluation.episodes, round=0)
-    assert row is not None  # nobody asks an evaluation alone to stop
+    assert row is not None  # this evaluator has no `stop`
     return Evaluation(snapshot.total_steps, **row)
 
 
 def policy_of_run(run: Run, *, best: bool, seed: int | None = None) -> Policy:
-    """The policy of a run's best evaluation or newest checkpoint. Makes a copy of the environment to ask for its spaces."""
+    """The policy of a run's best evaluation or newest checkpoint. Makes one environment, to read its spaces."""
     config, snapshot = run.config(), weights_of_run(run, Solo(), best=best, say=warn)
     with contextlib.closing(make_environments(config, Solo(), 1, "sync")) as envs:
         network = trained_network(config, envs, Solo(), snapshot)
         policy = make_policy(envs, network.q_values, seed)
-        policy.choose(envs.observation)  # makes the graph of a network that has one
+        policy.choose(envs.observation)  # traces the graph, if the network has one
     return policy

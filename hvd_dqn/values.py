@@ -1,4 +1,4 @@
-"""What a person writes for a value (`1e6`, `64,64`, `{a: 8}`), read as what is meant; what may be written, in words."""
+"""Reads values as users write them (`1e6`, `64,64`, `{a: 8}`), and describes in words what is allowed."""
 
 import re
 import types
@@ -13,9 +13,9 @@ from hvd_dqn.errors import InputError
 
 
 def read_value(written: Any, annotation: Any) -> Any:
-    """`written` as a value of the type `annotation`, as far as it is clear what is meant; pydantic checks the result.
+    """`written` as a value of the type `annotation`, if its meaning is clear; pydantic checks the result.
 
-    Text is read by the type that is asked for, so that `1e6` is a whole number and `yes` is none. Raises ValueError.
+    Text is read by the expected type, so `1e6` can be a whole number and `yes` cannot. Raises ValueError.
     """
     kind, is_optional = _without_none(annotation)
     if is_optional and isinstance(written, str) and written.strip().lower() in ("none", "null", "~"):
@@ -52,7 +52,7 @@ def _number(text: str) -> int | float:
 
 
 def _items(written: Any, kind: Any) -> Sequence[Any]:
-    """The items of a list: `64,64`, `[64, 64]`, `64 64`, the same in several words, or a single one."""
+    """The items of a list: `64,64`, `[64, 64]` or `64 64`, in one word or several, or a single item."""
     if _without_none(kind)[0] is Path:
         return [written] if isinstance(written, str) else written
     if isinstance(written, list | tuple) and all(isinstance(item, str) for item in written):
@@ -78,7 +78,7 @@ def _mapping(written: str | list[str]) -> Any:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML with two corrections: `1e4` is a number, as in JSON, and a name that stands twice is refused."""
+    """YAML with two corrections: `1e4` is a number, as in JSON, and a repeated name is an error."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         lines: dict[Any, int] = {}
@@ -101,7 +101,7 @@ def read_yaml(text: str) -> Any:
 
 
 def expected(annotation: Any, limits: Sequence[Any] = ()) -> str:
-    """What may be written for a value of this type within pydantic's `limits`, in words: "a whole number, at least 1"."""
+    """The allowed values of this type within pydantic's `limits`, in words: "a whole number, at least 1"."""
     kind, is_optional = _without_none(annotation)
     return _in_words(kind, limits) + (", or none" if is_optional else "")
 
@@ -144,7 +144,7 @@ def _limits(limits: Sequence[Any]) -> list[str]:
 
 
 def placeholder(annotation: Any) -> str:
-    """What stands for the value after an option: its choices if there are some, else one word."""
+    """The placeholder of an option's value in --help: its choices if there are any, else one word."""
     kind, _ = _without_none(annotation)
     if get_origin(kind) is Literal:
         return "|".join(map(str, get_args(kind)))

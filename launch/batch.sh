@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# What the batch scripts of slurm/, pbs/ and lsf/ share; nothing to run by itself. Who sources it has set `script`
+# Shared by the batch scripts of slurm/, pbs/ and lsf/; do not run it by itself. A script that sources it has set `script`
 # (its name), `root` (the project's folder), `job` (the job's name and id) and `submit` (the command that submits it).
-# shellcheck disable=SC2154 # what they set
+# shellcheck disable=SC2154 # set by the scripts
 set -euo pipefail
 
 words=() to_train='' run_dir='' began_at='' code='' was_ended=''
@@ -9,7 +9,7 @@ words=() to_train='' run_dir='' began_at='' code='' was_ended=''
 stop() { echo "$script: $*" >&2; exit 2; }
 need_venv() { [ -x "$root/.venv/bin/hvd-dqn" ] || stop "there is no $root/.venv yet: run $root/launch/setup.sh."; }
 
-# prepare WORDS...: goes to the project's folder. Leaves in `words` what `hvd-dqn train` shall do, in `run_dir` where.
+# prepare WORDS...: goes to the project's folder. Sets `words` to the arguments of `hvd-dqn train`, and `run_dir`.
 prepare() {
     local word more
     read -rd '' -a more <<<"${HVD_DQN_ARGS:-}" || true # at blanks and at ends of lines
@@ -17,7 +17,7 @@ prepare() {
         case $word in
             --) ;;
             --run-dir* | --run_dir* | --resume)
-                stop "$word is mine to say: set HVD_DQN_RUN_DIR, and the job goes on with the run that is there." ;;
+                stop "$word is set by this script: set HVD_DQN_RUN_DIR, and the job continues an existing run in it." ;;
             *) words+=("$word") ;;
         esac
     done
@@ -27,16 +27,16 @@ prepare() {
     run_dir=${HVD_DQN_RUN_DIR:-runs/${job//\//-}} # a job that is requeued keeps its id, and so finds its run
     began_at=$(newest)
     if [ -n "$began_at" ]; then
-        echo "$script: going on with $run_dir from $began_at total steps" >&2
+        echo "$script: continuing $run_dir from $began_at total steps" >&2
         words+=(--resume)
     elif [ -e "$run_dir/run.json" ] && [[ -z ${HVD_DQN_RUN_DIR:-} || ${SLURM_RESTART_COUNT:-0} != 0 ]]; then
-        # This job's: its host went down too early.
+        # A run of this job, whose host went down too early.
         mv "$run_dir" "$run_dir-without-checkpoint-$(date +%Y%m%d-%H%M%S)"
     fi
     words+=(--run-dir "$run_dir")
 }
 
-# The total steps of the newest checkpoint that can be gone on from.
+# The total steps of the newest resumable checkpoint.
 newest() {
     local manifest steps last=''
     for manifest in "$run_dir"/checkpoints/*/MANIFEST.json; do
@@ -47,13 +47,13 @@ newest() {
     echo "$last"
 }
 
-# run COMMAND...: shows it and waits for its end through all signals. Leaves its exit code in `code`.
+# run COMMAND...: shows it and waits for its end, also after signals. Sets `code` to its exit code.
 run() {
     local program signalled=1
     echo "+ $*" >&2
     "$@" &
     program=$!
-    # srun and mpirun pass USR1 on to their ranks, which save and end; with TERM they would give them little time.
+    # srun and mpirun pass USR1 on to their ranks, which save and end. After TERM they would leave them little time.
     trap 'signalled=1; kill -USR1 "$program" 2>/dev/null || true' USR1
     trap 'signalled=1 was_ended=1; kill -USR1 "$program" 2>/dev/null || true' TERM INT
     while [ -n "$signalled" ]; do # a signal to this shell ends the wait, and not the program
@@ -66,24 +66,24 @@ run() {
 # Options and their reasons are mpirun.sh's. HOSTS as a:2,b:2.
 run_by_mpirun() { run launch/mpirun.sh -H "$1" train "${words[@]}"; }
 
-how_to_go_on() { echo "To go on: HVD_DQN_RUN_DIR=$run_dir HVD_DQN_ARGS='$to_train' $submit"; }
+how_to_go_on() { echo "To continue: HVD_DQN_RUN_DIR=$run_dir HVD_DQN_ARGS='$to_train' $submit"; }
 
-# Whether the job shall be started again: it saved because its time was nearly over, and it had got on. With too short a
-# time it would come back for ever, and so might one that is cancelled: Slurm lets it.
+# Whether the job shall be started again: it saved because its time was nearly over, and it had made progress. Without
+# progress it would restart for ever. So might a cancelled job, which Slurm allows to requeue.
 goes_on() {
     [ "$code" != 138 ] || echo "$script: asked to stop (USR1) while it was still starting: give the job more time." >&2
     [ "$code" = 75 ] || return 1
     if [ -n "$was_ended" ]; then
         echo "$script: ended from outside. $(how_to_go_on)" >&2
     elif [ "$(newest)" = "$began_at" ]; then
-        echo "$script: stopped before it got on, and so would the next start be: give the job more time." >&2
+        echo "$script: stopped before it made progress, and so would the next start: give the job more time." >&2
     else
         return 0
     fi
     return 1
 }
 
-# finish COMMAND...: ends the job, after COMMAND has started it again where it shall go on.
+# finish COMMAND...: ends the job. If it shall continue, COMMAND starts it again first.
 finish() {
     if goes_on; then
         echo "+ $*" >&2

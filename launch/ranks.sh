@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# What horovodrun.sh and mpirun.sh share; nothing to run by itself. Their options, the check of the hosts and the
+# Shared by horovodrun.sh and mpirun.sh; do not run it by itself. Their options, the check of the hosts and the
 # variables of the ranks, each with its reason, are here once, whatever starts the ranks.
-# shellcheck disable=SC2034 # which read what is set here
+# shellcheck disable=SC2034 # used by these scripts
 set -euo pipefail
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)
@@ -84,7 +84,7 @@ find_mpi() {
     [[ $mpi == /usr/bin/* || $mpi == /bin/* ]] || ! is_far || prefix=(--prefix "$(dirname "$(dirname "$mpi")")")
 }
 
-# Says why ranks cannot be started on the host $1; nothing where they can.
+# Prints why ranks cannot be started on the host $1; nothing if they can.
 examine() {
     local said sees
     local -a ssh=(ssh -o BatchMode=yes -o ConnectTimeout=10 ${port:+-p "$port"} ${key:+-i "$key"} "$1")
@@ -102,7 +102,7 @@ examine() {
 check() {
     local name complaints
     [ -x "$root/.venv/bin/hvd-dqn" ] || stop "there is no $root/.venv yet: run $root/launch/setup.sh."
-    # Whoever names another agent reaches the hosts in another way.
+    # If another agent is set, hosts are reached in another way.
     [ "${OMPI_MCA_plm_rsh_agent:-$root/launch/ssh.sh}" = "$root/launch/ssh.sh" ] || return 0
     # In a batch job Open MPI starts its daemons through the batch system; ssh between its nodes is often closed.
     [[ $me != mpirun.sh || -z ${SLURM_JOB_ID:-}${PBS_JOBID:-}${LSB_JOBID:-} ]] || return 0
@@ -110,7 +110,7 @@ check() {
     [ -z "$complaints" ] || stop "$(paste -sd' ' <<<"$complaints")"
 }
 
-# What every rank shall find in its environment; `keep` leaves a value that is set already.
+# The environment variables of every rank; `keep` leaves a value that is set already.
 setting() { export "$1=$2"; settings+=("$1=$2"); }
 keep() { setting "$1" "${!1:-$2}"; }
 set_environment() {
@@ -121,7 +121,7 @@ set_environment() {
     [ -z "$interface" ] || setting NCCL_SOCKET_IFNAME "$interface"
     [ -z "$gloo" ] || return 0
     keep OMPI_MCA_mpi_yield_when_idle 1 # ranks that wait otherwise spin, and take the core from those that work
-    # On Ctrl-C mpirun ends its ranks with SIGTERM, so many seconds later with SIGKILL: its own 1 is no time to save.
+    # On Ctrl-C mpirun sends its ranks SIGTERM, and SIGKILL this many seconds later. Its default of 1 is too short to save.
     keep OMPI_MCA_odls_base_sigkill_timeout 5
     if [ -n "$interface" ]; then # else Open MPI tries every network that it sees, those of containers included
         setting OMPI_MCA_btl_tcp_if_include "$interface" # between ranks
@@ -130,14 +130,14 @@ set_environment() {
     is_far || return 0
     [ -z "$port$key" ] || setting OMPI_MCA_plm_rsh_args "${port:+-p $port}${port:+${key:+ }}${key:+-i $key}"
     # A lost host ends the job within a minute, with a message: mpirun asks its daemons from the tenth silent second on,
-    # three times. Where something still waits for its way over the lost link TCP does not ask, and ssh.sh ends mpirun.
+    # three times. While data waits to be sent over the lost link, TCP does not ask; then ssh.sh ends mpirun.
     keep OMPI_MCA_oob_tcp_keepalive_time 10
     keep OMPI_MCA_oob_tcp_keepalive_intvl 5
     keep OMPI_MCA_oob_tcp_keepalive_probes 3
     keep OMPI_MCA_plm_rsh_agent "$root/launch/ssh.sh"
 }
 
-# Words as a shell would read them back, quoted only where they must be.
+# Words as a shell would read them back, quoted only if necessary.
 show() {
     local word line=''
     for word in "$@"; do

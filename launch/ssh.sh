@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The ssh through which mpirun starts its daemon on another host and holds it: ssh.sh [options of ssh...] HOST COMMAND
-# It notices within half a minute that the host is gone, says so, and sees to it that mpirun ends: once its ranks have
-# aborted, Open MPI waits for the answer of a daemon that it can no longer reach.
+# It notices within half a minute that the host is gone, reports that, and makes mpirun end. Otherwise Open MPI would wait
+# for the answer of a daemon that it can no longer reach, even after its ranks have aborted.
 set -euo pipefail
 
 launcher=$PPID # mpirun, or on large clusters the daemon that starts this one
@@ -11,7 +11,7 @@ code=0
 ssh -o ServerAliveInterval=5 -o ServerAliveCountMax=4 "$@" || code=$?
 
 is_there() { [[ $(cat "/proc/$launcher/comm" 2>/dev/null) =~ ^(mpirun|orterun|orted)$ ]]; }
-# 255 is ssh's own failure, all others are the daemon's; at once it is one to connect, of which mpirun tells by itself.
+# 255 is a failure of ssh, others are the daemon's. An immediate one is a failure to connect, which mpirun reports itself.
 if [ "$code" = 255 ] && [ "$SECONDS" -ge 20 ] && is_there; then
     echo "ssh.sh: $host has answered nothing for 25 s: it or the link to it is down. This ends the job." >&2
     sleep 15 # where its ranks have not aborted yet, mpirun ends by itself and gives them ten seconds for that

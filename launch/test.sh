@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Checks the code (ruff, mypy, shellcheck where installed), then runs all tests but the slow ones, those under `horovodrun -np 2` included.
+# Checks the code (ruff, mypy, shellcheck if installed), then runs all tests but the slow ones, including those under `horovodrun -np 2`.
 #   ./launch/test.sh [arguments of pytest...]
 set -euo pipefail
 

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Trains PRESET on N ranks (2 unless said), after making .venv if that is still to do:
+# Trains PRESET on N ranks (by default 2); makes .venv first if necessary:
 #   ./launch/train.sh [-np N] PRESET [settings of `hvd-dqn train`...]
-# It is setup.sh, then horovodrun.sh, which has more options.
+# It calls setup.sh, then horovodrun.sh, which has more options.
 set -euo pipefail
 
 launch=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd -P)

@@ -1,1 +1,1 @@
-"""What the algorithm is. Knows no files and no clock, and of other ranks only the World protocol."""
+"""The algorithm. Uses neither files nor clocks, and reaches other ranks only through the World protocol."""

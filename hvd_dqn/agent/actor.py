@@ -1,19 +1,19 @@
-"""Chooses actions: greedy in the network's values, random with a probability of its own in each environment."""
+"""Chooses actions: greedy, or random with a probability that each environment has of its own."""
 
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
-# A held action ends here at the latest, in steps. Source: Dabney et al. 2021, arXiv:2006.01782, section 5.
+# The longest repetition of a random action, in steps. Source: Dabney et al. 2021, arXiv:2006.01782, section 5.
 LONGEST = 10_000
 
 
 class Actor:
     """Epsilon-greedy over `q_values`, a function from observations [E, ...] to values [E, A].
 
-    With `zeta` a random action is held for n steps with a probability proportional to n**-zeta, which finds what single
-    random steps never reach (epsilon-z-greedy, Dabney et al. 2021, arXiv:2006.01782); without, for one step.
+    With `zeta` a random action is repeated for n steps with a probability proportional to n**-zeta. This reaches states
+    that single random steps never reach (epsilon-z-greedy, Dabney et al. 2021, arXiv:2006.01782).
     """
 
     def __init__(
@@ -24,13 +24,13 @@ class Actor:
         zeta: float | None = None,
     ) -> None:
         self._q_values, self._actions, self._rng, self._zeta = q_values, actions, rng, zeta
-        self._held: np.ndarray | None = None  # [E] the random action under way
+        self._held: np.ndarray | None = None  # [E] the random action that is being repeated
         self._left: np.ndarray | None = None  # [E] for how many more steps
 
     def act(self, observation: np.ndarray, epsilons: np.ndarray) -> np.ndarray:
         """Actions [E] for observations [E, ...]; each turns random with its own probability in `epsilons` [E]."""
         envs = len(epsilons)
-        # Drawn in every step, needed or not: the stream then depends on the number of steps alone.
+        # Draw in every step, needed or not, so that the random stream depends on the number of steps alone.
         starts = self._rng.random(envs) < epsilons
         action = self._rng.integers(self._actions, size=envs)
         if self._zeta is None:

@@ -1,4 +1,4 @@
-"""The network, its target and its optimizer: everything that changes when the agent learns."""
+"""The network, its target network and its optimizer: everything that learning changes."""
 
 import math
 from collections.abc import Callable
@@ -16,23 +16,21 @@ from hvd_dqn.agent.transition import Batch
 from hvd_dqn.graphs import DenseTape, Graph, StampedTape, fold, global_norm, time_after
 from hvd_dqn.ranks.world import World
 
-# Next observations that the target network values in one go: of small ones a product of many rows is the faster one (an
-# update at 64-64 takes 165 us instead of 187), of images each minibatch is large enough.
+# Next observations that the target network evaluates in one call. For small observations one large product is faster
+# (an update at 64-64 takes 165 us instead of 187). For images a single minibatch is large enough.
 AHEAD_BYTES = 1 << 16
-# Where XLA pays: it takes over a second to compile each number of updates per phase, then 64-64 takes 100 us instead of 165,
-# but 256-256 (67,842 parameters) 860 instead of 610, for oneDNN multiplies large matrices faster.
+# When XLA pays: it takes over a second to compile each number of updates per phase. Then 64-64 takes 100 us instead of
+# 165, but 256-256 (67,842 parameters) takes 860 instead of 610, because oneDNN multiplies large matrices faster.
 XLA_PARAMETERS = 30_000
 XLA_UPDATES = 50_000
 
-Results = tuple[
-    Any, ...
-]  # of the updates so far: their sums as one vector and, of a weighted batch, an array of priorities
+Results = tuple[Any, ...]  # the sums over the updates so far, as one vector, and the priorities of a weighted batch
 
 
 class Sums(NamedTuple):
     """What a phase adds up over its updates inside the graph, [] float32 each.
 
-    An update that is skipped adds no loss, q or norm.
+    A skipped update adds no loss, q or norm.
     """
 
     loss: tf.Tensor
@@ -48,10 +46,10 @@ class Phase(NamedTuple):
 
     Loss and q are of this rank's minibatches; the gradient's norm is that of the gradient averaged over ranks.
 
-    Updates whose averaged gradient is not finite are skipped and only counted. `nonfinite` counts those whose loss was not
-    finite on this rank; `any_skipped` says whether any rank skipped one. `allreduce_seconds` is the part of `seconds` that
-    went into averaging over ranks, waiting for them included. `priority` [K, B] is what the objective says of each
-    transition of a weighted batch, None of others.
+    An update whose averaged gradient is not finite is skipped and only counted. `nonfinite` counts those whose loss was
+    not finite on this rank; `any_skipped` tells whether any rank skipped one. `allreduce_seconds` is the part of
+    `seconds` spent on averaging over ranks, including the wait for them. `priority` [K, B] holds the objective's
+    priorities of a weighted batch; it is None for other batches.
     """
 
     updates: int
@@ -67,13 +65,13 @@ class Phase(NamedTuple):
 
 
 class Learner:
-    """Fits `online` to the targets of an objective by phases of K updates per call.
+    """Fits `online` to the targets of an objective, in phases of K updates per call.
 
-    With `sync` "gradients" every update averages the gradient over the ranks of `world`; with "parameters" each rank takes
-    the phase's updates alone and then parameters and optimizer slots are averaged (McMahan et al. 2017, arXiv:1602.05629),
-    which is another algorithm (local SGD); on one rank both are the same. `passes` minibatches make one update (gradient
-    accumulation). With an `xla` of None phases are compiled if that pays for `planned` updates. With `overlap` there is a
-    third network, `acting`, to choose actions by while a phase runs.
+    With `sync` "gradients" every update averages the gradient over the ranks of `world`. With "parameters" each rank
+    takes the updates of a phase alone; then parameters and optimizer slots are averaged (McMahan et al. 2017,
+    arXiv:1602.05629). That is another algorithm (local SGD); on one rank both are the same. `passes` minibatches make
+    one update (gradient accumulation). If `xla` is None, phases are compiled if that pays for `planned` updates. With
+    `overlap` there is a third network, `acting`, which chooses actions while a phase runs.
     """
 
     def __init__(
@@ -103,22 +101,22 @@ class Learner:
         self._averages_parameters = sync == "parameters"
         self._max_gradient_norm = max_gradient_norm
         optimizer = Adam(epsilon=adam_epsilon, jit_compile=False)
-        # Horovod: the wrapper makes a new optimizer, so wrap first and build then; slots exist before they are broadcast.
+        # Horovod: the wrapper makes a new optimizer, so wrap before `build`. Slots must exist before the broadcast.
         self.optimizer = optimizer if self._averages_parameters else world.wrap(optimizer, compression)
         self.optimizer.build(self.online.variables)
         if xla is None:
             parameters = sum(math.prod(variable.shape) for variable in self.online.variables)
             xla = isinstance(self.online, NumpyMlp) and parameters <= XLA_PARAMETERS and planned >= XLA_UPDATES
-        # Horovod: XLA cannot compile a phase inside which ranks talk, or may do so when others have joined.
+        # Horovod: XLA cannot compile a phase in which ranks communicate, or may do so after others have joined.
         self.compiled = xla and (self._averages_parameters or (world.size == 1 and not world.elastic))
         self._is_timed = not self._averages_parameters and (world.size > 1 or world.elastic)
-        # K may differ from phase to phase: one graph serves them all. Weighted batches, which have a field more, have another.
+        # One graph serves phases of any K. Weighted batches have another graph, because they have one more field.
         self._updates = {weighted: Graph(self._run_phase, compiled=self.compiled) for weighted in (False, True)}
         self._average = Graph(self._average_parameters)
 
     @property
     def variables(self) -> dict[str, tf.Variable]:
-        """All that must be equal on all ranks, by names that do not depend on Keras's: `online/0`, ..., `optimizer/0`."""
+        """All variables that must be equal on all ranks, by our own names: `online/0`, ..., `optimizer/0`."""
         parts = {
             "online": self.online.variables,
             "target": self.target.variables,
@@ -131,12 +129,12 @@ class Learner:
     def update(self, batch: Batch, learning_rate: float, target_copies: np.ndarray) -> Phase:
         """Takes K updates from a batch of leading dimensions [K, passes * B]; `target_copies` is [K] bool.
 
-        Observations are those of the replay, not preprocessed.
+        Observations come from the replay and are not preprocessed.
         """
         began = perf_counter()
-        # Parameters are averaged after the phase, and only then may they become the target of all ranks.
+        # Parameters are averaged after the phase. Only then may they be copied into the target networks of all ranks.
         copies = np.zeros_like(target_copies) if self._averages_parameters else target_copies
-        # XLA compiles anew for every number of them, and has no use for any.
+        # XLA would compile once for each number of groups, and groups do not make it faster.
         ends = np.zeros(0, np.int32) if self.compiled else _ends(copies, batch.next_observation[0].nbytes)
         is_weighted = batch.weight is not None
         arrays = [array for array in batch if array is not None]
@@ -171,7 +169,7 @@ class Learner:
         )
 
     def sync_acting_weights(self) -> None:
-        """From now on `acting` has the weights that `online` has now."""
+        """Copies the current weights of `online` into `acting`."""
         self.acting.refresh(self._sync_acting())
 
     def _run_phase(
@@ -215,8 +213,8 @@ class Learner:
             tf.cond(copies[end - 1], self._copy_target, list)
             return results
 
-        # Two loops around one update. The second has the target network value the next observations of many updates in
-        # one product (an update at 64-64 takes 165 us instead of 187), whose number XLA would have to know beforehand.
+        # Two loops around one update. In the second one the target network evaluates many updates in one product (165
+        # us instead of 187 for an update at 64-64). XLA would have to know their number beforehand.
         if self.compiled:
             results = fold(update_each, results, 0, tf.shape(copies)[0])
         else:
@@ -226,7 +224,7 @@ class Learner:
         return [total, *(written.stack() for written in priorities), *self.online.numpy_weights()]
 
     def _look_ahead(self, next_observation: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-        """The inputs [S, B, ...] and the target network's outputs [S, B, ...] for several minibatches [S, B, ...]."""
+        """The inputs [S, B, ...] and the target network's outputs [S, B, ...] for S minibatches [S, B, ...]."""
         _, size, *shape = next_observation.shape
         inputs = self._preprocess(tf.reshape(next_observation, [-1, *shape]))
         outputs = self.target(inputs)
@@ -243,21 +241,21 @@ class Learner:
         else:
             gradients, loss, mean_q, priority = self._accumulate(minibatch, next_outputs)
             with self._tape() as tape:
-                # The gradient of sum(g * v) by v is g: so the mean of the passes goes the way of any other gradient.
+                # The gradient of sum(g * v) by v is g. So the mean over the passes is handled like any other gradient.
                 scalar = tf.add_n([tf.reduce_sum(g * v) for g, v in zip(gradients, variables, strict=True)])
-        # These two calls are the body of `minimize`. Horovod: the first one averages. `tape.gradient` followed by
-        # `apply_gradients` would average nothing, silently.
+        # These two calls are the body of `minimize`. Horovod: the first one averages. `tape.gradient` and
+        # `apply_gradients` would silently skip the averaging.
         averaged = self.optimizer.compute_gradients(scalar, variables, tape)
         seconds = self._allreduce_seconds(tape, [gradient for gradient, _ in averaged])
         norm = global_norm([gradient for gradient, _ in averaged])
         if self._max_gradient_norm is not None:
-            # Average first, then clip: only so are N ranks x batch b one rank x batch N * b.
+            # Average first, then clip: only then do N ranks x batch b equal one rank x batch N * b.
             shrink = self._max_gradient_norm / tf.maximum(norm, self._max_gradient_norm)
             averaged = [(gradient * shrink, variable) for gradient, variable in averaged]
-        # Horovod: the average has the same norm on all ranks, so all of them apply it or none does: no vote is needed.
+        # Horovod: the average has the same norm on all ranks, so either all or none apply it: no vote is needed.
 
         def sums(**values: tf.Tensor | float) -> tf.Tensor:
-            # As one vector: every value that a branch or a loop hands on costs about a microsecond.
+            # One vector, because each value that a branch or a loop passes on costs about a microsecond.
             return tf.stack(Sums(*(0.0,) * len(Sums._fields))._replace(allreduce_seconds=seconds, **values))
 
         def apply() -> tf.Tensor:
@@ -266,7 +264,7 @@ class Learner:
 
         def skip() -> tf.Tensor:
             if self._averages_parameters:
-                # Horovod: here each rank skips for itself, and the number of steps, which is not averaged, must stay equal.
+                # Horovod: here each rank skips alone. The number of steps is not averaged, so it must stay equal.
                 self.optimizer.iterations.assign_add(1)
             return sums(skipped=1.0, nonfinite=tf.cast(~tf.math.is_finite(loss), tf.float32))
 
@@ -276,7 +274,7 @@ class Learner:
         return StampedTape() if self._is_timed else DenseTape()
 
     def _allreduce_seconds(self, tape: tf.GradientTape, averaged: list[tf.Tensor]) -> tf.Tensor:
-        """From this rank's gradient to the average of all, []."""
+        """Seconds [] from this rank's gradient to the average of all ranks."""
         if not isinstance(tape, StampedTape):
             return tf.constant(0.0)
         return tf.cast(time_after(averaged) - tape.ready, tf.float32)
@@ -284,7 +282,7 @@ class Learner:
     def _accumulate(
         self, minibatch: Batch, next_outputs: tf.Tensor
     ) -> tuple[list[tf.Tensor], tf.Tensor, tf.Tensor, tf.Tensor]:
-        """The mean gradient, loss and q of `passes` minibatches, one after the other to save memory, and their priorities.
+        """The mean gradient, loss and q of `passes` minibatches, and their priorities. One at a time, to save memory.
 
         Horovod's own accumulation is not used: it counts every pass as a step of Adam, which weakens the bias correction.
         """
@@ -324,12 +322,12 @@ class Learner:
         return _copy(self.online, self.target)
 
     def refresh(self) -> None:
-        """To be called when anybody else has changed the variables."""
+        """Call it after the variables were changed from outside."""
         for network in (self.online, self.target, self.acting):
             network.refresh()
 
     def _average_parameters(self, skipped: tf.Tensor) -> list[tf.Tensor]:
-        """Takes the number `skipped` [] along, so that its mean needs no message of its own."""
+        """Averages the number `skipped` [] too, so that it needs no message of its own."""
         slots = [v for v in self.optimizer.variables if v.dtype.is_floating]
         variables = [*self.online.variables, *slots]
         mean_skipped, *means = self._world.average([skipped, *variables])
@@ -341,9 +339,9 @@ class Learner:
         return {name: variable.numpy() for name, variable in self.variables.items()}
 
     def load_state(self, state: dict[str, np.ndarray]) -> None:
-        """Raises ValueError where the arrays do not fit, after which nothing has been changed.
+        """Raises ValueError if the arrays do not fit, and then changes nothing.
 
-        `overlap` may have changed: `acting` then starts from `online`, or is forgotten.
+        If `overlap` has changed since, `acting` starts from `online`, or is dropped.
         """
         learned = {name: array for name, array in state.items() if not name.startswith("acting/")}
         acting = {name.replace("online/", "acting/"): learned[name] for name in learned if name.startswith("online/")}
@@ -364,7 +362,7 @@ def _copy(source: Network, to: Network) -> list[tf.Tensor]:
 
 
 def _ends(copies: np.ndarray, minibatch_bytes: int) -> np.ndarray:
-    """[S]: where the groups of updates end that share one call of the target network.
+    """[S]: the ends of the groups of updates that share one call of the target network.
 
     A group ends at a copy of the target network, or when its observations reach AHEAD_BYTES.
     """
@@ -375,5 +373,5 @@ def _ends(copies: np.ndarray, minibatch_bytes: int) -> np.ndarray:
 
 
 def _nan_unless_finite(loss: tf.Tensor) -> tf.Tensor:
-    """The loss, or NaN if it is not finite, so that its gradient is NaN too: an infinite Huber loss has a finite one."""
+    """The loss, or NaN if it is not finite, whose gradient is NaN: that of an infinite Huber loss is finite."""
     return loss * tf.where(tf.math.is_finite(loss), 1.0, math.nan)

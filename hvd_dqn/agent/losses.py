@@ -36,5 +36,5 @@ def huber(error: tf.Tensor) -> tf.Tensor:
 
 
 def squared(error: tf.Tensor) -> tf.Tensor:
-    """0.5 error**2, elementwise, so that its gradient is the error itself as huber's is near zero."""
+    """0.5 error**2, elementwise. Its gradient is the error itself, as huber's is near zero."""
     return 0.5 * tf.square(error)

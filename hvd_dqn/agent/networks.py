@@ -1,4 +1,4 @@
-"""Networks from preprocessed observations to outputs: a trunk and a head over one flat vector, or the user's Keras model."""
+"""Networks from preprocessed observations to outputs: trunk and head with one flat weight vector, or a Keras model."""
 
 import importlib
 import itertools
@@ -18,7 +18,7 @@ from hvd_dqn.graphs import Graph
 # Convolutions of the trunks for images, (side, stride, filters) each. Source: Mnih et al. 2015, Methods, "Model architecture".
 CONVOLUTIONS = {"cnn": ((8, 4, 32), (4, 2, 64), (3, 1, 64))}
 
-MOST_PARAMETERS = 2**30  # 4 GB, of which Adam keeps two more and the target network another
+MOST_PARAMETERS = 2**30  # 4 GB; Adam keeps two more copies and the target network another one
 
 Shape = tuple[int, ...]
 Weights = Sequence[tf.Tensor]
@@ -27,8 +27,7 @@ Weights = Sequence[tf.Tensor]
 class Network:
     """A function of `variables`, from inputs [B, ...] to outputs [B, A], or [B, A, N] for N > 1 numbers per action.
 
-    `q_values` is what acts: from observations as arrays to values as arrays, with preprocessing before the network and the
-    objective after it.
+    `q_values` is for acting. It maps arrays of observations to arrays of values: preprocessing, network, objective.
     """
 
     def __init__(
@@ -49,15 +48,15 @@ class Network:
         return self._q_values(observation)[0]
 
     def numpy_weights(self) -> list[tf.Tensor]:
-        """The weights for `refresh`, as tensors: a graph that changes the variables returns them, which saves a call."""
+        """The weights for `refresh`, as tensors. A graph that changes the variables returns them, to save a call."""
         return []
 
     def refresh(self, numpy_weights: Sequence[np.ndarray] = ()) -> None:
-        """To be called when the variables have changed. Without `numpy_weights` they are fetched when they are needed."""
+        """Call it when the variables have changed. Without `numpy_weights` they are fetched on first use."""
 
 
 class Trunk(NamedTuple):
-    """The part of a network that makes features [B, D] of inputs."""
+    """The part of a network that computes features [B, D] from inputs."""
 
     shapes: list[Shape]  # of its weights: kernels [in, out] or [height, width, in, out], each followed by its bias
     features: int  # D
@@ -65,7 +64,7 @@ class Trunk(NamedTuple):
 
 
 class Head(NamedTuple):
-    """The part of a network that makes outputs of features."""
+    """The part of a network that computes outputs from features."""
 
     shapes: list[Shape]
     forward: Callable[[Weights, tf.Tensor], tf.Tensor]
@@ -77,7 +76,7 @@ def mlp(inputs: int, widths: Sequence[int]) -> Trunk:
     def forward(weights: Weights, x: tf.Tensor) -> tf.Tensor:
         x = _flatten(x)
         for kernel, bias in zip(weights[::2], weights[1::2], strict=True):
-            x = tf.nn.relu(tf.nn.bias_add(x @ kernel, bias))  # which TensorFlow fuses into one operation
+            x = tf.nn.relu(tf.nn.bias_add(x @ kernel, bias))  # TensorFlow fuses this into one operation
         return x
 
     return Trunk(_dense_shapes(inputs, widths), widths[-1] if widths else inputs, forward)
@@ -133,7 +132,7 @@ def head(features: int, actions: int, outputs: int, *, dueling: bool) -> Head:
 class FlatNetwork(Network):
     """A trunk and a head whose weights all live in one vector `theta`.
 
-    Horovod then averages one tensor per update, and broadcast, target copy, checksum and saving are one operation each.
+    So Horovod averages one tensor per update. Broadcast, target copy, checksum and saving take one operation each.
     All weights start uniform in +-1/sqrt(fan in), as in PyTorch.
     """
 
@@ -154,7 +153,7 @@ class FlatNetwork(Network):
 
 
 class NumpyMlp(FlatNetwork):
-    """An MLP with one output per action that acts in NumPy, where a small batch costs a twentieth of a TensorFlow call."""
+    """An MLP with one output per action that acts in NumPy: a small batch costs a twentieth of a TensorFlow call."""
 
     def __init__(
         self, trunk: Trunk, head: Head, preprocess: Preprocess, objective: Objective, rng: np.random.Generator
@@ -198,7 +197,7 @@ def build_network(
     dueling: bool,
     rng: np.random.Generator,
 ) -> Network:
-    """Makes the network called `name` for what `preprocess` returns; see the setting `agent.network` for the names."""
+    """Makes the network called `name` for the outputs of `preprocess`. See the setting `agent.network` for names."""
     if ":" in name:
         return _keras_network(name, preprocess, actions, objective, rng)
     if dueling and not hidden:
@@ -207,7 +206,7 @@ def build_network(
         )
     inputs, widths = preprocess.input_shape, [*hidden]
     if dueling:
-        widths[-1] *= 2  # its halves feed value and advantages
+        widths[-1] *= 2  # one half feeds the value, the other the advantages
     if name in CONVOLUTIONS:
         if len(inputs) != 3:
             raise InputError(
@@ -225,7 +224,7 @@ def build_network(
     parameters = sum(math.prod(shape) for shape in (*trunk.shapes, *end.shapes))
     if parameters > MOST_PARAMETERS:
         raise InputError(
-            f"The network would have {parameters:,} parameters, and at most {MOST_PARAMETERS:,} can be handled. "
+            f"The network would have {parameters:,} parameters, but the limit is {MOST_PARAMETERS:,}. "
             "Lower --agent.hidden, or make observations smaller in a wrapper."
         )
     kind = NumpyMlp if name == "mlp" and objective.outputs == 1 else FlatNetwork
@@ -235,7 +234,7 @@ def build_network(
 def _keras_network(
     name: str, preprocess: Preprocess, actions: int, objective: Objective, rng: np.random.Generator
 ) -> Network:
-    # The weights follow from `rng`, and the generators of whoever called this go on as if nothing had happened.
+    # The weights follow from `rng`. The caller's own random generators stay as they were.
     states = random.getstate(), np.random.get_state()  # noqa: NPY002
     tf.keras.utils.set_random_seed(int(rng.integers(2**31)))
     try:
@@ -250,7 +249,7 @@ def _keras_network(
         )
     if model.losses:
         raise InputError(
-            f"The model of {name} has losses of its own (a regularizer's), which DQN's loss does not include: leave them out."
+            f"The model of {name} has losses of its own (a regularizer's). DQN's loss has none of them: leave them out."
         )
     return Network(model.trainable_variables, model, preprocess, objective)
 
@@ -278,12 +277,12 @@ def _call_builder(name: str, input_shape: Shape, actions: int) -> Any:
 
 
 def _initial(shapes: Sequence[Shape], rng: np.random.Generator) -> np.ndarray:
-    """Starting values of weights that come in pairs of a kernel and its bias, as one vector."""
+    """Initial values of weights, which come in pairs of a kernel and its bias, as one vector."""
     parts = []
     for kernel, bias in zip(shapes[::2], shapes[1::2], strict=True):
         bound = 1.0 / math.sqrt(math.prod(kernel[:-1]))
-        # Biases too: without them all kinks of the first layer's ReLUs would pass through the origin, which is where
-        # low-dimensional control problems live.
+        # Biases too: otherwise all kinks of the first layer's ReLUs would pass through the origin, which is the centre
+        # of the states of low-dimensional control problems.
         parts += [rng.uniform(-bound, bound, math.prod(shape)) for shape in (kernel, bias)]
     return np.concatenate(parts).astype(np.float32)
 

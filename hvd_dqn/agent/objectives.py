@@ -1,7 +1,7 @@
-"""What turns the outputs of networks into a loss: here lies what makes an algorithm of the DQN family.
+"""Turns the outputs of networks into a loss. This is what distinguishes the algorithms of the DQN family.
 
-A new one is a class with the members of `Objective`, returned by `hvd_dqn.training.build.make_objective`, and its settings
-in the section `agent` of `hvd_dqn/config.py`.
+To add one, write a class with the members of `Objective`, return it from `hvd_dqn.training.build.make_objective`, and
+add its settings to the section `agent` of `hvd_dqn/config.py`.
 """
 
 from typing import NamedTuple, Protocol
@@ -18,12 +18,12 @@ class LossTerms(NamedTuple):
     """Loss terms of a minibatch, [B] each."""
 
     loss: tf.Tensor
-    priority: tf.Tensor  # at least 0: the absolute error of each transition, or the like
+    priority: tf.Tensor  # at least 0: for example the absolute error of each transition
     q: tf.Tensor  # values of the actions taken, for logging
 
 
 class Outputs(Protocol):
-    """A network as an objective sees it: from inputs [B, ...] to outputs [B, A], or [B, A, N] with N > 1 numbers per action."""
+    """A network as an objective sees it: inputs [B, ...] to outputs [B, A], or [B, A, N] if N > 1."""
 
     def __call__(self, inputs: tf.Tensor, /) -> tf.Tensor: ...
 
@@ -34,14 +34,14 @@ class Objective(Protocol):
     outputs: int  # N, numbers per action: 1, atoms or quantiles
 
     def q(self, out: tf.Tensor) -> tf.Tensor:
-        """The values [B, A] in a network's outputs, to act by."""
+        """The values [B, A] in a network's outputs, used to choose actions."""
         ...
 
     def target(self, minibatch: Batch, online: Outputs, target_network: Outputs) -> tf.Tensor:
-        """What the outputs for the actions taken are fitted to, gradients stopped.
+        """The target for the outputs of the actions taken, gradients stopped.
 
         `minibatch` has tensors [B, ...], observations preprocessed. Either network may be called on either observation;
-        `target_network(minibatch.next_observation)` is computed already, so it costs nothing.
+        `target_network(minibatch.next_observation)` costs nothing, because it has been computed before.
         """
         ...
 

@@ -1,4 +1,4 @@
-"""A trained network with its preprocessing and its spaces: what plays in evaluations and in programs of one's own."""
+"""A trained network with its preprocessing and its spaces, for evaluations and for the user's own programs."""
 
 from collections.abc import Callable
 from typing import Any, Protocol
@@ -7,11 +7,11 @@ import numpy as np
 
 from hvd_dqn.errors import InputError
 
-NOT_FIRST = np.zeros((), np.bool_)  # the frame belongs to the episode that is under way
+NOT_FIRST = np.zeros((), np.bool_)  # the frame is not the first of an episode
 
 
 class Frames(Protocol):
-    """How observations of the space become what the network sees; `hvd_dqn.envs.frames` has the one implementation."""
+    """Turns observations of the space into what the network sees. `hvd_dqn.envs.frames` has the only implementation."""
 
     shape: tuple[int, ...]
     dtype: np.dtype
@@ -36,9 +36,9 @@ class Policy:
     `values` maps [B, *frames.observation_shape] to [B, A]: preprocessing and network. Random actions are drawn from `rng`,
     a generator or its seed.
 
-    `act` and `q_values` take one observation, of shape `observation_shape`, or B of them. They remember nothing. A policy
-    that was trained with `frame_stack` > 1 therefore takes stacks, which `begin` and `push` make; without stacks these two
-    return the observation itself, so that one loop serves every policy:
+    `act` and `q_values` take one observation, of shape `observation_shape`, or B of them, and keep no state. So a
+    policy that was trained with `frame_stack` > 1 takes stacks, which `begin` and `push` make. Without stacks these two
+    return the observation itself, so this loop works with every policy:
 
         seen = policy.begin(observation)  # from env.reset()
         while not over:
@@ -67,8 +67,8 @@ class Policy:
     ) -> int | np.ndarray:
         """The action for one observation, an int, or for B observations, [B] int64: numbers of the action space.
 
-        It is the one of the highest value or, with probability `epsilon`, a random one. `mask`, [A] bool or [B, A], is True
-        for actions that may be taken. Raises InputError where a shape is another, or a mask leaves no action.
+        It is the action of the highest value or, with probability `epsilon`, a random one. `mask`, [A] bool or [B, A],
+        is True for allowed actions. Raises InputError if a shape is wrong, or if a mask allows no action.
         """
         if not 0 <= epsilon <= 1:
             raise InputError(f"`epsilon` is a probability, from 0 to 1. Received: {epsilon}.")
@@ -85,7 +85,7 @@ class Policy:
         return int(action[0]) if alone else action
 
     def q_values(self, observation: Any) -> np.ndarray:
-        """The values [A] of all actions for one observation, or [B, A] for B: float32, the first action's first."""
+        """The values [A] of all actions for one observation, or [B, A] for B: float32, in the order of the actions."""
         seen, alone = self._read(observation)
         q = self._values(seen).astype(np.float32, copy=False)
         return q[0] if alone else q
@@ -95,7 +95,7 @@ class Policy:
         return self._frames.begin(self._frame(observation)) if self._stacks else np.asarray(observation)
 
     def push(self, seen: np.ndarray, observation: Any) -> np.ndarray:
-        """What `act` takes one step later, at `observation`: the newest of the stack, whose oldest is dropped."""
+        """What `act` takes one step later: `observation` becomes the newest of the stack, and the oldest is dropped."""
         if not self._stacks:
             return np.asarray(observation)
         return self._frames.push(seen, self._frame(observation), NOT_FIRST)
@@ -137,7 +137,7 @@ class Policy:
     def _random(self, count: int, allowed: np.ndarray | None) -> np.ndarray:
         if allowed is None:
             return self.rng.integers(self.actions, size=count)
-        # The highest of independent numbers is each one's with the same probability.
+        # Each of several independent numbers is the highest with the same probability.
         return _highest(self.rng.random(allowed.shape), allowed)
 
     def _frame(self, observation: Any) -> np.ndarray:

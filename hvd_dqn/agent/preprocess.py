@@ -1,4 +1,4 @@
-"""From stored observations to network inputs, and the running statistics by which observations are normalised."""
+"""From stored observations to network inputs, and the running statistics that normalise observations."""
 
 from collections.abc import Callable
 from typing import Any
@@ -16,12 +16,13 @@ BYTE = np.float32(1 / 255)
 
 
 class Preprocess:
-    """Makes network inputs [B, *input_shape] float32 of observations [B, *shape], as the replay stores them.
+    """Turns observations [B, *shape], as the replay stores them, into network inputs [B, *input_shape] float32.
 
-    Training, acting, evaluation and export all call the same object. Discrete states become one-hot vectors of `categories`
-    numbers, one vector per stacked frame; bytes are scaled to [0, 1]; if it `normalizes`, observations become
-    (x - mean) / deviation, clipped, with the numbers that `set_statistics` was given. `array` does in NumPy what a call does
-    in a graph, to the bit: an MLP acts in NumPy, where a small batch costs a twentieth of a TensorFlow call.
+    Training, acting, evaluation and export all call the same object. Discrete states become one-hot vectors of
+    `categories` numbers, one vector per stacked frame. Bytes are scaled to [0, 1]. If it `normalizes`, observations
+    become (x - mean) / deviation, clipped, with the numbers given to `set_statistics`. `array` computes in NumPy what a
+    call computes in a graph, bit by bit: an MLP acts in NumPy, where a small batch costs a twentieth of a TensorFlow
+    call.
     """
 
     def __init__(self, shape: tuple[int, ...], *, categories: int | None = None, normalizes: bool = False) -> None:
@@ -72,9 +73,9 @@ class Preprocess:
 class RunningStatistics:
     """Mean and deviation of everything observed so far, one of each per element of `shape`.
 
-    Each rank collects sums of its own (`observe`). At a learning cycle all ranks add theirs up and take in the result:
-    `statistics.merge(world.sum)`. Ranks that merged the same sums hold bit-equal statistics.
-    Until the first merge the mean is 0 and the scale 1.
+    Each rank collects its own sums (`observe`). In a learning cycle `statistics.merge(world.sum)` adds up the sums of
+    all ranks and updates the statistics, which are then bit-equal on all ranks. Until the first merge the mean is 0 and
+    the scale 1.
     """
 
     mean: np.ndarray  # [*shape] float32
@@ -98,14 +99,14 @@ class RunningStatistics:
     def observe(self, frames: np.ndarray) -> None:
         """Adds [N, *shape] to this rank's sums."""
         # Relative to the mean, which all ranks share between merges: a sum of plain squares would lose the variance of
-        # values that lie far from 0 (1e8 + noise).
+        # values far from 0 (1e8 + noise).
         deviation = np.asarray(frames, dtype=np.float64) - self._mean
         self._new_count += len(deviation)
         self._new_sum += deviation.sum(axis=0)
         self._new_squares += np.square(deviation).sum(axis=0)
 
     def merge(self, add_up: Callable[[np.ndarray], np.ndarray]) -> None:
-        """Takes in the sums of all ranks; this rank's own start again. A collective: `add_up` is the world's `sum`.
+        """Adds the sums of all ranks and resets this rank's own. A collective: `add_up` is the world's `sum`.
 
         Chan et al. 1979, "Updating formulae and a pairwise algorithm for computing sample variances", eq. 2.1.
         """
@@ -122,7 +123,7 @@ class RunningStatistics:
         self._start()
 
     def state(self) -> dict[str, Any]:
-        """What all ranks share; sums not yet merged are left out."""
+        """What all ranks share, without sums that are not yet merged."""
         return {"count": self._count, "mean": self._mean.ravel().tolist(), "squares": self._squares.ravel().tolist()}
 
     def pending_state(self) -> dict[str, Any]:

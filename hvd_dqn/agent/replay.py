@@ -1,4 +1,4 @@
-"""A rank's memory of past transitions: one ring of single observations per environment, drawn from uniformly."""
+"""A rank's memory of past transitions: one ring of single observations per environment, sampled uniformly."""
 
 import math
 from typing import Any, NamedTuple
@@ -9,22 +9,22 @@ import psutil
 from hvd_dqn.agent.transition import Batch, Transition
 from hvd_dqn.errors import InputError
 
-# What leaves a slot: nothing (not yet written, last observation of an episode, write head), or a transition after which
-# the episode goes on, was terminated, or was truncated.
+# Step types, one per slot: no transition starts here (slot not yet written, last observation of an episode, write
+# head), or one does, after which the episode continues, was terminated, or was truncated.
 NOTHING, GOES_ON, TERMINATED, TRUNCATED = np.arange(4, dtype=np.uint8)
 
-# The plan's smallest rings, full of episodes of one step, still accept a quarter of the draws. What is missing after
-# so many rounds, (3/4)^64 = 1e-8 of them, is drawn from the list of all starts: exact, too, but as slow as the ring is
-# long.
+# Rounds of rejection sampling. The plan's smallest rings, full of episodes of one step, still accept a quarter of the
+# draws. The (3/4)^64 = 1e-8 that are missing after these rounds are drawn from the list of all starts. That is exact
+# too, but its time grows with the ring.
 ROUNDS = 64
 
 
 class Draw(NamedTuple):
-    """K x B transitions that were drawn, [K, B] each: everything but their observations.
+    """K x B sampled transitions, [K, B] each, without their observations.
 
     `start` and `end` are the slots of the first observation and of the one after the last step, as indices into the
-    flattened rings. `generation` distinguishes the transitions that one slot holds one after another. `weight` is None
-    if all were equally likely, as they are here.
+    flattened rings. `generation` distinguishes the transitions that a slot holds over time. `weight` is None if all
+    were equally likely, as they are here.
     """
 
     start: np.ndarray  # int64
@@ -39,9 +39,9 @@ class Draw(NamedTuple):
 class Replay:
     """Rings of `slots` observations, one for each of `envs` environments, with the transitions between them.
 
-    A slot holds an observation and the action, reward and end of the transition that leaves it. The write head is the
-    slot of the newest observation, which no transition has left yet. An episode's last observation takes a slot of its
-    own, which none ever leaves. So a transition costs one observation, and an episode one more.
+    A slot holds an observation and the action, reward and step type of the transition that starts there. The write head
+    is the slot of the newest observation, where no transition starts yet. An episode's last observation takes a slot of
+    its own, where none ever starts. So a transition costs one observation, and an episode one more.
 
     A sampled observation is the last `frame_stack` ones concatenated on the last axis, oldest first: [k * D] from [D],
     [H, W, k * C] from [H, W, C]. At an episode's start its first frame is repeated, as Gymnasium's
@@ -50,11 +50,11 @@ class Replay:
     A *start* is a stored transition that may be sampled:
       - the frames that its stack needs are all still in the ring, and
       - its window is complete: the n transitions from it on are stored, or fewer up to its episode's end.
-    The reward is summed over the window. The discount is 0 after a termination (also where the same step was truncated)
+    The reward is summed over the window. The discount is 0 after a termination (even if the same step was truncated)
     and gamma**m after m steps elsewhere: truncation bootstraps from the true last observation.
 
     `rng` is PCG64, NumPy's default. `sharers` replays of this size are allocated on this machine, one per local rank.
-    Raises InputError where the machine lacks the memory for them.
+    Raises InputError if the machine lacks the memory for them.
     """
 
     def __init__(
@@ -70,8 +70,8 @@ class Replay:
         gamma: float = 0.99,
         sharers: int = 1,
     ) -> None:
-        # A full ring has slots - 1 besides the head. The window may rule out the newest n - 1 of them and the stack the
-        # oldest k - 1; of two neighbours among the others one is a start, since last observations are never neighbours.
+        # A full ring has slots - 1 besides the head. The newest n - 1 of them may lack a window, and the oldest k - 1 a
+        # stack. Of two neighbours among the others one is a start, because last observations are never neighbours.
         if slots < n_step + frame_stack + 1:
             raise ValueError(
                 f"A ring needs at least n_step + frame_stack + 1 = {n_step + frame_stack + 1} slots. Received: {slots}."
@@ -80,7 +80,7 @@ class Replay:
         available = psutil.virtual_memory().available
         if needed > available:
             raise InputError(
-                f"The replay needs {needed / 1e9:.1f} GB on this machine, and {available / 1e9:.1f} GB are available. "
+                f"The replay needs {needed / 1e9:.1f} GB on this machine, but {available / 1e9:.1f} GB are available. "
                 f"Received: {sharers} ranks x {envs} environments x {slots} observations. Lower --replay.capacity."
             )
         self._slots, self._envs = slots, envs
@@ -89,16 +89,16 @@ class Replay:
         self._frames = np.zeros((envs, slots, *frame_shape), frame_dtype)
         self._actions = np.zeros((envs, slots), np.int64)
         self._rewards = np.zeros((envs, slots), np.float32)
-        self._kinds = np.full((envs, slots), NOTHING)
-        self._ages = np.zeros((envs, slots), np.int32)  # steps since the episode's first observation
-        # Slots passed since the start: modulo `slots` the write head, unreduced a measure of how full the ring is.
-        self._heads = np.zeros(envs, np.int64)
+        self._step_types = np.full((envs, slots), NOTHING)
+        self._episode_steps = np.zeros((envs, slots), np.int32)  # steps since the episode's first observation
+        # Slots passed since the start. Modulo `slots` this is the write head; itself, it tells how full the ring is.
+        self._write_positions = np.zeros(envs, np.int64)
 
     @staticmethod
     def memory_needed(slots: int, envs: int, frame_shape: tuple[int, ...], frame_dtype: np.dtype | type) -> int:
         """Bytes of one replay's arrays."""
         frame = math.prod(frame_shape) * np.dtype(frame_dtype).itemsize
-        # Action, reward, kind, age. 10^6 Atari frames: 10^6 * (84 * 84 + 17) B = 7.1 GB.
+        # Action, reward, step type, episode step. 10^6 Atari frames: 10^6 * (84 * 84 + 17) B = 7.1 GB.
         return envs * (slots * (frame + 8 + 4 + 1 + 4) + 8)
 
     @property
@@ -107,16 +107,16 @@ class Replay:
 
     @property
     def nbytes(self) -> int:
-        return sum(array.nbytes for array in self.arrays().values()) + self._heads.nbytes
+        return sum(array.nbytes for array in self.arrays().values()) + self._write_positions.nbytes
 
     def __len__(self) -> int:
-        """Transitions stored, a few of which may not be starts: see the class."""
-        return int(np.count_nonzero(self._kinds))
+        """The number of stored transitions. A few of them may not be starts: see the class."""
+        return int(np.count_nonzero(self._step_types))
 
     def add(self, transition: Transition) -> None:
         """Stores one cycle of all environments.
 
-        Rows that are not valid leave their streams as they are, except that a truncated one ends the episode under way.
+        Invalid rows change nothing, except that a truncated one ends the current episode.
         """
         assert transition.observation.shape == transition.next_observation.shape == self._frames[:, 0].shape
         rows = np.flatnonzero(transition.valid)
@@ -125,14 +125,14 @@ class Replay:
             transition = Transition(*(values[rows] for values in transition))
         terminated, truncated = transition.terminated, transition.truncated
         frames = self._frames.reshape(-1, *self._frames.shape[2:])
-        at = self._head(rows)  # flat indices: twice as fast as pairs
+        at = self._write_slots(rows)  # flat indices: twice as fast as pairs
         frames[at] = transition.observation
         self._actions.reshape(-1)[at] = transition.action
         self._rewards.reshape(-1)[at] = transition.reward
-        self._kinds.reshape(-1)[at] = np.where(terminated, TERMINATED, np.where(truncated, TRUNCATED, GOES_ON))
-        # Where the episode goes on, the next cycle overwrites this with an equal observation; where it ended, the slot
-        # is kept, since truncation bootstraps from it.
-        at = self._advance(rows, self._ages.reshape(-1)[at] + 1)
+        self._step_types.reshape(-1)[at] = np.where(terminated, TERMINATED, np.where(truncated, TRUNCATED, GOES_ON))
+        # If the episode continues, the next cycle overwrites this with an equal observation. If it has ended, the slot
+        # is kept, because truncation bootstraps from it.
+        at = self._advance(rows, self._episode_steps.reshape(-1)[at] + 1)
         frames[at] = transition.next_observation
         ended = rows[terminated | truncated]
         if len(ended):
@@ -141,45 +141,45 @@ class Replay:
             self.truncate_episodes(cut)
 
     def truncate_episodes(self, where: np.ndarray | None = None) -> None:
-        """Ends the episodes under way as truncated: `where`, [E] bool, says so, or in all environments.
+        """Truncates the current episodes of the environments `where`, [E] bool; by default of all environments.
 
-        To be called when environments are reset from outside, as after a restore: what they show next does not follow
-        from the last observation stored.
+        Call it when environments are reset from outside, for example after a restore: their next observation does not
+        follow the last one stored.
         """
         rows = np.arange(self._envs) if where is None else np.flatnonzero(where)
-        rows = rows[self._ages[rows, self._heads[rows] % self._slots] > 0]
-        self._kinds[rows, (self._heads[rows] - 1) % self._slots] = TRUNCATED
+        rows = rows[self._episode_steps[rows, self._write_positions[rows] % self._slots] > 0]
+        self._step_types[rows, (self._write_positions[rows] - 1) % self._slots] = TRUNCATED
         self._advance(rows, 0)
 
-    def _head(self, rows: np.ndarray) -> np.ndarray:
-        """The slots of these write heads, as indices into the flattened rings."""
-        return rows * self._slots + self._heads[rows] % self._slots
+    def _write_slots(self, rows: np.ndarray) -> np.ndarray:
+        """The slots at the write heads of these rings, as indices into the flattened rings."""
+        return rows * self._slots + self._write_positions[rows] % self._slots
 
-    def _advance(self, rows: np.ndarray, age: np.ndarray | int) -> np.ndarray:
-        """Moves these write heads to the next slots, whose observation is `age` steps old, and returns the slots."""
-        self._heads[rows] += 1
-        at = self._head(rows)
-        self._kinds.reshape(-1)[at] = NOTHING
-        self._ages.reshape(-1)[at] = age
+    def _advance(self, rows: np.ndarray, episode_step: np.ndarray | int) -> np.ndarray:
+        """Moves the write heads of these rings on by one slot and returns these slots. `episode_step` is theirs."""
+        self._write_positions[rows] += 1
+        at = self._write_slots(rows)
+        self._step_types.reshape(-1)[at] = NOTHING
+        self._episode_steps.reshape(-1)[at] = episode_step
         return at
 
     def draw(self, updates: int, batch_size: int) -> Draw:
         """Draws K = `updates` minibatches of B = `batch_size` transitions.
 
         Every draw is uniform over the starts of all environments, independently of the others (with replacement).
-        Raises ValueError where there is no start.
+        Raises ValueError if there is no start.
         """
         start, generation = self._draw(updates * batch_size)  # [K * B], as everything below
         end = start
-        kinds, rewards = self._kinds.reshape(-1), self._rewards.reshape(-1)
+        step_types, rewards = self._step_types.reshape(-1), self._rewards.reshape(-1)
         reward = rewards[start].astype(np.float64)
         discount = np.full(len(start), self._gamma)
         for _ in range(1, self._n_step):
-            goes_on = kinds[end] == GOES_ON
+            goes_on = step_types[end] == GOES_ON
             end = np.where(goes_on, self._moved(end, 1), end)
             reward += np.where(goes_on, discount * rewards[end], 0)
             discount = np.where(goes_on, discount * self._gamma, discount)
-        discount = np.where(kinds[end] == TERMINATED, 0, discount)
+        discount = np.where(step_types[end] == TERMINATED, 0, discount)
         shape = (updates, batch_size)
         return Draw(
             start=start.reshape(shape),
@@ -191,7 +191,7 @@ class Replay:
         )
 
     def gather(self, draw: Draw) -> Batch:
-        """Stacks the observations of what was drawn. Must come before the next `add`."""
+        """Stacks the observations of the sampled transitions. Call it before the next `add`."""
         return Batch(
             observation=self._stacks(draw.start),
             action=draw.action,
@@ -202,51 +202,51 @@ class Replay:
         )
 
     def is_held(self, draw: Draw) -> np.ndarray:
-        """[K, B] bool: whether the transition that was drawn has not been overwritten since."""
-        return self._heads[draw.start // self._slots] - draw.generation < self._slots
+        """[K, B] bool: whether each sampled transition is still stored, that is, not overwritten."""
+        return self._write_positions[draw.start // self._slots] - draw.generation < self._slots
 
     def _draw(self, size: int) -> tuple[np.ndarray, np.ndarray]:
         """[size] each: independent uniform draws from the starts, as flat indices and as generations."""
         oldest, candidates = self._candidates()
         bounds = np.cumsum(candidates)
-        kinds, ages = self._kinds.reshape(-1), self._ages.reshape(-1)
+        step_types, episode_steps = self._step_types.reshape(-1), self._episode_steps.reshape(-1)
         drawn, generation = np.empty(size, np.int64), np.empty(size, np.int64)
         missing = np.arange(size)
         for _ in range(ROUNDS if bounds[-1] else 0):
             place = self._rng.integers(bounds[-1], size=len(missing))
             env = np.searchsorted(bounds, place, side="right")
-            place -= (bounds - candidates)[env]  # from here on counted from the environment's oldest slot
+            place -= (bounds - candidates)[env]  # from here on relative to the environment's oldest slot
             generation[missing] = unreduced = oldest[env] + place
             drawn[missing] = at = env * self._slots + unreduced % self._slots
-            is_start = kinds[at] != NOTHING
+            is_start = step_types[at] != NOTHING
             if self._frame_stack > 1:
-                is_start &= np.minimum(ages[at], self._frame_stack - 1) <= place
+                is_start &= np.minimum(episode_steps[at], self._frame_stack - 1) <= place
             missing = missing[~is_start]
             if len(missing) == 0:
                 return drawn, generation
         starts = self._starts()
         if len(starts) == 0:
             raise ValueError("The replay holds no transition that can be sampled yet.")
-        # Rejected draws are replaced by uniform ones whatever they were, so all stay uniform.
+        # Rejected draws are replaced by uniform ones, so all stay uniform.
         drawn[missing] = at = self._rng.choice(starts, len(missing))
         env = at // self._slots
         generation[missing] = oldest[env] + (at - oldest[env]) % self._slots
         return drawn, generation
 
     def _candidates(self) -> tuple[np.ndarray, np.ndarray]:
-        """The oldest observations [E], counted as `_heads` are, and how many [E] from there on have a complete window."""
-        held = np.minimum(self._heads, self._slots - 1)  # without the head itself
-        # An ended episode's windows are complete; of the one under way the newest n - 1 are not.
-        under_way = self._ages[np.arange(self._envs), self._heads % self._slots]
+        """The oldest observations [E], numbered as in `_write_positions`, and how many [E] have a complete window."""
+        held = np.minimum(self._write_positions, self._slots - 1)  # without the head itself
+        # All windows of an ended episode are complete. The newest n - 1 of the current one are not.
+        under_way = self._episode_steps[np.arange(self._envs), self._write_positions % self._slots]
         incomplete = np.minimum(under_way, self._n_step - 1)
-        return self._heads - held, held - incomplete
+        return self._write_positions - held, held - incomplete
 
     def _starts(self) -> np.ndarray:
         """All starts, as indices into the flattened rings."""
         oldest, candidates = self._candidates()
         place = (np.arange(self._slots) - oldest[:, None]) % self._slots  # [E, L], counted from the oldest slot
-        has_stack = np.minimum(self._ages, self._frame_stack - 1) <= place
-        return np.flatnonzero((self._kinds != NOTHING) & (place < candidates[:, None]) & has_stack)
+        has_stack = np.minimum(self._episode_steps, self._frame_stack - 1) <= place
+        return np.flatnonzero((self._step_types != NOTHING) & (place < candidates[:, None]) & has_stack)
 
     def _moved(self, at: np.ndarray, by: np.ndarray | int) -> np.ndarray:
         """The flat indices `by` slots further in their rings."""
@@ -258,11 +258,11 @@ class Replay:
         frames = self._frames.reshape(-1, *self._frames.shape[2:])
         if self._frame_stack == 1:
             return frames.take(at, axis=0)
-        age = self._ages.reshape(-1)[at]
+        episode_step = self._episode_steps.reshape(-1)[at]
         depth = frames.shape[-1]
         stacks = np.empty((*at.shape, *frames.shape[1:-1], self._frame_stack * depth), frames.dtype)
         for i in range(self._frame_stack):
-            back = np.minimum(self._frame_stack - 1 - i, age)  # never beyond the episode's first frame
+            back = np.minimum(self._frame_stack - 1 - i, episode_step)  # never beyond the episode's first frame
             stacks[..., i * depth : (i + 1) * depth] = frames.take(self._moved(at, -back), axis=0)
         return stacks
 
@@ -272,24 +272,25 @@ class Replay:
             "frames": self._frames,
             "actions": self._actions,
             "rewards": self._rewards,
-            "kinds": self._kinds,
-            "ages": self._ages,
+            "step_types": self._step_types,
+            "episode_steps": self._episode_steps,
         }
 
     def state(self) -> dict[str, Any]:
         """Arrays, the number of slots, and under "rng" what `json` can write.
 
-        The arrays are views of the slots in use: write them before the next `add`, or copy them.
+        The arrays are views of the used slots: write or copy them before the next `add`.
         """
-        used = min(int(self._heads.max()) + 1, self._slots)
+        used = min(int(self._write_positions.max()) + 1, self._slots)
         arrays = {name: array[:, :used] for name, array in self.arrays().items()}
-        return arrays | {"heads": self._heads, "slots": self._slots, "rng": self._rng.bit_generator.state}
+        own = {"write_positions": self._write_positions, "slots": self._slots, "rng": self._rng.bit_generator.state}
+        return arrays | own
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Takes over what `state()` returned; `n_step`, `gamma` and `frame_stack` may have changed since.
+        """Restores what `state()` returned. `n_step`, `gamma` and `frame_stack` may have changed since.
 
-        The arrays [E, used, ...] may be anything that has a shape and dtype and yields rows, so that a big one need not be
-        in memory twice. Raises InputError where the rings have other sizes.
+        An array [E, used, ...] may be any object with a shape and a dtype that yields rows. So a large array need not
+        be in memory twice. Raises InputError if the rings have other sizes.
         """
         saved, mine = state["frames"], self._frames
         expected = (self._slots, self._envs, mine.shape[2:], mine.dtype)
@@ -303,7 +304,7 @@ class Replay:
         for name, array in self.arrays().items():
             for row, saved_row in zip(array, state[name], strict=True):
                 row[:used] = saved_row
-        self._kinds[:, used:] = NOTHING
-        for i, head in enumerate(state["heads"]):
-            self._heads[i] = head
+        self._step_types[:, used:] = NOTHING
+        for i, position in enumerate(state["write_positions"]):
+            self._write_positions[i] = position
         self._rng.bit_generator.state = state["rng"]

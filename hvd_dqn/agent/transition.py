@@ -1,4 +1,4 @@
-"""The two records that travel through the program: what a cycle yields, and what a minibatch holds."""
+"""The two records that are passed through the program: the result of a cycle, and a stack of minibatches."""
 
 from typing import NamedTuple
 
@@ -8,10 +8,9 @@ import numpy as np
 class Transition(NamedTuple):
     """One step of each of a rank's E environments.
 
-    `next_observation` is the true last observation of an episode where one ended, not the first of the next episode.
-    `valid` is False where an environment only reset itself in this step (vector classes that reset one step late), and
-    where environments failed and were made anew. A row that is not valid but truncated: the episode was cut off without
-    a transition.
+    If an episode ended, `next_observation` is its true last observation, not the first of the next episode. `valid` is
+    False if the environment only reset itself in this step (vector classes that reset one step late), or failed and was
+    made again. A row that is truncated but not valid means that its episode was cut off without a transition.
     """
 
     observation: np.ndarray  # [E, *frame]
@@ -27,7 +26,7 @@ class Batch(NamedTuple):
     """K stacked minibatches of B n-step transitions.
 
     `reward` is the discounted sum of up to n rewards; `discount` multiplies the bootstrap value: 0 at terminal states
-    and gamma**m after m steps elsewhere. `weight` multiplies the loss of each; None where all count the same.
+    and gamma**m after m steps elsewhere. `weight` multiplies the loss of each; None if all count the same.
     """
 
     observation: np.ndarray  # [K, B, *observation]

@@ -14,8 +14,8 @@ from hvd_dqn.ranks.world import World
 # Floats: 4 KB; the gradients of the MLPs 64-64 (4 * 64 + 64 + 64 * 64 + 64 + 64 * 2 + 2) and 256-256, and of the Nature
 # CNN; 64 MB.
 FLOATS = (1_024, 4_610, 67_842, 1_687_206, 1 << 24)
-# All-reduces in one graph, as the updates of a phase follow each other: enough that a rank's late start weighs little.
-PER_CALL = ((1 << 20, 50), (1 << 24, 10), (1 << 62, 2))  # below so many bytes
+# All-reduces in one graph, like the updates of a phase: enough that a rank's late start hardly counts.
+PER_CALL = ((1 << 20, 50), (1 << 24, 10), (1 << 62, 2))  # below this many bytes
 
 
 def measure_allreduce(world: World, floats: tuple[int, ...] = FLOATS, rounds: int = 20) -> dict[str, Any]:
@@ -30,17 +30,17 @@ def measure_allreduce(world: World, floats: tuple[int, ...] = FLOATS, rounds: in
 
 
 def time_allreduce(world: World, floats: int, rounds: int) -> dict[str, Any]:
-    """Seconds of one all-reduce, over rounds of which the slowest rank counts, and bytes per second. A collective."""
+    """Seconds of one all-reduce, for the slowest rank of each round, and bytes per second. A collective."""
     size = 4 * floats
     per_call = next(count for limit, count in PER_CALL if size < limit)
     job = _repeated(world, floats, per_call)
-    job()  # traces, and lets Horovod meet the tensor's name
+    job()  # traces, and registers the tensor's name with Horovod
     seconds = spread(world.max(np.array([seconds_of(job, world.barrier) for _ in range(rounds)]) / per_call))
     return {"seconds": seconds, "bytes_per_second": size / seconds["median"]}
 
 
 def _repeated(world: World, floats: int, count: int) -> Graph:
-    """So many all-reduces, one after the other, in one graph."""
+    """`count` all-reduces, one after the other, in one graph."""
 
     def several() -> list[tf.Tensor]:
         return [fold(lambda _, values: world.average([values])[0], tf.zeros([floats]), 0, count)[:1]]

@@ -27,7 +27,7 @@ HVD_DQN = (sys.executable, "-m", "hvd_dqn", "bench")
 
 
 def check_launcher() -> None:
-    """Raises InputError where this process cannot start jobs."""
+    """Raises InputError if this process cannot start jobs."""
     if is_launched():
         raise InputError("This benchmark starts its jobs itself: start it alone, without horovodrun, mpirun or srun.")
     if shutil.which("mpirun") is None:
@@ -37,19 +37,19 @@ def check_launcher() -> None:
 
 
 def run_job(ranks: int, arguments: Sequence[str]) -> dict[str, Any]:
-    """The result of `hvd-dqn bench ARGUMENTS --json` as one job of so many ranks."""
+    """The result of `hvd-dqn bench ARGUMENTS --json` as one job of `ranks` ranks."""
     with _started([[*mpirun(ranks), *HVD_DQN, *arguments, "--json"]]) as (job,):
         return job.answer()
 
 
 def mpirun(ranks: int) -> list[str]:
-    """The command that starts so many ranks on this machine, even more than it has cores."""
-    root = ["--allow-run-as-root"] if os.getuid() == 0 else []  # which Open MPI otherwise refuses
+    """The command that starts `ranks` ranks on this machine, even if it has fewer cores."""
+    root = ["--allow-run-as-root"] if os.getuid() == 0 else []  # otherwise Open MPI refuses
     return [*MPIRUN, "--oversubscribe", *root, "-np", str(ranks)]
 
 
 def run_independently(processes: int, arguments: Sequence[str]) -> list[dict[str, Any]]:
-    """The results of so many independent processes, which begin to measure together, when the last one is ready."""
+    """The results of independent processes. All start to measure when the last one is ready."""
     with _started([[*HVD_DQN, *arguments, "--json", "--gate"]] * processes) as jobs:
         for job in jobs:
             job.read(READY)
@@ -74,7 +74,7 @@ class _Job:
         )
 
     def read(self, beginning: str) -> str:
-        """The next line of its output that begins with this. Raises JobError if it ends before."""
+        """The next line of its output with this beginning. Raises JobError if the process ends before."""
         assert self.process.stdout is not None
         for line in self.process.stdout:
             if line.startswith(beginning):
@@ -86,7 +86,7 @@ class _Job:
 
     def go(self) -> None:
         assert self.process.stdin is not None
-        with contextlib.suppress(BrokenPipeError):  # it has died: `answer` says how
+        with contextlib.suppress(BrokenPipeError):  # it has died: `answer` reports how
             self.process.stdin.write("\n")
             self.process.stdin.flush()
 
@@ -120,10 +120,10 @@ def _started(commands: Sequence[Sequence[str]]) -> Iterator[list[_Job]]:
         def end(number: int, frame: object) -> None:
             nonlocal asked
             asked = True
-            if not starting:  # else a process that is just being started would be left behind
+            if not starting:  # else a process that is just starting would be left behind
                 sys.exit(128 + number)
 
-        # The jobs have sessions of their own: nobody but this process ends them.
+        # The jobs have their own sessions, so only this process can end them.
         before = signal.signal(signal.SIGTERM, end)
         ending.callback(signal.signal, signal.SIGTERM, before)
         jobs = []

@@ -30,7 +30,7 @@ class LearnerCase(NamedTuple):
     actions: int
     batch: int
     updates: int  # K, per phase
-    phases: int  # per measurement: a tenth of a second or more, so that one interruption weighs little
+    phases: int  # per measurement: a tenth of a second or more, so that one interruption hardly counts
     transitions: int  # in the replay of each rank
 
 
@@ -45,11 +45,11 @@ LEARNER_CASES = {
 def measure_learner(world: World, networks: Sequence[str] = tuple(LEARNER_CASES), repeats: int = 7) -> dict[str, Any]:
     """Microseconds per update of each network: the phase of K updates alone, and with sampling its batches.
 
-    All ranks call it. The networks take turns, so that a slow moment of the machine affects all of them; in every turn the
-    slowest rank counts. An update includes averaging over ranks; every phase ends with a copy into the target network.
+    All ranks call it. The networks take turns, so that a slow moment of the machine affects all of them. The slowest
+    rank of each turn counts. An update includes averaging over ranks. Every phase ends with a target copy.
     """
     if all(LEARNER_CASES[name].network == "mlp" for name in networks):
-        compute_alone()  # as in training; a process has one number of threads for all it measures
+        compute_alone()  # as in training; a process has one number of threads for all measurements
     jobs = [job for name in networks for job in _jobs(LEARNER_CASES[name], world)]
     rounds = [[seconds_of(job, world.barrier) for job in jobs] for _ in range(repeats)]
     seconds = world.max(np.array(rounds))  # [repeats, jobs]
@@ -84,7 +84,7 @@ def _jobs(case: LearnerCase, world: World) -> Iterator[Callable[[], None]]:
         world,
         max_gradient_norm=10.0,
         xla=None,
-        planned=10**9,  # compiled, where a long run's would be
+        planned=10**9,  # compiled if it would be in a long run
     )
     BroadcastHook(world, learner.variables)()
     replay = filled_replay(case, world.rank)

@@ -32,8 +32,8 @@ class TrainingCase(NamedTuple):
 
 
 TRAINING_CASES = {
-    # Stable-Baselines3's zoo, dqn.yml: 128 updates of 64 every 256 steps are 32 samples per insert. Its target is copied
-    # every 10 steps, which is while it steps and never inside a phase: once for each phase.
+    # Stable-Baselines3's zoo, dqn.yml: 128 updates of 64 every 256 steps are 32 samples per insert. It copies its
+    # target every 10 environment steps, never inside a phase. That amounts to one copy per phase.
     "cartpole-zoo": TrainingCase(
         {
             "env": {"id": "CartPole-v1", "envs_per_rank": 1},
@@ -46,7 +46,7 @@ TRAINING_CASES = {
         },
         total_steps=20_000,
     ),
-    # An update per 4 steps: 4 after each step of the 16 environments. Compiled, as it is in runs that are worth waiting for.
+    # An update per 4 steps: 4 after each step of the 16 environments. Compiled, as in long runs.
     "cartpole-16": TrainingCase(
         {
             "env": {"id": "CartPole-v1", "envs_per_rank": 16},
@@ -79,11 +79,11 @@ def case_config(
     name: str, ranks: int, *, total_steps: int | None = None, batch: int | None = None, envs: int | None = None,
     sync: str = "gradients", overlap: bool = False,
 ) -> Config:  # fmt: skip
-    """The settings of a case for so many ranks, each of which does the work of one alone: learning periods grow with them.
+    """The settings of a case for `ranks` ranks. Each does the work of a single one: learning periods grow with `ranks`.
 
-    Votes and drift checks keep their periods in total steps, as in every run. `batch` and `envs` are per rank. Another batch
-    keeps the samples per insert; the period between phases changes, so that a phase has as many updates as before, unless
-    the period would be shorter than one step of each environment.
+    Votes and drift checks keep their periods in total steps, as in every run. `batch` and `envs` are per rank. Another
+    batch keeps the samples per insert. The period between phases changes, so that a phase has as many updates as
+    before, unless the period would be shorter than one step of each environment.
     """
     if name not in TRAINING_CASES:
         raise InputError(
@@ -137,8 +137,8 @@ def measure_loop(
 ) -> dict[str, Any]:  # fmt: skip
     """Trains, and measures from the end of the second phase, when all graphs are traced. All ranks call it.
 
-    This includes votes and drift checks, but neither evaluations nor checkpoints. `total_steps` are summed over ranks. `ready`
-    is called before the measurement begins.
+    This includes votes and drift checks, but neither evaluations nor checkpoints. `total_steps` are summed over ranks.
+    `ready` is called before the measurement begins.
     """
     config = in_step(
         world,
@@ -176,7 +176,7 @@ class Stopwatch:
         self._phases = 0
 
     def learned(self, worker: Worker) -> None:
-        """To be called after each phase."""
+        """Call it after each phase."""
         self._phases += 1
         if self._phases == 2:
             self._ready()
@@ -190,7 +190,7 @@ class Stopwatch:
         (first_steps, first_updates, spent_before), (steps, updates, spent) = self._marks
         phases = np.diff(self._ends)
         parts = {name: spent[name] - spent_before[name] for name in PARTS}
-        # Split as in a report, but over the measured phases: the wait while others traced does not count.
+        # Split as in a report, but over the measured phases only: waiting while other ranks trace does not count.
         allreduce = parts["communicate"] + parts["idle"]
         seconds, negative_least = worker.world.max(np.array([self._ends[-1] - self._ends[0], -allreduce])).tolist()
         parts |= {"communicate": -negative_least, "idle": allreduce + negative_least}

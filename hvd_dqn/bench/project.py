@@ -1,4 +1,4 @@
-"""Projects the efficiency of many ranks from measurements of few: fits the cost model, checks it, and computes."""
+"""Projects the efficiency of many ranks from measurements of few: fits a cost model, checks it, and computes."""
 
 import json
 import math
@@ -38,13 +38,13 @@ FIELDS = {
         ("case", "ranks", "scaling", "sync", "batch", "envs", "oversubscribed", "efficiency", "phase"),
     ),
 }
-MOST_BYTES = 30e6  # of a message that is fitted: a case sends 20 MB at most, and no cache holds larger messages
+MOST_BYTES = 30e6  # the largest message to fit: a case sends 20 MB at most, and larger ones exceed the caches
 Results = Sequence[dict[str, Any]]
 Points = Sequence[tuple[float, float]]  # batch, seconds per update
 
 
 class Fit(NamedTuple):
-    """The model's parts, and the measurements that they were fitted to; the others check them."""
+    """The parts of the model, and the measurements they were fitted to. Other measurements check them."""
 
     phase: PhaseTime  # with the case's own batch
     per_update: Line  # seconds by batch
@@ -88,7 +88,7 @@ def project_efficiency(
     if allreduce is None:
         raise InputError("The files hold no all-reduces: add `horovodrun -np 2 hvd-dqn bench allreduce --json`.")
     scaled = [row for result in results if result["benchmark"] == "scaling" for row in result["results"]]
-    # Ranks that share cores are slower for another reason than the model's.
+    # The model does not describe ranks that share cores.
     scaled = [row for row in scaled if row["case"] == case and not row["oversubscribed"]]
     alone = [row for r in results if r["benchmark"] == "loop" and r["ranks"] == 1 for row in r["results"]]
     phase, points = _work_points(case, scaled + [row for row in alone if row["case"] == case])
@@ -125,7 +125,7 @@ def _measure(case: str, sync: str, rounds: int, say: Callable[[str], None]) -> R
     check_launcher()
     if cores() < 2:
         raise InputError(
-            "The projection needs two ranks with a core each, and this process may use one core. Measure elsewhere with "
+            "The projection needs two ranks with a core each, but this process may use one. Measure elsewhere with "
             "`bench loop`, `allreduce` and `scaling --json`, and give --files."
         )
     batch, results = TRAINING_CASES[case].settings["learner"]["batch_size"], []
@@ -196,7 +196,7 @@ def _fit(phase: PhaseTime, points: Points, allreduce: dict[str, Any]) -> Fit:
 
 
 def _fitted(values: Sequence[float]) -> list[float]:
-    """The values to fit to: all but every second one inside, which are held out to check the fit."""
+    """The values to fit to. Every second inner value is held out to check the fit."""
     return [value for i, value in enumerate(values) if i % 2 == 0 or i == len(values) - 1]
 
 
@@ -270,7 +270,7 @@ def _powers(ranks: int) -> list[int]:
 
 
 def render_projection(result: dict[str, Any]) -> RenderableType:
-    """The result of `project_efficiency` for people: the projection, its errors, and what it assumes."""
+    """The result of `project_efficiency` for display: the projection, its errors and its assumptions."""
     fit, network, phase = result["fit"], result["network"], result["fit"]["phase"]
     table = Table(title=f"{result['case']}, {phase['batch']} transitions per update on each rank", title_justify="left")
     for heading in ("ranks", "efficiency", "times one rank", "work", "waiting", "talking", f"batch for {TARGET:.0%}"):

@@ -4,9 +4,9 @@ The time of one phase of K updates of N ranks is
 
     work(B) + waiting(N, K) + messages(K) * allreduce(N, bytes)
 
-`work` is a rank's own time, linear in its batch B. `waiting` is the time for the slowest of N ranks before each message.
-Efficiency is `work` over the whole: the steps per second of the job over those of N independent processes. The model leaves
-out votes and reports: their periods are settings, and a vote is one small message per phase at most.
+`work` is a rank's own time, linear in its batch B. `waiting` is the time until the slowest of N ranks is ready for each
+message. Efficiency is `work` over the sum: the steps per second of the job over those of N independent processes. The
+model leaves out votes and reports: their periods are settings, and a vote is at most one small message per phase.
 """
 
 import functools
@@ -18,8 +18,8 @@ import numpy as np
 
 from hvd_dqn.ranks.placement import FUSED_FLOATS
 
-NEGOTIATIONS = 2  # small all-reduces before each message, by which Horovod finds out what is ready on all ranks
-DRAWS = 200_000  # of lateness: hundreds of them are later than the latest of 512 ranks usually is
+NEGOTIATIONS = 2  # small all-reduces before each message: Horovod finds out what is ready on all ranks
+DRAWS = 200_000  # of lateness: hundreds of them exceed the usual lateness of the slowest of 512 ranks
 
 
 class Line(NamedTuple):
@@ -38,7 +38,7 @@ def fit_line(points: Sequence[tuple[float, float]]) -> Line:
     if len(np.unique(x)) == 1:
         return Line(0.0, float(np.mean(y) / x[0]))
     fixed, slope = np.linalg.lstsq(np.stack([1 / y, x / y], axis=1), np.ones(len(y)), rcond=None)[0].tolist()
-    # Neither term can be negative: where noise says so, only the other one is fitted.
+    # Neither term can be negative. If noise makes one negative, only the other one is fitted.
     if fixed < 0:
         return Line(0.0, float(np.sum(x / y) / np.sum((x / y) ** 2)))
     if slope < 0:
@@ -69,13 +69,13 @@ class Interconnect(NamedTuple):
 
 
 def fit_interconnect(ranks: int, horovod: Mapping[float, float], mpi: Mapping[float, float]) -> Interconnect:
-    """Fits to the seconds of all-reduces by their bytes: Horovod's, and MPI's own where they were measured too.
+    """Fits to the seconds of all-reduces by their bytes: Horovod's and, if they were measured, MPI's own.
 
-    Without MPI's seconds of small messages, half of a small message's time counts as the interconnect's.
+    Without MPI's times of small messages, half of a small message's time counts as the interconnect's.
     """
     whole = fit_line(list(horovod.items()))
-    # The fixed cost is the interconnect's (MPI's time of a small message, once per negotiation and for the message itself)
-    # and that of Horovod's threads (the rest).
+    # The fixed cost has two parts: the interconnect's (MPI's time of a small message, for each negotiation and for the
+    # message itself), and that of Horovod's threads (the rest).
     small = [seconds - size * whole.slope for size, seconds in mpi.items() if size * whole.slope < whole.fixed / 10]
     waits = 1 + NEGOTIATIONS
     fixed = min(whole.fixed, waits * max(0.0, min(small))) if small else whole.fixed / 2
@@ -86,7 +86,7 @@ def fit_interconnect(ranks: int, horovod: Mapping[float, float], mpi: Mapping[fl
 
 
 def expected_wait(lateness: np.ndarray, ranks: int) -> float:
-    """How much longer than the mean the longest of N independent draws from the sample is expected to be."""
+    """The expected maximum of N independent draws from the sample, minus the mean."""
     ordered = np.sort(lateness)
     below = np.arange(len(ordered) + 1) / len(ordered)
     return float(ordered @ np.diff(below**ranks) - ordered.mean())
@@ -104,10 +104,10 @@ class PhaseTime(NamedTuple):
 
 
 def waiting(phase: PhaseTime, ranks: int, waits: int) -> float:
-    """Seconds of a phase in which a rank waits for the slowest one, if all wait for each other so many times in it.
+    """Seconds per phase in which a rank waits for the slowest one, if all wait for each other `waits` times.
 
-    The time of a phase above its least is modelled as gamma distributed, by its mean and deviation. A gamma distribution is
-    divisible: a K-th of the phase has a K-th of the shape and the same scale.
+    The time of a phase above its minimum is modelled by a gamma distribution with the same mean and deviation. A gamma
+    distribution is divisible: a K-th of the phase has a K-th of the shape and the same scale.
     """
     late, variance = phase.seconds - phase.least, phase.deviation**2
     if late <= 0 or variance <= 0:
@@ -124,8 +124,8 @@ def _gamma_wait(shape: float, ranks: int) -> float:
 def cost(phase: PhaseTime, interconnect: Interconnect, ranks: int, sync: str) -> dict[str, float]:
     """Seconds of a phase of `ranks` ranks, in parts: work, waiting, talking.
 
-    If gradients are averaged, each of the K updates waits and sends. If parameters are, the phase does so once, with Adam's
-    two moments too, in three messages if they are large.
+    If gradients are averaged, each of the K updates waits and sends. If parameters are averaged, the phase waits once
+    and also sends Adam's two moments, in three messages if they are large.
     """
     if ranks == 1:
         return {"work": phase.seconds, "waiting": 0.0, "talking": 0.0}
@@ -142,7 +142,7 @@ def efficiency(parts: Mapping[str, float]) -> float:
 
 
 def at_batch(phase: PhaseTime, per_update: Line, batch: float) -> PhaseTime:
-    """The phase with another batch: its time from the line, its lateness as of several of the old phases."""
+    """The phase with another batch: its time from the line, its lateness as that of several of the old phases."""
     seconds = phase.updates * per_update(batch)
     factor = seconds / phase.seconds
     deviation = math.sqrt(factor) * phase.deviation
@@ -158,7 +158,7 @@ def batch_for(
     sync: str,
     limit: int = 1 << 20,
 ) -> int | None:
-    """The smallest batch per rank, up to `limit`, with at least this efficiency; None where there is none."""
+    """The smallest batch per rank, up to `limit`, with at least this efficiency; None if there is none."""
 
     def reached(batch: int) -> bool:
         return efficiency(cost(at_batch(phase, per_update, batch), interconnect, ranks, sync)) >= target

@@ -19,7 +19,7 @@ from hvd_dqn.ranks.placement import cores
 
 
 def seconds_of(job: Callable[[], Any], barrier: Callable[[], None]) -> float:
-    """Seconds that `job` takes on this rank, counted from when all ranks are ready."""
+    """Seconds that `job` takes on this rank, from the moment at which all ranks are ready."""
     barrier()
     start = time.perf_counter()
     job()
@@ -51,7 +51,7 @@ def provenance() -> dict[str, Any]:
 def revision() -> str:
     """The commit of this package, `-dirty` if its files were changed; its version outside of a checkout."""
     here = Path(__file__)
-    # An installed package may lie inside another project's checkout, which does not track it.
+    # An installed package may be inside the checkout of another project, which does not track it.
     tracked = _git(here.parent, "ls-files", "--error-unmatch", here.name)
     commit = _git(here.parent, "describe", "--always", "--dirty", "--abbrev=10") if tracked else ""
     return commit or __version__

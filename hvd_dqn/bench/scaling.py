@@ -28,12 +28,12 @@ def measure_scaling(
 ) -> dict[str, Any]:
     """Efficiency: the steps per second of a job of N ranks over the sum of those of N independent processes.
 
-    Each process does the work of a rank, with one thread, compiled by XLA where that pays, which ranks that average gradients
-    cannot be. Every round measures each job and each baseline once, in turns. Weak scaling: each rank has the batch and the
-    environments of the case. Strong: a share of them; left out where they do not divide. `total_steps` are those of one
-    rank, under strong scaling of all ranks together.
+    Each process does the work of a rank, with one thread. XLA compiles it if that pays; ranks that average gradients
+    cannot be compiled. Every round measures each job and each baseline once, in turns. Weak scaling: each rank has the
+    batch and the environments of the case. Strong scaling: each has a share of them; left out if they do not divide.
+    `total_steps` are those of one rank; under strong scaling those of all ranks together.
     """
-    case_config(case, 1, total_steps=total_steps)  # refuses bad input before anything starts
+    case_config(case, 1, total_steps=total_steps)  # raises InputError before anything starts
     if not ranks or min(ranks) < 1 or rounds < 1:
         raise InputError(f"--ranks and --rounds must be at least 1. Received: {list(ranks)} and {rounds}.")
     check_launcher()
@@ -45,7 +45,7 @@ def measure_scaling(
         answers: Answers = {}
         for n, kind in layouts:
             names = [BASELINE, *syncs] if n > 1 else [BASELINE]
-            for name in names if i % 2 else names[::-1]:  # neither always has the warmer machine
+            for name in names if i % 2 else names[::-1]:  # so that neither always runs on the warmer machine
                 say(f"round {i + 1} of {rounds}: {n} ranks, {kind}, {name}")
                 answers[n, kind, name] = _measure_layout(case, n, kind, name, total_steps)
         measured.append(answers)
@@ -57,7 +57,7 @@ def measure_scaling(
 
 
 def _share(case: str, ranks: int) -> tuple[int, int] | None:
-    """Batch and environments of one rank under strong scaling; None where they do not divide."""
+    """Batch and environments of one rank under strong scaling; None if they do not divide."""
     config = TRAINING_CASES[case].settings
     whole = config["learner"]["batch_size"], config["env"]["envs_per_rank"]
     return None if any(amount % ranks for amount in whole) else (whole[0] // ranks, whole[1] // ranks)
@@ -104,7 +104,7 @@ def _row(case: str, ranks: int, kind: str, sync: str, rounds: Sequence[Answers])
 
 
 def mean_phase(phases: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The mean of the phases that several processes measured."""
+    """The mean of the phases measured by several processes."""
     return {
         "count": sum(phase["count"] for phase in phases),
         **{name: float(np.mean([phase[name] for phase in phases])) for name in ("updates", "seconds", "deviation")},
@@ -114,7 +114,7 @@ def mean_phase(phases: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def communicate_and_idle(row: dict[str, Any]) -> str:
-    """The shares of a job's time that go into averaging, and into waiting for slower ranks."""
+    """The shares of a job's time spent on averaging and on waiting for slower ranks."""
     shares = row["shares"]
     return f"{100 * shares['communicate']:.0f}, {100 * shares['idle']:.0f} %" if shares else ""
 

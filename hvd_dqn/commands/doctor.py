@@ -1,4 +1,4 @@
-"""The command `doctor`: checks that machine, libraries and ranks fit together, and says how to mend what does not."""
+"""`hvd-dqn doctor`: checks that machine, libraries and ranks work together, and says how to fix what does not."""
 
 import json
 import os
@@ -22,14 +22,14 @@ from hvd_dqn.ranks.lockstep import in_step
 from hvd_dqn.ranks.world import World
 from hvd_dqn.storage.run_directory import versions
 
-# How many ranks the launcher says it started: Open MPI's, horovodrun's with Gloo, srun's, MPICH's.
+# The number of ranks according to the launcher: Open MPI's, horovodrun's with Gloo, srun's, MPICH's.
 LAUNCHED_VARIABLES = ("OMPI_COMM_WORLD_SIZE", "HOROVOD_SIZE", "SLURM_STEP_NUM_TASKS", "PMI_SIZE")
 SETTINGS = ("HOROVOD_", "OMPI_MCA_", "OMP_", "TF_", "MALLOC_", "CUDA_VISIBLE_DEVICES", "SLURM_CPUS_PER_TASK")
-# Variables that launchers set for their own processes: addresses and keys, nothing that a user sets.
+# Variables that launchers set for their own processes, such as addresses and keys. Users never set them.
 INTERNAL = ("OMPI_MCA_orte_", "OMPI_MCA_ess", "OMPI_MCA_pmix", "OMPI_MCA_shmem_", "OMPI_MCA_initial_wdir", "TF2_")
 INTERNAL_PARTS = ("SECRET", "KEY", "_ADDR", "_PORT", "RANK", "SIZE", "HOSTNAME", "CLI_CONFIG")
-FLOATS = (4_610, 1_687_206)  # in the gradients of the 64-64 MLP and of the Nature CNN
-ROUNDS = 5  # of all-reduces: few, to be quick
+FLOATS = (4_610, 1_687_206)  # numbers in the gradients of the 64-64 MLP and of the Nature CNN
+ROUNDS = 5  # of all-reduces: few, so that the command is quick
 
 
 def run(arguments: Sequence[str], world: World) -> None:
@@ -39,7 +39,7 @@ def run(arguments: Sequence[str], world: World) -> None:
 
 
 def examine(world: World) -> dict[str, Any]:
-    """Collects a report of every rank, and times all-reduces. A collective, with the same result on all ranks."""
+    """Collects a report from every rank and times all-reduces. A collective; all ranks return the same."""
     ranks = world.gather(_describe_rank(world))
     return {
         "hvd_dqn": __version__,
@@ -50,7 +50,7 @@ def examine(world: World) -> dict[str, Any]:
 
 
 def _describe_rank(world: World) -> dict[str, Any]:
-    """What one rank reports of itself."""
+    """What one rank reports about itself."""
     return {
         "rank": world.rank,
         "size": world.size,
@@ -73,14 +73,14 @@ def launched_ranks(environ: Mapping[str, str]) -> int:
 
 
 def gpus(names: Sequence[str], environ: Mapping[str, str]) -> list[str]:
-    """The host's numbers or ids of TensorFlow's devices, which TensorFlow counts within CUDA_VISIBLE_DEVICES."""
+    """The host's numbers or ids of TensorFlow's GPUs. TensorFlow itself counts within CUDA_VISIBLE_DEVICES."""
     numbers = [int(name.rsplit(":", 1)[1]) for name in names]
     visible = [word.strip() for word in environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if word.strip()]
     return [visible[number] if number < len(visible) else str(number) for number in numbers]
 
 
 def steering_variables(environ: Mapping[str, str]) -> dict[str, str]:
-    """The environment variables that steer threads, Horovod and Open MPI."""
+    """The environment variables that control threads, Horovod and Open MPI."""
     return {
         name: value
         for name, value in sorted(environ.items())
@@ -91,7 +91,7 @@ def steering_variables(environ: Mapping[str, str]) -> dict[str, str]:
 
 
 def _time_allreduce(world: World, floats: int) -> dict[str, float]:
-    """Microseconds of one all-reduce, and megabytes per second."""
+    """The microseconds of one all-reduce, and its megabytes per second."""
     found = time_allreduce(world, floats, ROUNDS)
     microseconds = {name: 1e6 * seconds for name, seconds in found["seconds"].items()}
     return {"bytes": 4 * floats, **microseconds, "megabytes_per_second": found["bytes_per_second"] / 1e6}
@@ -101,7 +101,7 @@ Ranks = Sequence[dict[str, Any]]
 
 
 def problems(ranks: Ranks) -> list[str]:
-    """Every problem in the reports of the ranks, each with its cure."""
+    """Every problem in the reports of the ranks, each with the way out."""
     return list(dict.fromkeys(complaint for check in CHECKS for complaint in check(ranks)))
 
 
@@ -109,20 +109,20 @@ def _unconnected_ranks(ranks: Ranks) -> Iterator[str]:
     for rank in ranks:
         if rank["size"] == 1 and rank["launched"] > 1:
             yield (
-                f"The launcher started {rank['launched']} ranks, but this one finds itself alone: mpi4py and Horovod were "
-                "built for another MPI than the launcher's. Run launch/setup.sh with one mpirun on PATH and start with "
-                "that one; srun needs --mpi=pmix."
+                f"The launcher started {rank['launched']} ranks, but this one is not connected to the others: mpi4py "
+                "and Horovod were built for another MPI than the launcher's. Run launch/setup.sh with one mpirun on "
+                "PATH and start the job with that mpirun; srun needs --mpi=pmix."
             )
 
 
 def _no_horovod(ranks: Ranks) -> Iterator[str]:
     missing = [name for name in ("horovod", "mpi4py") if name not in ranks[0]["versions"]]
     if missing:
-        yield f"One process works; several ranks need {' and '.join(missing)}: run launch/setup.sh."
+        yield f"A single process works, but several ranks need {' and '.join(missing)}: run launch/setup.sh."
     elif "horovod_error" in ranks[0]["horovod"]:
         yield (
-            "Horovod is installed but cannot be loaded: it must be built after TensorFlow and against it. "
-            f"Run launch/setup.sh. The reason: {ranks[0]['horovod']['horovod_error']}"
+            "Horovod is installed but cannot be loaded. It must be built after TensorFlow and against it: "
+            f"run launch/setup.sh. The error: {ranks[0]['horovod']['horovod_error']}"
         )
 
 
@@ -149,8 +149,8 @@ def _shared_gpu(ranks: Ranks) -> Iterator[str]:
         for gpu, names in owners.items():
             if len(names) > 1:
                 yield (
-                    f"Ranks {', '.join(names)} share GPU {gpu} on {host}, which NCCL does not do: start one rank per "
-                    "GPU, and give each its own (srun --gpus-per-task=1) or let all see all of them."
+                    f"Ranks {', '.join(names)} share GPU {gpu} on {host}, which NCCL does not allow: start one rank "
+                    "per GPU, and let each rank see only its own GPU (srun --gpus-per-task=1) or all GPUs."
                 )
 
 
@@ -171,7 +171,7 @@ def _different_versions(ranks: Ranks) -> Iterator[str]:
             here = odd["versions"].get(name, "none")
             yield (
                 f"The ranks have different versions of {name}: {here} on {odd['host']} and {usual} elsewhere. "
-                "Let all hosts use one .venv, or run launch/setup.sh on each."
+                "Let all hosts share one .venv, or run launch/setup.sh on each host."
             )
 
 
@@ -191,7 +191,7 @@ def _by_host(ranks: Ranks) -> Iterator[tuple[str, list[dict[str, Any]]]]:
 
 
 def render(report: dict[str, Any]) -> RenderableType:
-    """The report for people: what is installed and built, a row per rank, the all-reduces, and the problems."""
+    """The report for display: what is installed and built, a row per rank, the all-reduces, and the problems."""
     chief = report["ranks"][0]
     about = Table.grid(padding=(0, 2))
     about.add_row("versions", _pairs({"hvd_dqn": report["hvd_dqn"], **chief["versions"]}))
@@ -205,7 +205,7 @@ def render(report: dict[str, Any]) -> RenderableType:
         )
     ranks = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
     for title in ("rank", "host", "local\nrank", "cores", "threads", "device", "MPI", "thread\nlevel", "controller"):
-        # What may become long folds where the terminal is narrow: nothing loses its end.
+        # On a narrow terminal long texts are folded, never cut off.
         ranks.add_column(title, overflow="fold", no_wrap=title not in ("host", "cores", "device", "MPI"))
     for rank in report["ranks"]:
         horovod = rank["horovod"]

@@ -1,4 +1,4 @@
-"""What each command takes: read from the command line, and for a training laid over a file or a preset."""
+"""The options of each command, read from the command line. Those of a training override a file or a preset."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,9 +12,9 @@ from hvd_dqn.storage.run_directory import Run, name_of_env
 
 
 class Options(Values):
-    """What a command takes. Every yes-or-no option is a flag."""
+    """The options of a command. Every boolean option is a flag."""
 
-    without_dashes: ClassVar[str] = ""  # the name of what is given first, as it is
+    without_dashes: ClassVar[str] = ""  # the name of the argument that is given first, without dashes
 
     @classmethod
     def flags(cls) -> list[str]:
@@ -78,7 +78,7 @@ class JsonOptions(Options):
 
 
 def parse(kind: type[O], arguments: Sequence[str], prog: str) -> O:
-    """Reads `arguments` into a `kind`. Raises InputError with one line where they do not fit."""
+    """Reads `arguments` into a `kind`. Raises InputError with one line if they do not fit."""
     known, first = fields_of(kind), kind.without_dashes
     if asks_for_help(arguments):
         defaults = {name: field.default for name, field in known.items()}
@@ -115,7 +115,7 @@ def read_settings(arguments: Sequence[str]) -> tuple[TrainOptions, str, Config]:
 
 
 def _base(where: TrainOptions, preset: str | None, env_id: str | None) -> tuple[str, Config]:
-    """The name of the run, and the settings below those of the command line."""
+    """The name of the run, and the settings that the command line overrides."""
     base = load_preset(preset) if preset else Config()
     if where.config:
         return preset or where.config.stem, load_file(where.config, base)
@@ -131,7 +131,7 @@ def _base(where: TrainOptions, preset: str | None, env_id: str | None) -> tuple[
 
 
 def _explain_train(named: Sequence[str]) -> None:
-    """Shows every setting, with the values of the preset that is `named` instead of the defaults."""
+    """Shows every setting, with the values of the `named` preset instead of the defaults."""
     config = load_preset(named[0]) if named else Config()
     options, settings, values = fields_of(TrainOptions), setting_names(), config.model_dump()
     whole = {name: field for name, field in settings.items() if "." not in name}

@@ -1,4 +1,4 @@
-"""`hvd-dqn train`: trains an agent, by one process or by many ranks."""
+"""`hvd-dqn train`: trains an agent with one process or many ranks."""
 
 import contextlib
 import sys
@@ -15,19 +15,19 @@ from hvd_dqn.ranks.signals import StopRequest
 from hvd_dqn.ranks.world import World
 from hvd_dqn.storage.run_directory import Run, default_path
 
-# sysexits.h's EX_TEMPFAIL: come again. Batch systems requeue on it.
+# sysexits.h's EX_TEMPFAIL: try again. Batch systems requeue on it.
 STOPPED = 75
 stop_request = StopRequest()
 
 
 def run(arguments: Sequence[str], world: World) -> None:
     options, name, config = in_step(world, lambda: read_settings(arguments))
-    _check_alike(options, config, world)  # first: whoever is refused alone leaves the others waiting
+    _check_alike(options, config, world)  # first: if only some ranks stopped here, the others would wait for ever
     _check_elastic(options, config)
     in_step(world, lambda: _check_timeline(options, world))
 
     with loading():
-        from hvd_dqn import job  # imports TensorFlow, which bad input should not have to wait for
+        from hvd_dqn import job  # imports TensorFlow; bad input is reported before
 
     if options.elastic:
         assert options.run_dir is not None
@@ -40,14 +40,14 @@ def run(arguments: Sequence[str], world: World) -> None:
             result = job.train_in_world(
                 config, name, directory, world, stop_request, resume=options.resume, start_from=options.start_from
             )
-        world.barrier()  # nobody's files are half-written when the launcher sees the first rank end
+        world.barrier()  # the launcher may kill the others once a rank ends: let all finish writing
     if result.outcome == "stopped":
         stop_request.ignore()
         sys.exit(STOPPED)
 
 
 def _check_alike(options: TrainOptions, config: Config, world: World) -> None:
-    """Raises InputError, on all ranks, if they were started differently: they would enter other collectives. A collective."""
+    """Raises InputError, on all ranks, if they were started differently: collectives would differ. A collective."""
     mine = config.digest(), options.resume, options.elastic, str(options.start_from), options.timeline is not None
     everyone = world.gather(mine)
     odd = [rank for rank, theirs in enumerate(everyone) if theirs != everyone[0]]

@@ -1,4 +1,4 @@
-"""The words of a command line: split into options and their values by what a command takes, and explained by --help."""
+"""Splits a command line into options and values, and explains the options for --help."""
 
 import os
 import re
@@ -33,16 +33,16 @@ def spelled(name: str) -> str:
 
 
 def fields_of(kind: type[Values]) -> dict[str, Any]:
-    """What a command takes, by the name of the option."""
+    """The options of a command, by name."""
     return {field.alias or name: field for name, field in kind.model_fields.items()}
 
 
 def split(
     words: Sequence[str], known: Fields, flags: Sequence[str], prog: str, advice: Advice | None = None
 ) -> tuple[dict[str, Any], list[str]]:
-    """The options in `words` with their values, as text or as several texts, and the words that belong to none of them.
+    """The options in `words` with their values, as text or as several texts, and the words that belong to no option.
 
-    An option takes the next word, one for a list or a mapping all words to the next option, and those among `flags` none.
+    An option takes the next word. An option for a list or a mapping takes all words to the next option; `flags` none.
     """
     given: dict[str, Any] = {}
     others: list[str] = []
@@ -77,10 +77,10 @@ def split(
 
 
 def unknown(option: str, known: Fields, prog: str, advice: Advice | None = None) -> str:
-    """The message about an option that is none of the `known`; `advice` says which setting may be meant."""
+    """The message about an option that is not `known`. `advice` tells which setting may be meant."""
     if option in LAUNCHERS:
         launcher = f"horovodrun -np 2 {' '.join(prog.split()[:2])} ..."
-        return f"`{option}` belongs to the launcher, which stands before hvd-dqn: {launcher}"
+        return f"`{option}` is an option of the launcher: write it before hvd-dqn, as in: {launcher}"
     name = option.lstrip("-").replace("-", "_")
     meant = nearest(spelled(name), [spelled(each) for each in known if "." not in each], 0.7 if advice else 0.5)
     if advice and not meant:
@@ -89,7 +89,7 @@ def unknown(option: str, known: Fields, prog: str, advice: Advice | None = None)
 
 
 def show(*parts: str) -> NoReturn:
-    """Prints help and ends the command, also where nobody reads to the end, as in `| head`."""
+    """Prints help and ends the command. A closed pipe, as in `| head`, is no error."""
     try:
         print("\n\n".join(parts), flush=True)
     except BrokenPipeError:

@@ -1,1 +1,1 @@
-"""Environments: made, stepped, saved and restored. Knows nothing of learning."""
+"""Makes, steps, saves and restores environments. Independent of learning."""

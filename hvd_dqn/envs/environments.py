@@ -1,4 +1,4 @@
-"""Steps, saves, restores and, after failures, restarts one rank's copies of a Gymnasium environment."""
+"""Steps, saves and restores one rank's copies of a Gymnasium environment, and restarts them after failures."""
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
@@ -15,9 +15,9 @@ from hvd_dqn.envs.vector import build, call, close_vector, is_native
 from hvd_dqn.envs.wrappers import EnvFailure, one_line
 from hvd_dqn.errors import InputError, RunError, tell
 
-# How long environments and their processes may take to close before they are left or killed.
+# How long environments and their processes may take to close. After that they are abandoned or killed.
 CLOSING_SECONDS = 5.0
-# Streams of seeds that follow from those of the last reset.
+# Streams of new seeds, derived from the seeds of the last reset.
 RESTARTED, RESUMED = range(2)
 
 
@@ -29,16 +29,15 @@ class Episodes(NamedTuple):
 
 
 class Environments:
-    """E copies of one environment: steps them, resets those that end, and stacks what the agent sees.
+    """E copies of one environment. Steps them, resets those whose episode ended, and stacks the agent's frames.
 
-    A step yields single frames (for the replay); `observation` holds the last `frame_stack` of them. Arrays handed out
-    are never written again and must not be written by others. `first_index` is the global index of the first copy and,
-    with `rank`, names a copy in errors. Raises InputError where the environment cannot be made or cannot be learned by
-    DQN.
+    A step yields single frames (for the replay); `observation` holds the last `frame_stack` of them. Returned arrays
+    are never written again, and callers must not write them. `first_index` is the global index of the first copy;
+    errors name it with `rank`. Raises InputError if the environment cannot be made, or if DQN cannot learn it.
 
-    A copy fails by raising, by the end of its process, and by a value that is not finite. After the first `restarts`
-    failures all copies are closed, made anew and reset with seeds that follow from those of the last `reset`. After the
-    next, `step` and `reset` raise RunError, which names the copy and contains the environment's traceback.
+    A copy fails if it raises, if its process ends, or if it returns a value that is not finite. After each of the first
+    `restarts` failures all copies are closed, made again and reset with seeds derived from those of the last `reset`.
+    After the next failure `step` and `reset` raise RunError with the copy's number and the environment's traceback.
     """
 
     observation_space: spaces.Space
@@ -46,9 +45,9 @@ class Environments:
     frames: Frames
     actions: int
     observation: np.ndarray  # [E, *frames.observation_shape]: the current one
-    returns: np.ndarray  # [E] float64: of the episodes under way, as in Episodes
-    restorable: bool  # whether `load_state` can restore episodes under way; False until `probe`
-    restarted: int  # how often the copies were made anew, also before this run was resumed
+    returns: np.ndarray  # [E] float64: of the current episodes, as in Episodes
+    restorable: bool  # whether `load_state` can restore unfinished episodes; False until `probe`
+    restarted: int  # how often the copies were made again, also before a resume
 
     def __init__(
         self,
@@ -84,7 +83,7 @@ class Environments:
         self.actions = int(action_space.n)
         self._first_action = int(action_space.start)
 
-        # Such a class resets an environment in the step after the one that ended its episode.
+        # Such a class resets an environment one step after its episode ended.
         self._resets_late = AutoresetMode(self._vector.metadata["autoreset_mode"]) == AutoresetMode.NEXT_STEP
         self._native = is_native(self._vector)
         self._all = np.ones(copies, dtype=np.bool_)
@@ -101,7 +100,7 @@ class Environments:
         self._restorer = restorer_for(self._vector, self._first_index)
 
     def reset(self, seeds: Sequence[int]) -> None:
-        """Starts an episode in every copy, from its own seed; an environment's vector class takes only the first."""
+        """Starts an episode in every copy, from its own seed. A native vector class takes only the first seed."""
         assert len(seeds) == self.copies
         self._seeds = [int(seed) for seed in seeds]
         try:
@@ -126,7 +125,7 @@ class Environments:
     def step(self, action: np.ndarray) -> tuple[Transition, Episodes]:
         """Takes `action`, [E] integers from 0, in all copies.
 
-        If one fails and all are made anew, no row is valid, and interrupted episodes are truncated.
+        If one fails and all are made again, no row is valid, and the interrupted episodes are truncated.
         """
         self._steps += 1
         try:
@@ -151,7 +150,7 @@ class Environments:
             terminated &= valid
             truncated &= valid
         ended = terminated | truncated
-        any_ended = np.count_nonzero(ended) > 0  # a fifth of the time of ended.any()
+        any_ended = np.count_nonzero(ended) > 0  # takes a fifth of the time of ended.any()
         next_frame = frame
         if any_ended and not self._resets_late:
             next_frame = self._with_final(frame, ended, info)
@@ -185,11 +184,10 @@ class Environments:
         return transition, episodes
 
     def probe(self) -> bool:
-        """Finds out, by about a hundred steps and some resets of the first copy, whether the copies are `restorable`.
+        """Finds out whether the copies are `restorable`, with about a hundred steps and some resets of the first copy.
 
-        Call it before `reset`, which then begins as if there had been no probe. (An environment that carries something
-        over a seeded reset is not restorable, nor is one that fails here.) Restorable copies record from then on what
-        they need for it.
+        Call it before `reset`, which then starts as if there had been no probe. (An environment that keeps state over a
+        seeded reset is not restorable, nor is one that fails here.) From then on, restorable copies record their steps.
         """
         self._probed = True
         try:
@@ -203,7 +201,7 @@ class Environments:
         return self.restorable
 
     def state(self) -> dict[str, Any]:
-        """The state of the copies: arrays, and what `json` can write.
+        """The state of the copies: arrays and JSON values.
 
         If they are not `restorable`, it only determines the seeds of new episodes.
         """
@@ -229,7 +227,7 @@ class Environments:
         """Restores the copies, and returns [E] bool: which of them are restored.
 
         Their episodes continue exactly as the saved ones would have. The others (all, if the settings have changed)
-        begin new episodes, from seeds that follow from those saved and the number of steps.
+        begin new episodes, with seeds derived from the saved ones and the number of steps.
         """
         if not self._probed:
             self.probe()
@@ -261,11 +259,11 @@ class Environments:
         close_vector(self._vector, CLOSING_SECONDS)
 
     def _with_final(self, frame: np.ndarray, ended: np.ndarray, info: dict[str, Any]) -> np.ndarray:
-        """`frame`, with the last frame of each ended episode instead of the first one of the next episode."""
+        """`frame`, but for each ended episode its last frame instead of the first frame of the next episode."""
         if "final_obs" not in info:
             raise RunError(
-                f"The vector class of {self.id} must give the last observation of an episode as info['final_obs'], and "
-                f"gave {sorted(info)}. Step the copies one by one with --env.vectorization sync."
+                f"The vector class of {self.id} must return the last observation of an episode as info['final_obs']. "
+                f"Received: {sorted(info)}. Step the copies one by one with --env.vectorization sync."
             )
         final = info["final_obs"]  # [E] objects, None where no episode ended
         next_frame = frame.copy()
@@ -280,7 +278,7 @@ class Environments:
         raise EnvFailure(
             [self._first_index + place[0]],
             f"returned a non-finite {what}",
-            f"{values[tuple(place)]}{where}, which would spread to all weights",
+            f"{values[tuple(place)]}{where}, which would make all weights non-finite",
         )
 
     def _numbers(self) -> range:
@@ -291,7 +289,7 @@ class Environments:
         return (stream.generate_state(self.copies) % 2**31).tolist()
 
     def _recover(self, failure: EnvFailure, when: str) -> None:
-        """Makes all copies anew and begins their episodes. Raises RunError if no restart is left."""
+        """Makes all copies again and starts their episodes. Raises RunError if no restart is left."""
         while True:
             which = ", ".join(map(str, failure.numbers))
             if failure.numbers == self._numbers() and self.copies > 2:
@@ -301,12 +299,12 @@ class Environments:
             close_vector(self._vector, CLOSING_SECONDS)
             if self.restarted >= self._restarts:
                 raise RunError(
-                    f"{told}. Mend it, or have the copies that are trained with made anew after a failure: "
+                    f"{told}. Fix it, or let ranks make their training environments again after a failure: "
                     f"--env.restart_failed_envs.{trace}"
                 ) from failure
             self.restarted += 1
             left = self._restarts - self.restarted
-            tell(f"{told}. All copies of this rank are made anew; restarts left: {left}.{trace}")
+            tell(f"{told}. All copies of this rank are made again; restarts left: {left}.{trace}")
             try:
                 self._make()
                 if self.restorable:
@@ -316,7 +314,7 @@ class Environments:
             except EnvFailure as again:
                 failure = again
             except InputError as error:
-                failure = EnvFailure(self._numbers(), "could not be made anew", one_line(error))
+                failure = EnvFailure(self._numbers(), "could not be made again", one_line(error))
 
 
 NO_EPISODES = Episodes(np.empty(0, np.float64), np.empty(0, np.int64))

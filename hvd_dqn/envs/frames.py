@@ -10,16 +10,16 @@ from gymnasium import spaces
 class Frames:
     """Frames of `space`, and observations made of `stack` of them, oldest first, along the last axis.
 
-    Box observations keep uint8 and otherwise become float32; a Discrete observation becomes the int32 number of its
-    state, counted from 0. An episode's first frame fills its whole stack. What is returned is never a view of what
-    vector classes write again.
+    Box observations of uint8 stay uint8; others become float32. A Discrete observation becomes the int32 number of its
+    state, counted from 0. An episode's first frame fills its whole stack. Returned arrays are copies, never views of
+    arrays that vector classes reuse.
     """
 
     shape: tuple[int, ...]  # [D] or [H, W, C]
     dtype: np.dtype
     categories: int | None  # number of states of a Discrete observation
     observation_shape: tuple[int, ...]  # [k * D] or [H, W, k * C]
-    seen_shape: tuple[int, ...]  # of an observation of the space itself or, where they are stacked, of a stack
+    seen_shape: tuple[int, ...]  # of an observation of the space or, if they are stacked, of a stack
 
     def __init__(self, space: gymnasium.Space, stack: int) -> None:
         self._stack = stack
@@ -40,7 +40,7 @@ class Frames:
         return self._converted(raw).reshape(-1, *self.shape)
 
     def read_seen(self, seen: np.ndarray) -> np.ndarray:
-        """[n, *observation_shape]: copies of n observations of the space or, where they are stacked, of n stacks of them."""
+        """[n, *observation_shape]: copies of n observations of the space or, if they are stacked, of n stacks."""
         return self._converted(seen).reshape(-1, *self.observation_shape)
 
     def _converted(self, raw: Any) -> np.ndarray:
@@ -49,11 +49,11 @@ class Frames:
         return np.array(raw, dtype=self.dtype, order="C")
 
     def begin(self, frame: np.ndarray) -> np.ndarray:
-        """[n, *observation_shape]: what is seen at [n, *shape] frames that are the first of their episodes."""
+        """[n, *observation_shape]: the observations at the first frames [n, *shape] of n episodes."""
         return frame if self._stack == 1 else np.concatenate((frame,) * self._stack, axis=-1)
 
     def push(self, observation: np.ndarray, frame: np.ndarray, first: np.ndarray) -> np.ndarray:
-        """[n, *observation_shape]: what is seen one step after `observation`, at `frame`; [n] `first`: of an episode."""
+        """[n, *observation_shape]: the observations one step later; [n] `first`: whether `frame` begins an episode."""
         if self._stack == 1:
             return frame
         observation = np.concatenate((observation[..., self._channels :], frame), axis=-1)

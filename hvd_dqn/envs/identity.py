@@ -1,4 +1,4 @@
-"""An environment that is learned within seconds, to check that a machine learns at all."""
+"""An environment that is learned within seconds, to check that training works at all."""
 
 from typing import Any
 
@@ -7,7 +7,7 @@ from gymnasium import spaces
 
 
 class Identity(gymnasium.Env[Any, Any]):
-    """A learning check of seconds: the right action is the number of the state, and the next state is random.
+    """The right action is the number of the state, and the next state is random.
 
     After Stable-Baselines3's IdentityEnv. The best return is `length`; random actions get `length / n`. Episodes end by
     termination.

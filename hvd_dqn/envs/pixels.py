@@ -5,11 +5,11 @@ from typing import Any
 import gymnasium
 import numpy as np
 
-FRAMES, LENGTH = 64, 200  # made once: a step picks the next of them and draws nothing
+FRAMES, LENGTH = 64, 200  # made once: each step returns the next of them
 
 
 class Pixels(gymnasium.Env):
-    """Random frames of 84 x 84 bytes, six actions, episodes of 200 steps; a step's number tells which action is rewarded."""
+    """Random frames of 84 x 84 bytes, six actions, episodes of 200 steps. The step number tells the rewarded action."""
 
     def __init__(self) -> None:
         self.observation_space = gymnasium.spaces.Box(0, 255, (84, 84, 1), np.uint8)

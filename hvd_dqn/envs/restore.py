@@ -1,4 +1,4 @@
-"""Saves and restores the state of environments within their episodes, where that is possible."""
+"""Saves and restores the state of environments within their episodes, if that is possible."""
 
 import contextlib
 import functools
@@ -14,10 +14,10 @@ from hvd_dqn.envs.wrappers import PROBE_SECONDS, PROBE_STEPS, EnvFailure, jsonab
 
 
 class Restorer(Protocol):
-    """Saves and restores the E copies of one vector environment. All methods but `state` raise EnvFailure if a copy fails."""
+    """Saves and restores the E copies of a vector environment. All but `state` raise EnvFailure if a copy fails."""
 
     def probe(self) -> bool:
-        """Finds out, by about a hundred steps and some resets of the first copy, whether copies can be restored.
+        """Finds out whether copies can be restored, with about a hundred steps and some resets of the first copy.
 
         Afterwards the copies must be reset with seeds.
         """
@@ -26,22 +26,22 @@ class Restorer(Protocol):
         """Makes copies record what `state` needs, from their next reset on."""
 
     def state(self) -> dict[str, Any]:
-        """Arrays, and what `json` can write."""
+        """Arrays and JSON values."""
 
     def restore(self, state: Mapping[str, Any], frames: Callable[[Sequence[Any]], np.ndarray]) -> np.ndarray:
-        """Returns [E] bool: which copies are now in the saved state; the others must be reset.
+        """Returns [E] bool: which copies are now in the saved state. The others must be reset.
 
-        Reset all copies before. `frames` turns observations into frames, to compare with `state["frame"]`.
+        Reset all copies first. `frames` turns observations into frames, to compare with `state["frame"]`.
         """
 
 
 def restorer_for(vector: VectorEnv, first_index: int) -> Restorer:
-    """The restorer that suits `vector`, whose first copy has the global number `first_index`."""
+    """The restorer for `vector`. The global number of its first copy is `first_index`."""
     return AttributeRestorer(vector) if is_native(vector) else TraceRestorer(vector, first_index)
 
 
 class TraceRestorer:
-    """Restores copies that are stepped one by one: each retraces its episode, and the result is compared."""
+    """Restores copies that are stepped one by one. Each replays its episode, and the result is compared."""
 
     def __init__(self, vector: VectorEnv, first_index: int) -> None:
         self._first_index = first_index
@@ -139,7 +139,7 @@ class AttributeRestorer:
         return np.ones(self._vector.num_envs, np.bool_)
 
     def _set(self, state: Mapping[str, Any]) -> None:
-        """Raises Exception where it cannot."""
+        """Raises Exception if it cannot."""
         mine = vars(self._vector.unwrapped)
         arrays = {k.removeprefix("vector."): v for k, v in state.items() if k.startswith("vector.")}
         for name, value in {**arrays, **state["vector"]["numbers"]}.items():

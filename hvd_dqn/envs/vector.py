@@ -21,11 +21,11 @@ from hvd_dqn.errors import InputError
 
 
 def build(id: str, copies: int, kwargs: dict[str, Any], vectorization: str, first_index: int) -> VectorEnv:
-    """A vector environment of so many copies. Raises InputError if it cannot be made, or has spaces that DQN cannot learn."""
+    """A vector of `copies` environments. Raises InputError if it cannot be made, or if DQN cannot learn its spaces."""
     spec = find_spec(id)
     try:
         native, own = None, spec.vector_entry_point is not None and not spec.additional_wrappers
-        if own and vectorization == "auto" and copies > 1:  # a single copy is faster without arrays around it
+        if own and vectorization == "auto" and copies > 1:  # a single copy is faster without a vector class
             native = _native(id, spec, copies, kwargs)
         if native is not None:
             check_spaces(id, native.single_observation_space, native.single_action_space)
@@ -41,7 +41,7 @@ def build(id: str, copies: int, kwargs: dict[str, Any], vectorization: str, firs
             if vectorization == "async":
                 failing.close()
                 return worker_processes.start(makers)
-            # copy=False saves a deep copy: each array is copied or converted here anyway.
+            # copy=False avoids a deep copy: `Frames` copies or converts every array anyway.
             vector = SyncVectorEnv(
                 [functools.partial(_identity, copy) for copy in made],
                 copy=False,
@@ -63,7 +63,7 @@ def _native(id: str, spec: EnvSpec, copies: int, kwargs: dict[str, Any]) -> Vect
     """The environment's own vector class; None if it cannot take `kwargs` or does not declare how it resets."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about what is decided here: a missing autoreset mode
+            warnings.simplefilter("ignore")  # Gymnasium warns of a missing autoreset mode, checked below
             vector = gymnasium.make_vec(spec, copies, vectorization_mode="vector_entry_point", **kwargs)
     except TypeError:
         return None
@@ -84,12 +84,12 @@ def _native(id: str, spec: EnvSpec, copies: int, kwargs: dict[str, Any]) -> Vect
 
 
 def is_native(vector: VectorEnv) -> bool:
-    """Whether it is the environment's own vector class."""
+    """Whether `vector` is the environment's own vector class."""
     return not isinstance(vector, SyncVectorEnv | AsyncVectorEnv)
 
 
 def call(vector: VectorEnv, first_index: int, method: str, *args: Any, **kwargs: Any) -> Any:
-    """Calls a method of `vector`, whose first copy has the global number `first_index`. Raises EnvFailure."""
+    """Calls a method of `vector`. Raises EnvFailure; `first_index` is the global number of the first copy."""
     try:
         return getattr(vector, method)(*args, **kwargs)
     except EnvFailure:
@@ -105,7 +105,7 @@ def call(vector: VectorEnv, first_index: int, method: str, *args: Any, **kwargs:
 
 
 def close_vector(vector: VectorEnv, seconds: float) -> None:
-    """Closes all copies, ignores what they raise, and gives up after `seconds`."""
+    """Closes all copies, ignores their errors, and gives up after `seconds`."""
     if isinstance(vector, AsyncVectorEnv):
         worker_processes.end(vector, seconds)
         return
@@ -152,7 +152,7 @@ def find_spec(id: str) -> EnvSpec:
 
 
 def refusal(id: str, kwargs: dict[str, Any], error: Exception) -> InputError:
-    """One line that says why an environment could not be made, and the way out."""
+    """The error for an environment that could not be made: the reason and the way out, in one line."""
     text = one_line(error)
     unknown = re.search(r"unexpected keyword argument '(\w+)'", text)
     if isinstance(error, ImportError | gymnasium.error.DependencyNotInstalled):

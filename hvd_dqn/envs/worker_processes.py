@@ -33,17 +33,17 @@ def start(makers: Sequence[Callable[[], gymnasium.Env]]) -> AsyncVectorEnv:
 
 
 def _make_in_worker(maker: Callable[[], gymnasium.Env]) -> gymnasium.Env:
-    if multiprocessing.parent_process() is not None:  # Gymnasium also makes one in the rank itself, to see its spaces
+    if multiprocessing.parent_process() is not None:  # Gymnasium also makes one in the rank itself, for its spaces
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole terminal: the rank decides how to end
     return maker()
 
 
 @contextlib.contextmanager
 def _plain_children() -> Iterator[None]:
-    """Hides the main module and the launcher's variables from processes that start meanwhile.
+    """Hides the main module and the launcher's variables from processes that start inside the block.
 
-    A worker would run the main module again, which imports TensorFlow and Horovod; and an `import mpi4py` in an environment
-    would take the worker for the rank itself.
+    Otherwise a worker would run the main module again, which imports TensorFlow and Horovod. And `import mpi4py` in an
+    environment would connect the worker to MPI as if it were the rank.
     """
     main = sys.modules["__main__"]
     names = {name: getattr(main, name, None) for name in ("__file__", "__spec__")}
@@ -61,7 +61,7 @@ def _plain_children() -> Iterator[None]:
 
 
 def end(vector: AsyncVectorEnv, seconds: float) -> None:
-    """Ends worker processes within `seconds`. Gymnasium's own `close` waits forever for one that hangs or has died."""
+    """Ends worker processes within `seconds`. Gymnasium's own `close` waits for ever if one hangs or has died."""
     if vector.closed:
         return
     vector.closed = True
@@ -81,7 +81,7 @@ def end(vector: AsyncVectorEnv, seconds: float) -> None:
 
 
 def failure(vector: AsyncVectorEnv, error: Exception, first: int) -> EnvFailure:
-    """Which workers caused `error`, which a call of `vector` raised, and why; `first` is the number of the first copy."""
+    """Names the workers that made a call of `vector` raise `error`. `first` is the number of the first copy."""
     if isinstance(error, EnvFailure):
         return error
     raised = [i for i, pipe in enumerate(vector.parent_pipes) if pipe is None]
@@ -98,7 +98,7 @@ def failure(vector: AsyncVectorEnv, error: Exception, first: int) -> EnvFailure:
 
 
 def _wait(process: BaseProcess, deadline: float) -> None:
-    # `join` with a timeout waits forever for a process that has closed all its files, its sentinel among them.
+    # `join` with a timeout waits for ever for a process that has closed all its files, including its sentinel.
     while process.is_alive() and time.monotonic() < deadline:
         time.sleep(0.01)
 
@@ -106,7 +106,7 @@ def _wait(process: BaseProcess, deadline: float) -> None:
 def _hung_up(pipe: Connection) -> bool:
     try:
         while pipe.poll():
-            pipe.recv()  # an answer that nobody waits for any more
+            pipe.recv()  # an answer that is no longer needed
     except (EOFError, OSError):
         return True
     return False

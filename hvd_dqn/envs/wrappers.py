@@ -12,16 +12,16 @@ import gymnasium
 import numpy as np
 from gymnasium.envs.registration import EnvSpec
 
-# Recorded actions of one episode, 40 B each: a list is twice as fast as an array of 8 B each. A longer episode is not
-# restored, which would also take long. Atari's longest has 27,000 steps.
+# The most actions that are recorded of an episode, 40 B each in a list; an array of 8 B each is half as fast. Longer
+# episodes are not restored, which would also take long. Atari's longest has 27,000 steps.
 MOST_ACTIONS = 250_000
 PROBE_STEPS = 10
-# An environment that takes longer for a reset and PROBE_STEPS steps is not probed any further.
+# The probe ends if an environment takes longer for a reset and PROBE_STEPS steps.
 PROBE_SECONDS = 5.0
 
 
 class EnvFailure(Exception):
-    """Copies that can no longer be stepped: their numbers, what happened and why, and the traceback as text or ""."""
+    """Copies that can no longer be stepped: their numbers, what happened and why, and the traceback, maybe empty."""
 
     numbers: Sequence[int]
     did: str
@@ -29,7 +29,7 @@ class EnvFailure(Exception):
     trace: str
 
     def __init__(self, numbers: "Sequence[int] | EnvFailure", did: str = "", why: str = "", trace: str = "") -> None:
-        # AsyncVectorEnv raises what came from a worker as the only argument of another of its class.
+        # AsyncVectorEnv raises a worker's error as the only argument of a new error of the same class.
         told: tuple[Any, ...] = numbers.args if isinstance(numbers, EnvFailure) else (numbers, did, why, trace)
         super().__init__(*told)
         self.numbers, self.did, self.why, self.trace = told
@@ -38,9 +38,9 @@ class EnvFailure(Exception):
 class RecordedEnv(gymnasium.Wrapper[Any, Any, Any, Any]):
     """The copy with this global number. It records a *trace* of its episode.
 
-    The trace holds the seed of the last seeded reset, the state of the generator `np_random` just before the episode's reset,
-    the actions since, and the generator's state now. To retrace is to do all that once more. It leads to the same state only
-    if nothing else influences the environment. So the caller compares the result with what was saved.
+    The trace holds the seed of the last seeded reset, the state of the generator `np_random` just before the episode's
+    reset, the actions since, and the generator's state now. To retrace means to repeat all that. It leads to the same
+    state only if nothing else influences the environment. So the caller compares the result with what was saved.
     """
 
     records = False  # from its next reset on
@@ -81,7 +81,7 @@ class RecordedEnv(gymnasium.Wrapper[Any, Any, Any, Any]):
         return result
 
     def trace(self) -> dict[str, Any] | None:
-        """The trace; all but the actions, an array, is what `json` can write. None if it is incomplete."""
+        """The trace: an array of actions and JSON values. None if it is incomplete."""
         if len(self._actions) == self._room or self._seed is None:
             return None
         return {
@@ -92,7 +92,7 @@ class RecordedEnv(gymnasium.Wrapper[Any, Any, Any, Any]):
         }
 
     def retrace(self) -> tuple[np.ndarray, float] | None:
-        """The last observation and the return at the end of the trace `saved_trace`; None if it led elsewhere."""
+        """The last observation and the return at the end of the trace `saved_trace`; None if the states differ."""
         saved_trace, self.saved_trace = self.saved_trace, None
         if saved_trace is None:
             return None
@@ -113,7 +113,7 @@ class RecordedEnv(gymnasium.Wrapper[Any, Any, Any, Any]):
             return None
 
     def probe(self, number: int) -> bool:
-        """Whether retracing repeats an episode exactly. Only the copy of this number tries it out; others return False.
+        """Whether retracing repeats an episode exactly. Only copy `number` tries it; others return False.
 
         Afterwards the copy must be reset with a seed.
         """
@@ -124,7 +124,7 @@ class RecordedEnv(gymnasium.Wrapper[Any, Any, Any, Any]):
             with preserved_global_generators():
                 return self._probe()
         except Exception:
-            return False  # for instance, some environments refuse a reset within an episode
+            return False  # some environments refuse a reset within an episode
         finally:
             self.records = kept
 
@@ -145,7 +145,7 @@ class RecordedEnv(gymnasium.Wrapper[Any, Any, Any, Any]):
         return self.retrace() is not None and future == self._play(parts[2]) + self._begin() + self._play(parts[3])
 
     def _play(self, actions: np.ndarray) -> list[bytes]:
-        """What the environment returns for `actions`; resets it where an episode ends."""
+        """What the environment returns for `actions`. It is reset when an episode ends."""
         seen = []
         for action in actions:
             observation, reward, terminated, truncated, _ = self.step(action)
@@ -159,8 +159,8 @@ class RecordedEnv(gymnasium.Wrapper[Any, Any, Any, Any]):
         return [np.asarray(self.reset()[0]).tobytes()]
 
     def _generator_state(self) -> dict[str, Any]:
-        """{} where there is none."""
-        generator = getattr(self._base, "_np_random", None)  # `np_random` would make one
+        """{} if there is none."""
+        generator = getattr(self._base, "_np_random", None)  # reading `np_random` would make one
         return dict(generator.bit_generator.state) if isinstance(generator, np.random.Generator) else {}
 
     def _failure(self, error: Exception) -> EnvFailure:
@@ -172,7 +172,7 @@ class RecordedEnv(gymnasium.Wrapper[Any, Any, Any, Any]):
 
 
 def make(spec: EnvSpec, kwargs: dict[str, Any], number: int) -> RecordedEnv:
-    # Gymnasium's checker warns about wrong observations and rewards; in one copy of the whole job that is enough.
+    # Gymnasium's checker warns about wrong observations and rewards. One checked copy in the whole job is enough.
     return RecordedEnv(gymnasium.make(spec, **{"disable_env_checker": None if number == 0 else True, **kwargs}), number)
 
 

@@ -1,4 +1,4 @@
-"""Connects this process to the ranks it was started with, and refuses jobs whose ranks could not work together."""
+"""Connects this process to the other ranks of its job, and refuses jobs whose ranks cannot work together."""
 
 import importlib.util
 import os
@@ -18,14 +18,14 @@ from hvd_dqn.ranks.world import HorovodWorld, Solo, World, mpi_size
 
 
 def connect() -> World:
-    """The ranks that this process belongs to. A process alone imports neither Horovod, mpi4py nor TensorFlow."""
+    """The ranks of this job. A single process imports neither Horovod nor mpi4py nor TensorFlow."""
     if not is_launched():
         _refuse_unconnected_tasks()
         return Solo()
     set_communication_defaults()
     if is_elastic():
         check_restart()
-        # Other ranks may be training already, and a collective would mix with theirs: until it joins them, each works alone.
+        # Other ranks may be training already, and a collective would mix with theirs. So work alone until then.
         return Solo(int(os.environ["HOROVOD_RANK"]))
     under_gloo = "HOROVOD_GLOO_RENDEZVOUS_ADDR" in os.environ
     size = int(os.environ["HOROVOD_SIZE"]) if under_gloo else mpi_size()
@@ -47,17 +47,17 @@ def connect() -> World:
 
 
 def _refuse_unconnected_tasks() -> None:
-    """Without MPI, srun starts unconnected processes, each of which would run the same training alone."""
+    """Without MPI, srun starts unconnected processes. Each would run the same training alone."""
     if srun_tasks() > 1:
         _refuse(
-            f"srun started {srun_tasks()} tasks that know nothing of each other: use `srun --mpi=pmix`, or mpirun "
-            "inside the job where `srun --mpi=list` has no pmix.",
+            f"srun started {srun_tasks()} tasks that are not connected to each other: use `srun --mpi=pmix`, or mpirun "
+            "inside the job if `srun --mpi=list` shows no pmix.",
             int(os.environ.get("SLURM_PROCID", 0)),
         )
 
 
 def _refuse(complaint: str, rank: int) -> NoReturn:
-    """Ends every rank for bad input that all of them see, before there is a world; only the first one prints it."""
+    """Ends this rank because of bad input that every rank sees. Only rank 0 prints the reason."""
     if rank == 0:
         raise InputError(complaint)
     sys.exit(2)

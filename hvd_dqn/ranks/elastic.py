@@ -1,7 +1,7 @@
 """A world whose ranks may be lost and may join while the job runs: Horovod's elastic Gloo, without its decorator.
 
-`horovod.elastic.run` is not used: it recognises a lost rank by the names of three operations. The grouped all-reduce of every
-update is not among them, so its error would end the training.
+`horovod.elastic.run` is not used: it recognises a lost rank by the names of three operations. The grouped all-reduce of
+every update is not among them, so its error would end the training.
 """
 
 import os
@@ -11,7 +11,7 @@ from hvd_dqn.errors import RanksChanged
 from hvd_dqn.ranks.world import HorovodWorld
 
 T = TypeVar("T")
-# All ranks wait until a joining rank has started; if it takes longer, the job ends. Horovod's default is 30.
+# All ranks wait this long for a joining rank to start; if it takes longer, the job ends. Horovod's default is 30.
 JOIN_SECONDS = "120"
 
 
@@ -41,15 +41,15 @@ class ElasticWorld(HorovodWorld):
         )
 
     def regroup(self) -> None:
-        """Waits for all ranks of the next generation. Networks, optimizer and graphs stay as they are."""
-        # Before Horovod counts the ranks: a change after this point needs another regroup.
+        """Waits for all ranks of the next generation. Networks, optimizer and graphs are kept."""
+        # Reset before Horovod counts the ranks: a change after this point needs another regroup.
         self.changed = False
         self._hvd.shutdown()
         self._hvd.init()
         self._read_ranks()
 
     def furthest(self, held: T | None, total_steps: int) -> tuple[T | None, bool]:
-        """What the rank with the most total steps holds, and whether some ranks hold nothing while others do.
+        """What the rank with the most total steps has, and whether some ranks have nothing while others do.
 
         A collective, and the first one of every generation.
         """

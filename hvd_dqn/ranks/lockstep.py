@@ -23,9 +23,9 @@ class BroadcastHook:
 
 
 def check_drift(world: World, variables: Mapping[str, Any], when: str) -> None:
-    """Compares a checksum of every variable over ranks. Raises JobError, on all ranks, naming those that differ.
+    """Compares a checksum of every variable over ranks. Raises JobError, on all ranks, if any differ.
 
-    Its text names the ranks whose values differ from the chief's. `when` says at which point of the run.
+    The message names the ranks whose values differ from the chief's. `when` tells the point of the run.
     """
     sums = np.array([zlib.crc32(variable.numpy().tobytes()) for variable in variables.values()], np.float64)
     largest = world.max(np.concatenate([sums, -sums]))
@@ -38,12 +38,12 @@ def check_drift(world: World, variables: Mapping[str, Any], when: str) -> None:
     names = ", ".join(f"{name} ({v.name})" for (name, v), is_odd in zip(variables.items(), odd, strict=True) if is_odd)
     raise JobError(
         f"The ranks have drifted apart {when}: on rank {ranks} the variables {names} differ from rank 0's. "
-        "Something changed weights without averaging; go on from the last checkpoint with --resume."
+        "Something changed weights without averaging; continue from the last checkpoint with --resume."
     )
 
 
 def in_step(world: World, action: Callable[[], T]) -> T:
-    """Does `action` on every rank. A collective. If some raise InputError, all ranks raise that of the first of them."""
+    """Does `action` on every rank. A collective. If some ranks raise InputError, all ranks raise the first one's."""
     complaint = None
     try:
         result = action()

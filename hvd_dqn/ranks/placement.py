@@ -1,4 +1,4 @@
-"""Gives this rank its cores, threads and GPU, as the launcher and the environment variables say."""
+"""Gives this rank its cores, threads and GPU, following the launcher and the environment variables."""
 
 import contextlib
 import ctypes
@@ -15,12 +15,12 @@ SIZE_VARIABLES = ("OMPI_COMM_WORLD_SIZE", "HOROVOD_SIZE", "PMI_SIZE")
 LOCAL_RANK_VARIABLES = ("OMPI_COMM_WORLD_LOCAL_RANK", "HOROVOD_LOCAL_RANK", "SLURM_LOCALID", "MPI_LOCALRANKID")
 LOCAL_SIZE_VARIABLES = ("OMPI_COMM_WORLD_LOCAL_SIZE", "HOROVOD_LOCAL_SIZE", "MPI_LOCALNRANKS")
 ORIGINAL_ENVIRONMENT = dict(os.environ)  # before this process set its own defaults
-FUSED_FLOATS = 1 << 18  # 1 MB: copying more into one message with others takes longer than sending it by itself
-UNKNOWN_GPU = "unknown"  # a GPU whose id CUDA does not tell
+FUSED_FLOATS = 1 << 18  # 1 MB: a larger tensor is faster sent alone than copied into a message with others
+UNKNOWN_GPU = "unknown"  # a GPU whose id CUDA does not report
 
 
 def is_launched() -> bool:
-    """Whether a launcher started this process as one rank, of one or of many."""
+    """Whether a launcher started this process as a rank, even as the only one."""
     return any(name in os.environ for name in LAUNCHER_VARIABLES)
 
 
@@ -31,13 +31,13 @@ def is_elastic() -> bool:
 
 def set_communication_defaults() -> None:
     """Sets how ranks wait and communicate; variables that are already set win. Call it before MPI starts."""
-    # Open MPI spins while it waits, which takes the core from the rank that is still computing: let it yield.
+    # A waiting Open MPI process spins and so takes the core from a rank that still computes. Make it yield.
     os.environ.setdefault("OMPI_MCA_mpi_yield_when_idle", "1")
-    # It also asks before it sends more than 4 KB to a rank of the same host: the gradient of 64-64, 18 KB, takes half the time.
+    # By default it asks before it sends over 4 KB to a rank of its host. Without, 18 KB (64-64) take half the time.
     os.environ.setdefault("OMPI_MCA_btl_vader_eager_limit", "32768")
-    # Horovod: its background thread looks for work once in so many ms, 1 by default, which is long against a small update.
-    # Without a pause the threads of all ranks wait for each other inside MPI, which yields the core to whoever computes. Gloo
-    # does not, so there the thread has to sleep.
+    # Horovod: its background thread sleeps for this many ms between two looks for work; the default, 1, is longer than
+    # a small update. Without sleep the threads of all ranks wait for each other inside MPI, which yields the core to
+    # others. Gloo does not yield, so there the thread has to sleep.
     pause = "0.05" if "HOROVOD_GLOO_RENDEZVOUS_ADDR" in os.environ else "0"
     if not (is_elastic() and "HOROVOD_FUSION_THRESHOLD" in os.environ):  # see check_restart
         os.environ.setdefault("HOROVOD_CYCLE_TIME", pause)
@@ -46,12 +46,12 @@ def set_communication_defaults() -> None:
 def check_restart() -> None:
     """Raises InputError if Horovod could not be started a second time in this process, as an elastic job needs.
 
-    Its tuner, once both values are fixed, has no place left for the defaults that every start writes first.
+    Every start first writes default values into Horovod's tuner. That crashes if both values are fixed already.
     """
     if {"HOROVOD_CYCLE_TIME", "HOROVOD_FUSION_THRESHOLD"} <= os.environ.keys():
         raise InputError(
             "Horovod 0.28 crashes when an elastic job starts it again while both HOROVOD_CYCLE_TIME and "
-            "HOROVOD_FUSION_THRESHOLD are in the environment: unset the second."
+            "HOROVOD_FUSION_THRESHOLD are set in the environment: unset the second."
         )
 
 
@@ -59,22 +59,22 @@ def set_thread_defaults() -> int:
     """Gives this rank its share of the cores; variables that are already set win. Call it before NumPy is loaded."""
     share = threads(len(os.sched_getaffinity(0)), os.cpu_count() or 1, _is_bound())
     os.environ.setdefault("TF_NUM_INTRAOP_THREADS", str(share))
-    # NumPy's: it only evaluates a few observations, and its threads would wait for the cores that the learner uses.
+    # For NumPy: it only evaluates a few observations, and more threads would compete with the learner for cores.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    # A phase is one chain of operations: a second thread between them only costs (up to 1.6x on two ranks here).
+    # A phase is one chain of operations, so a second thread only slows it down (up to 1.6x on two ranks here).
     os.environ.setdefault("TF_NUM_INTEROP_THREADS", "1")
-    # TensorFlow leaves oneDNN off on AMD: Nature CNN 69 -> 43 ms per update, MLP 256-256 979 -> 893 us.
+    # TensorFlow turns oneDNN off on AMD. With it: Nature CNN 69 -> 43 ms per update, MLP 256-256 979 -> 893 us.
     os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")
-    os.environ.setdefault("TF_FORCE_GPU_ALLOW_GROWTH", "true")  # a process alone would else take the memory of all GPUs
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # only errors: the CPU's features and the like are no news
+    os.environ.setdefault("TF_FORCE_GPU_ALLOW_GROWTH", "true")  # else a single process takes the memory of all GPUs
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # errors only
     return share
 
 
 @contextlib.contextmanager
 def thread_defaults() -> Iterator[None]:
-    """The same while it is open: a job that a notebook starts later shall not inherit them.
+    """Sets the same variables, and restores the old values at exit: jobs started later must not inherit them.
 
-    What is imported, or first computes, meanwhile keeps the numbers of threads that it found.
+    A library that is imported, or first computes, inside the block keeps its number of threads.
     """
     before = dict(os.environ)
     set_thread_defaults()
@@ -89,19 +89,19 @@ def thread_defaults() -> Iterator[None]:
 
 
 def compute_alone() -> None:
-    """One thread for each of TensorFlow's operations."""
+    """Makes TensorFlow run each operation in one thread."""
     _set_threads("intra", 1)
 
 
 def compute_concurrently() -> None:
-    """Two threads for TensorFlow's operations, so that one can be called while another, or a graph of them, goes on."""
+    """Makes TensorFlow run two operations at a time, so that one can be called while a graph runs."""
     _set_threads("inter", 2)
 
 
 def _set_threads(kind: str, count: int) -> None:
-    """Sets it unless an environment variable did when this process began.
+    """Sets a number of threads, unless an environment variable was set when this process began.
 
-    Without effect once TensorFlow has computed, as it has under Gloo, where Horovod gathers by TensorFlow.
+    Has no effect after TensorFlow has computed. Under Gloo it has, because Horovod gathers with TensorFlow there.
     """
     name = f"TF_NUM_{kind.upper()}OP_THREADS"
     if name in ORIGINAL_ENVIRONMENT:
@@ -110,13 +110,13 @@ def _set_threads(kind: str, count: int) -> None:
 
     with contextlib.suppress(RuntimeError):
         getattr(tf.config.threading, f"set_{kind}_op_parallelism_threads")(count)
-        os.environ[name] = str(count)  # for the doctor and the benchmarks, which report it
+        os.environ[name] = str(count)  # the doctor and the benchmarks report it
 
 
 def threads(usable: int, on_host: int, is_bound: bool) -> int:
-    """This rank's share of its host's cores: `usable` by this process, `on_host` altogether.
+    """This rank's share of its host's cores. This process may use `usable` of the `on_host` cores.
 
-    A rank that is bound may still share its cores: Open MPI binds several ranks to all cores of a socket.
+    A bound rank may still share its cores: Open MPI binds several ranks to all cores of a socket.
     """
     of_job = int(os.environ.get("SLURM_CPUS_ON_NODE", on_host if is_bound else usable))
     wished = int(os.environ.get("SLURM_CPUS_PER_TASK", usable))
@@ -129,7 +129,7 @@ def cores() -> int:
 
 
 def _is_bound() -> bool:
-    """Whether the launcher gave this rank cores of its own: it says so, or its own process may use more of them."""
+    """Whether the launcher bound this rank to cores: it says so, or the launcher may use more cores than this rank."""
     if "OMPI_MCA_orte_bound_at_launch" in os.environ:
         return True
     try:
@@ -147,28 +147,28 @@ def local_size() -> int:
     for name in LOCAL_SIZE_VARIABLES:
         if name in os.environ:
             return int(os.environ[name])
-    # srun counts node by node, "4(x2),3" for 4, 4 and 3, in the order of SLURM_NODEID.
+    # srun lists tasks per node in the order of SLURM_NODEID: "4(x2),3" means 4, 4 and 3.
     counts = re.findall(r"(\d+)(?:\(x(\d+)\))?", os.environ.get("SLURM_STEP_TASKS_PER_NODE", "1"))
     each = [int(tasks) for tasks, times in counts for _ in range(int(times or 1))]
     return each[min(int(os.environ.get("SLURM_NODEID", 0)), len(each) - 1)]
 
 
 def srun_tasks() -> int:
-    """How many tasks srun started, this one among them; 1 where something else started this process."""
+    """How many tasks srun started, including this one; 1 if this process was not started by srun."""
     if "OMPI_COMM_WORLD_RANK" in os.environ or "HOROVOD_RANK" in os.environ:
         return 1  # mpirun starts its daemons by srun
     return int(os.environ.get("SLURM_STEP_NUM_TASKS", 1))
 
 
 def launched_ranks() -> int:
-    """How many processes a launcher started, this one among them, as far as the environment tells."""
+    """How many processes a launcher started, including this one, according to the environment."""
     return max(srun_tasks(), *(int(os.environ.get(name, 1)) for name in SIZE_VARIABLES))
 
 
 def pin_gpu() -> str | None:
-    """Leaves this rank one GPU and lets its memory grow. Returns that GPU's id, or None if there is no GPU.
+    """Restricts this rank to one GPU, with memory growth. Returns that GPU's id, or None if there is no GPU.
 
-    Ranks that see the same GPUs take them in turn; a rank that sees only one takes that one.
+    If the ranks of a host see the same GPUs, the local rank selects one.
     """
     import tensorflow as tf
 
@@ -182,9 +182,9 @@ def pin_gpu() -> str | None:
 
 
 def gpu_id(index: int, library: str = "libcuda.so.1") -> str:
-    """The unique id of the visible GPU of this number.
+    """The unique id of visible GPU number `index`.
 
-    The number is not unique: if a launcher shows each rank only its own GPU, every rank calls it 0.
+    The number itself is not unique: if a launcher shows each rank only its own GPU, every rank sees it as number 0.
     """
     uuid, device = (ctypes.c_ubyte * 16)(), ctypes.c_int()
     try:
@@ -197,7 +197,7 @@ def gpu_id(index: int, library: str = "libcuda.so.1") -> str:
 
 
 def gpu_conflict(places: Sequence[tuple[str, str | None]]) -> str | None:
-    """Why NCCL cannot join ranks with these (host, GPU id), in the order of the ranks, and the cure; None if it can."""
+    """Why NCCL cannot connect ranks with these (host, GPU id), one per rank, and the way out; None if it can."""
     bare = [rank for rank, (_, gpu) in enumerate(places) if gpu is None]
     if 0 < len(bare) < len(places):
         return (

@@ -9,30 +9,30 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
 class StopRequest:
-    """Notes a signal. The ranks vote on it at their next fixed cycle; a second Ctrl-C ends this process at once.
+    """Records a signal. The ranks vote on it at their next fixed cycle; a second Ctrl-C ends this process at once.
 
-    Signals reach one rank or several, in any order, so that no rank may act on its own signal alone.
+    Signals reach one rank or several, in any order, so no rank may react to its own signal alone.
     """
 
     def __init__(self) -> None:
-        self.name: str | None = None  # of the first signal that came
+        self.name: str | None = None  # of the first signal
         self._interrupts = 0
 
     def install(self, for_all: bool = True) -> None:
-        """Call it in the main thread, as Python demands. `for_all`: a SIGTERM stops the whole job, not this process alone."""
+        """Call it in the main thread, as Python requires. With `for_all` SIGTERM stops the job, else only this rank."""
         for number in STOP_SIGNALS:
             if for_all or number != signal.SIGTERM:
                 signal.signal(number, self._note)
 
     def ignore(self) -> None:
-        """Call it at the end: a launcher that sees one rank end sends SIGTERM to those that are still ending."""
+        """Call it at the end: when one rank ends, the launcher may send SIGTERM to ranks that are still ending."""
         for number in STOP_SIGNALS:
             signal.signal(number, signal.SIG_IGN)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self._interrupts += number == signal.SIGINT
         if self._interrupts > 1:
-            os._exit(130)  # a shell's code for Ctrl-C; the launcher ends the other ranks
+            os._exit(130)  # the exit code of shells for Ctrl-C; the launcher ends the other ranks
         self.name = self.name or signal.Signals(number).name
 
     def __call__(self) -> bool:

@@ -1,8 +1,9 @@
 """Ends the whole job when one of its ranks is dead, frozen or stalled, from a thread on every rank.
 
-A collective has no timeout, and Horovod's stall inspector sees neither a frozen process nor mpi4py. So each rank holds one
-TCP connection to the chief, apart from MPI, Horovod and Gloo. Over it the rank reports that it is alive, and how long ago
-its main thread last beat. The chief watches the ranks, and each rank watches the chief. Messages are lines of JSON.
+A collective has no timeout, and Horovod's stall inspector sees neither a frozen process nor mpi4py. So each rank has
+one TCP connection to the chief, independent of MPI, Horovod and Gloo. Over it the rank reports that it is alive, and
+how long ago its main thread last beat. The chief watches the ranks, and each rank watches the chief. Messages are lines
+of JSON.
 """
 
 import contextlib
@@ -29,20 +30,20 @@ CONNECT_SECONDS = 30.0  # for reaching the chief at one of its addresses
 ATTEMPT_SECONDS = 3.0  # for one of them
 GOODBYE_SECONDS = 2.0  # for the answer to a goodbye
 ABORT_SECONDS = 5.0  # for world.abort: MPI_Abort may block while the main thread sits inside MPI
-TURN_SECONDS = 0.5  # between the ranks that all see the chief's end: the first that reports it ends the others
+TURN_SECONDS = 0.5  # all ranks see the chief's end, one after another: the first that reports it ends the others
 LONGEST_LINE = 4096  # bytes
-UNKNOWN_RANK = -1  # of a peer that has not shown the token
-# The innermost frame of a main thread that waits for other ranks, or for its own learning thread, is in one of these.
+UNKNOWN_RANK = -1  # of a peer that has not sent the token yet
+# A main thread that waits for other ranks, or for its own learning thread, has its innermost frame in one of these.
 WAITS_IN = ("horovod.", "mpi4py.", "tensorflow.", "hvd_dqn.ranks.world.", "hvd_dqn.training.worker.finish_phase.")
-WAITS_BY = ("threading", "concurrent.futures._base")  # frames further inside, which do not tell who waits
+WAITS_BY = ("threading", "concurrent.futures._base")  # inner frames, which do not tell what waits
 
 
 class Status(NamedTuple):
     """Where the main thread of a rank is."""
 
     beaten: float  # time of its last beat, by the reader's own clock
-    where: str  # what it was about to do then
-    line: str  # of the program, where it is now
+    where: str  # what it was about to do at that time
+    line: str  # of the program: where it is now
     waits: bool  # whether it is in a collective, as far as its innermost frame tells
 
 
@@ -53,17 +54,17 @@ class Peer:
         connection.setblocking(False)
         self.connection = connection
         self.rank = rank
-        self.is_watched = rank != UNKNOWN_RANK  # else from its first report on
+        self.is_watched = rank != UNKNOWN_RANK  # else after its first report
         self.heard = monotonic()
-        self._partial = b""  # the line whose end has not come
+        self._partial = b""  # the line that is not complete yet
 
     def send(self, **message: Any) -> None:
-        # A full buffer or a closed connection is ignored here: such a peer will be found silent or gone.
+        # Ignore a full buffer or a closed connection: such a peer will be found silent or gone.
         with contextlib.suppress(OSError):
             self.connection.send(json.dumps(message).encode() + b"\n")
 
     def receive(self) -> list[Any] | None:
-        """The messages that have arrived; None if the connection has ended or carries something else."""
+        """The messages that have arrived; None if the connection has ended or sent something else."""
         try:
             data = self.connection.recv(65536)
             *lines, self._partial = (self._partial + data).split(b"\n")
@@ -76,15 +77,15 @@ class Peer:
 
 
 class Watchdog:
-    """Ends the job by `world.abort`, from a thread of its own, with a message that names the rank at fault and its host.
+    """Ends the job with `world.abort`, from its own thread, with a message that names the rank at fault and its host.
 
     A rank is *gone* when its connection closes without a goodbye. It is *silent* when nothing was heard from it for
     `silence_seconds`, which must exceed the longest time for which anything holds the interpreter's lock. The job has
-    *stalled* when no rank at all has beaten for `stall_seconds`, which must exceed the longest time between two beats: while
-    one rank beats, others may have to wait for it. At fault is the rank with the oldest beat of those in no collective.
+    *stalled* when no rank has beaten for `stall_seconds`, which must exceed the longest time between two beats. While
+    one rank beats, others may have to wait for it. The rank at fault is in no collective and has the oldest beat.
 
-    A rank that cannot reach the chief is not watched, and the chief says so. Then stalls are not judged either, because that
-    rank may be beating unheard. Opening a watchdog is a collective.
+    A rank that cannot reach the chief is not watched, and the chief reports that. Then stalls are not detected either,
+    because that rank may be beating unheard. Opening a watchdog is a collective.
     """
 
     def __init__(self, world: World, silence_seconds: float, stall_seconds: float) -> None:
@@ -142,8 +143,8 @@ class Watchdog:
         if chief and not all(reached):
             names = ", ".join(name for name, is_reached in zip(self._names, reached, strict=True) if not is_reached)
             warning = (
-                f"hvd-dqn: Not watched: {names}, from where the chief's TCP port {port} cannot be reached at "
-                f"{', '.join(addresses)}. Only the launcher may notice their death. Let the hosts reach each other."
+                f"hvd-dqn: Not watched: {names}. TCP port {port} of the chief cannot be reached from there at "
+                f"{', '.join(addresses)}. Only the launcher may notice if they die. Let the hosts reach each other."
             )
             print(warning, file=sys.stderr, flush=True)
 
@@ -178,11 +179,11 @@ class Watchdog:
             for peer in self._peers:
                 peer.send(abort=True)
             _exit_later()
-            self._world.abort(f"{fault} This ends the job; go on from its last checkpoint with --resume.")
+            self._world.abort(f"{fault} This ends the job; continue from its last checkpoint with --resume.")
         self._ends.close()
 
     def _restart_clocks(self, now: float) -> None:
-        """After this process was suspended. Perhaps the whole job was: that time must count against no rank."""
+        """Call it after this process was suspended. Perhaps the whole job was, so do not count that time."""
         self._beat = (now, self._beat[1])
         for peer in self._peers:
             peer.heard = now
@@ -201,12 +202,12 @@ class Watchdog:
         if is_complete and all(now - status.beaten > self._stall for status in ranks.values()):
             at_fault, seen = min(ranks.items(), key=lambda item: (item[1].waits, item[1].beaten))
             raise RunError(
-                f"{self._names[at_fault]} has not got on for {now - seen.beaten:.0f} s since: {seen.where}. It is at "
-                f"{seen.line}, and the others wait. Raise --ranks.stall-seconds if it may take so long."
+                f"{self._names[at_fault]} has made no progress for {now - seen.beaten:.0f} s; it last began: "
+                f"{seen.where}. It is at {seen.line}; the others wait. Raise --ranks.stall-seconds if this is normal."
             )
 
     def _report(self, now: float) -> None:
-        if self._world.rank != 0:  # the chief answers what it hears
+        if self._world.rank != 0:  # the chief only answers
             beaten, *rest = self._own_status()
             for chief in self._peers:
                 chief.send(age=now - beaten, status=rest)
@@ -214,7 +215,7 @@ class Watchdog:
     def _own_status(self) -> Status:
         beaten, where = self._beat
         frame = frame_of(self._main_thread)
-        # Those generated are TensorFlow's wrappers of operations.
+        # Skip generated code: TensorFlow's wrappers of operations.
         while frame and (frame.f_code.co_filename.startswith("<") or frame.f_globals.get("__name__") in WAITS_BY):
             frame = frame.f_back
         if not frame:
@@ -231,7 +232,7 @@ class Watchdog:
                 return self._drop(peer)
             name = self._names[peer.rank]
             raise RunError(
-                f"{name} is gone: its connection closed without a goodbye. Unless it said why, it was killed."
+                f"{name} is gone: its connection closed without a goodbye. If it printed no reason, it was killed."
             )
         for message in messages:
             if peer.rank == UNKNOWN_RANK:
@@ -239,7 +240,7 @@ class Watchdog:
                     return self._drop(peer)
                 peer.rank = int(message["rank"])
                 peer.send(welcome=True)
-            elif "abort" in message:  # its sender says why
+            elif "abort" in message:  # its sender prints the reason
                 _exit_later()
                 return self._drop(peer)
             elif "goodbye" in message:
@@ -254,7 +255,7 @@ class Watchdog:
                 peer.send(heard=True)
 
     def _accept(self, listener: socket.socket) -> None:
-        with contextlib.suppress(OSError):  # it has hung up again
+        with contextlib.suppress(OSError):  # the peer has closed the connection again
             self._add(Peer(listener.accept()[0], rank=UNKNOWN_RANK))
 
     def _leave(self, bell: socket.socket) -> None:
@@ -265,7 +266,7 @@ class Watchdog:
 
 
 class NullWatchdog:
-    """The watchdog of a process alone, or one that is turned off: does nothing."""
+    """The watchdog of a single process, or one that is turned off: does nothing."""
 
     def beat(self, where: str) -> None:
         pass
@@ -289,8 +290,8 @@ def open_watchdog(world: World, silence_seconds: float | None, stall_seconds: fl
 
 def frame_of(thread: int) -> FrameType | None:
     """The innermost frame of the thread with this identity; None after its end."""
-    # Python 3.11 holds a lock of its own while it collects the frames. If garbage is collected meanwhile, a finalizer may let
-    # another thread run that waits for this lock, and the process hangs (cpython issue 106883).
+    # Python 3.11 holds an internal lock while it collects the frames. If the garbage collector runs then, a finalizer
+    # may switch to another thread that waits for this lock, and the process hangs (cpython issue 106883).
     collects = gc.isenabled()
     gc.disable()
     try:
@@ -314,7 +315,7 @@ def _addresses() -> list[str]:
 
 
 def _reach(addresses: list[str], port: int, hello: dict[str, Any]) -> socket.socket | None:
-    """A connection to the chief, at the first of the addresses where it answers; None if it does at none."""
+    """A connection to the chief, at the first address that answers; None if none does."""
     deadline = monotonic() + CONNECT_SECONDS
     while True:
         for address in addresses:

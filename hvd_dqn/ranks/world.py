@@ -1,4 +1,4 @@
-"""Collectives among ranks by Horovod and MPI, or their identities in a process alone. No other module calls either library."""
+"""Collectives by Horovod and MPI, or no-ops in a single process. No other module calls either library."""
 
 import functools
 import importlib.util
@@ -30,7 +30,7 @@ class World(Protocol):
     local_size: int
     hostname: str
     elastic: bool  # the ranks may become fewer or more while the job runs
-    changed: bool  # this rank was told that they will
+    changed: bool  # this rank knows that they will
 
     def wrap(self, optimizer: Any, compression: str) -> Any:
         """A Keras optimizer whose `compute_gradients` averages over ranks. Wrap before `build`."""
@@ -45,7 +45,7 @@ class World(Protocol):
         ...
 
     def sum(self, values: np.ndarray) -> np.ndarray:
-        """Elementwise over ranks, in float64; so are `max` and, for one flag, `any`."""
+        """The elementwise sum over ranks, in float64. `max` works alike, and `any` for one flag."""
         ...
 
     def max(self, values: np.ndarray) -> np.ndarray: ...
@@ -53,13 +53,13 @@ class World(Protocol):
     def any(self, flag: bool) -> bool: ...
 
     def gather(self, value: Any) -> list[Any]:
-        """The picklable values of all ranks, in their order, on every rank."""
+        """The picklable values of all ranks, in the order of the ranks, on every rank."""
         ...
 
     def barrier(self) -> None: ...
 
     def timeline(self, path: Path) -> AbstractContextManager[None]:
-        """While it is open, Horovod writes its collectives to `path` on the chief, in the format of chrome://tracing.
+        """Inside the block, Horovod writes its collectives to `path` on the chief, in the format of chrome://tracing.
 
         Not a collective. HOROVOD_TIMELINE must have been DYNAMIC before the world was made.
         """
@@ -70,7 +70,7 @@ class World(Protocol):
         ...
 
     def recovers_from(self, error: Exception) -> bool:
-        """Whether the error is the loss of other ranks, without which this job goes on."""
+        """Whether the error is the loss of other ranks, and this job continues without them."""
         ...
 
     def abort(self, reason: str) -> NoReturn:
@@ -79,13 +79,13 @@ class World(Protocol):
 
 
 class Solo:
-    """A process alone: every collective is the identity, and nothing outside the standard library is needed."""
+    """A single process: every collective is the identity, and only the standard library is needed."""
 
     rank, size, local_rank, local_size = 0, 1, 0, 1
     elastic = changed = False
 
     def __init__(self, rank: int = 0) -> None:
-        self.rank = rank  # above 0 in an elastic job that has not connected its ranks yet
+        self.rank = rank  # above 0 only in an elastic job, before its ranks are connected
         self.hostname = socket.gethostname()
 
     def wrap(self, optimizer: Any, compression: str) -> Any:
@@ -127,9 +127,9 @@ class Solo:
 
 
 class HorovodWorld:
-    """Several ranks. Tensors go through Horovod; objects through mpi4py, or through Horovod too where Gloo is in charge.
+    """Several ranks. Horovod sends tensors. mpi4py sends objects; under Gloo Horovod sends them too.
 
-    Raises RunError where mpi4py and Horovod do not see the same job.
+    Raises RunError if mpi4py and Horovod do not see the same job.
     """
 
     elastic = changed = False
@@ -142,7 +142,7 @@ class HorovodWorld:
 
         self._hvd, self._graph = hvd, Graph
         self._reductions: dict[str, Graph] = {}
-        self._comm: Any = None  # mpi4py's communicator, where MPI is in charge
+        self._comm: Any = None  # mpi4py's communicator; None under Gloo
         if "HOROVOD_GLOO_RENDEZVOUS_ADDR" in os.environ:
             hvd.init()
         else:
@@ -173,12 +173,12 @@ class HorovodWorld:
             )
         if MPI.Query_thread() < MPI.THREAD_MULTIPLE:
             raise RunError(
-                "This MPI does not let several threads talk (MPI_THREAD_MULTIPLE), which Horovod's background thread "
+                "This MPI cannot be called by several threads (MPI_THREAD_MULTIPLE), which Horovod's background thread "
                 "needs. Use an Open MPI built with --enable-mpi-thread-multiple (4.0 and later always are)."
             )
 
     def _abort_on_uncaught_exceptions(self) -> None:
-        """A rank must never wait for a dead one: whatever thread dies here takes the job with it."""
+        """A rank must never wait for a dead one, so an uncaught exception in any thread ends the job."""
 
         def die(kind: type[BaseException], error: BaseException | None, trace: Any) -> NoReturn:
             if issubclass(kind, RunError):
@@ -196,8 +196,8 @@ class HorovodWorld:
         kind = self._hvd.Compression.fp16 if compression == "fp16" else self._hvd.Compression.none
         # Horovod: `groups=1` sends all gradients of an update as one message.
         wrapped = DistributedOptimizer(optimizer, groups=1, compression=kind, op=self._hvd.Average)
-        # Horovod: it makes a tf.function of what averages, the source of which autograph then reads: seconds of every start.
-        # Generic names: those of the tensors would tell how often a rank has traced, and ranks that join have done so less.
+        # Horovod: it makes a tf.function of the averaging, and autograph reads its source: seconds of every start.
+        # Generic names: tensor names depend on how often a rank has traced, and ranks that join have traced less often.
         average = wrapped._allreduce_grads.python_function
         wrapped._allreduce_grads = functools.partial(average, use_generic_names=True)
         return wrapped
@@ -208,7 +208,7 @@ class HorovodWorld:
     def average(self, tensors: Sequence[Any]) -> list[Any]:
         import tensorflow as tf
 
-        # Horovod copies tensors that it sends as one message, there and back: a large one goes faster alone, in its turn.
+        # Horovod copies tensors into one message and back. A large tensor is faster in a message of its own.
         large = [index for index, tensor in enumerate(tensors) if tensor.shape.num_elements() > FUSED_FLOATS]
         small = [index for index in range(len(tensors)) if index not in large]
         means: dict[int, Any] = {}
@@ -227,7 +227,7 @@ class HorovodWorld:
 
     def _reduce(self, values: np.ndarray, op: Any, name: str) -> np.ndarray:
         values = np.asarray(values, np.float64)
-        # Horovod: a name stands for one shape, so that its response cache keeps the negotiation short.
+        # Horovod: one shape per name, so that its response cache keeps the negotiation short.
         name = f"{name}.{'x'.join(map(str, values.shape))}"
         if name not in self._reductions:
             self._reductions[name] = self._graph(lambda tensor: [self._hvd.allreduce(tensor, op=op, name=name)])
@@ -246,7 +246,7 @@ class HorovodWorld:
 
     @contextmanager
     def timeline(self, path: Path) -> Iterator[None]:
-        if self.rank != 0:  # all of them are the chief's to see
+        if self.rank != 0:  # only the chief writes
             yield
             return
         self._hvd.start_timeline(str(path))
@@ -273,16 +273,16 @@ class HorovodWorld:
         print("\n".join(f"{name} {line}" for line in reason.splitlines()), file=sys.stderr, flush=True)
         if self._comm is not None:
             self._comm.Abort(1)
-        os._exit(1)  # Gloo: its launcher ends the others, unless the job is elastic, which goes on without this rank
+        os._exit(1)  # Gloo: its launcher ends the others; an elastic job continues without this rank
 
 
 def _horovod_build() -> dict[str, Any]:
-    """What Horovod was built with; its error where it is installed but cannot be loaded."""
+    """What Horovod was built with; the error if it is installed but cannot be loaded."""
     if importlib.util.find_spec("horovod") is None:
         return {}
     try:
         import horovod.tensorflow as hvd
-    except Exception as error:  # a library that no longer fits: of any kind
+    except Exception as error:  # a library that no longer fits may raise anything
         return {"horovod_error": " ".join(str(error).split())}
     return {name: bool(getattr(hvd, name)()) for name in ("mpi_built", "gloo_built", "nccl_built", "cuda_built")}
 

@@ -1,1 +1,1 @@
-"""What a person sees of a run: files, the display and pictures."""
+"""What users see of a run: files, the display and plots."""

@@ -53,7 +53,7 @@ class RunCurve:
 
 @dataclass(frozen=True)
 class SeedGroup:
-    """Runs that differ in nothing but their seed, drawn in one colour."""
+    """Runs that differ only in their seed. They have one colour."""
 
     label: str
     color: str
@@ -61,7 +61,7 @@ class SeedGroup:
 
 
 def plot(run_dirs: Sequence[Path], output: Path) -> None:
-    """Draws the learning curves of these runs into `output`, in the format that its ending names."""
+    """Draws the learning curves of these runs into `output`, in the format of its suffix."""
     learning_curves([read_run(path) for path in run_dirs], output)
 
 
@@ -110,7 +110,7 @@ def _select(curve: Curve, chosen: np.ndarray) -> Curve:
 def learning_curves(runs: Sequence[RunCurve], path: Path) -> None:
     """Plots the return over total steps (left) and over wall time (right), in one colour per group of runs.
 
-    Runs that differ in their seed only are one group, shown as the mean with a band from the lowest to the highest.
+    Runs that differ only in their seed form a group, drawn as the mean with a band from the lowest to the highest.
     """
     if not runs:
         raise InputError("Nothing to plot. Expected: at least one run directory.")
@@ -140,7 +140,7 @@ def learning_curves(runs: Sequence[RunCurve], path: Path) -> None:
 
 
 def group_by_seed(runs: Sequence[RunCurve]) -> list[SeedGroup]:
-    """Groups the runs that differ in their seed only. A group's label is what distinguishes it from the others."""
+    """Groups the runs that differ only in their seed. A group's label tells how it differs from the others."""
 
     def key(run: RunCurve) -> tuple[Any, ...]:
         return run.env, run.preset or "", run.size, run.scaling or "", run.target_return is None or run.target_return
@@ -149,7 +149,7 @@ def group_by_seed(runs: Sequence[RunCurve]) -> list[SeedGroup]:
     for run in sorted(runs, key=key):
         members.setdefault(key(run), []).append(run)
     if any(len({run.seed for run in same}) < len(same) for same in members.values()):
-        # Two runs with one seed differ in a setting that run.json does not hold: only their names distinguish them.
+        # Two runs with one seed differ in a setting that is not in run.json. Only their names distinguish them.
         return [SeedGroup(run.name, PALETTE[i % len(PALETTE)], [run]) for i, run in enumerate(runs)]
     groups = []
     for i, same in enumerate(members.values()):
@@ -183,25 +183,25 @@ def _style(axes: Axes) -> None:
 
 def _draw(axes: Axes, one: SeedGroup, x: str, scale: float, bands_over_seeds: bool) -> None:
     for run in one.runs:
-        marker = "." if len(run.training.mean) == 1 else ""  # a line through one point would not be seen
+        marker = "." if len(run.training.mean) == 1 else ""  # a line through one point is invisible
         axes.plot(getattr(run.training, x) / scale, run.training.mean, color=one.color, marker=marker, **TRAINING)
     evaluated = [run.evaluations for run in one.runs if len(run.evaluations.mean)]
     if not evaluated:
         return
     curve = over_seeds(evaluated) if len(evaluated) > 1 else evaluated[0]
-    for alone in evaluated:  # a seed that went on when another had stopped
+    for alone in evaluated:  # a seed that ran longer than the others
         rest = _select(alone, alone.total_steps >= max(curve.total_steps, default=0))
         if len(rest.mean) > 1:
             axes.plot(getattr(rest, x) / scale, rest.mean, color=one.color, **ALONE)
     if len(evaluated) > 1 or not bands_over_seeds:
         along = getattr(curve, x) / scale
         axes.fill_between(along, curve.low, curve.high, color=one.color, alpha=0.14, linewidth=0, zorder=1)
-    many = len(curve.mean) > 50  # their markers would melt into a thick line
+    many = len(curve.mean) > 50  # too many markers would form a thick line
     axes.plot(getattr(curve, x) / scale, curve.mean, color=one.color, **EVALUATION | ({"marker": ""} if many else {}))
 
 
 def over_seeds(curves: Sequence[Curve]) -> Curve:
-    """Mean, lowest and highest of several runs' means, as far as all of them went."""
+    """Mean, lowest and highest of several runs' means, up to the end of the shortest run."""
     steps = np.unique(np.concatenate([curve.total_steps for curve in curves]))
     first, last = max(curve.total_steps[0] for curve in curves), min(curve.total_steps[-1] for curve in curves)
     steps = steps[(steps >= first) & (steps <= last)]
@@ -211,7 +211,7 @@ def over_seeds(curves: Sequence[Curve]) -> Curve:
 
 
 def _add_legend(figure: Figure, groups: Sequence[SeedGroup]) -> None:
-    """A line per group, below them what the kinds of line mean."""
+    """A legend: one entry per group, then the meanings of the line styles."""
     several = any(len(one.runs) > 1 for one in groups)
     colors: list[Any] = [Line2D([], [], color=one.color, linewidth=3.5, label=one.label) for one in groups if one.label]
     handles: list[Any] = []

@@ -18,11 +18,11 @@ from rich.text import Text
 
 from hvd_dqn.training.ledger import Row
 
-REFRESH_SECONDS = 0.1  # at most ten pictures per second: drawing must not slow the training that it shows
+REFRESH_SECONDS = 0.1  # at most ten frames per second: drawing must not slow the training down
 HEADER_PERIOD = 20  # lines
-RATE_REPORTS = 10  # over which the time left is estimated
+RATE_REPORTS = 10  # used to estimate the time left
 
-# Title, width, and what stands there. Together 78 characters.
+# Title, width and content of each column. Together 78 characters.
 PLAIN: tuple[tuple[str, int, Callable[[Row], str]], ...] = (
     ("total steps", 12, lambda row: f"{row['total_steps']:,.0f}"),
     ("done", 6, lambda row: f"{row['done']:.0%}"),
@@ -51,7 +51,7 @@ def open_stream() -> TextIO:
 
 
 def short(value: float) -> str:
-    """A number in a few characters: 0.0123, 487.5, 9,500 (of a count), 12.3k, -1.5M; `-` where there is none."""
+    """A number in a few characters: 0.0123, 487.5, 9,500 (of a count), 12.3k, -1.5M; `-` for NaN."""
     if not math.isfinite(value):
         return "-" if math.isnan(value) else str(value)
     if abs(value) < 10:
@@ -65,7 +65,7 @@ def short(value: float) -> str:
 
 
 def clock(seconds: float) -> str:
-    """mm:ss, with hours in front where there are any."""
+    """mm:ss, from an hour on h:mm:ss."""
     if not math.isfinite(seconds):
         return "-"
     minutes, second = divmod(round(seconds), 60)
@@ -74,7 +74,7 @@ def clock(seconds: float) -> str:
 
 
 class Progress:
-    """Shows a run on the chief. If the stream breaks (the terminal is closed), the run goes on without it."""
+    """Shows a run on the chief. If the stream breaks (the terminal is closed), the run continues without it."""
 
     def __init__(self, total_steps: int, stream: TextIO) -> None:
         self._total_steps = total_steps
@@ -85,7 +85,7 @@ class Progress:
         self._display: _LiveDisplay | _LogDisplay = _LiveDisplay(stream) if live else _LogDisplay(stream)
 
     def plan(self, rows: dict[str, str]) -> None:
-        """What the settings amount to, by name."""
+        """The consequences of the settings, by name."""
         self._show(lambda: self._display.plan(rows))
 
     def update(self, row: Row) -> None:
@@ -127,7 +127,7 @@ class Progress:
                 self._redirect_to_null()
 
     def _redirect_to_null(self) -> None:
-        """Redirects the broken stream to /dev/null: else Python would fail to flush it at exit."""
+        """Redirects the broken stream to /dev/null. Otherwise Python would fail to flush it at exit."""
         with contextlib.suppress(OSError, ValueError):
             nothing = os.open(os.devnull, os.O_WRONLY)
             os.dup2(nothing, self._stream.fileno())
@@ -170,16 +170,16 @@ class _LogDisplay:
 
 class _Console(Console):
     def on_broken_pipe(self) -> None:
-        raise  # rich would end the whole program here
+        raise  # rich would exit the program here
 
 
 class _LiveDisplay:
-    """Three lines at the foot of a terminal, redrawn in place; everything else scrolls by above them."""
+    """Three lines at the bottom of a terminal, redrawn in place. All other output scrolls above them."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
         self._console = _Console(file=stream, force_terminal=True, highlight=False, markup=False, emoji=False)
-        # Without a thread that redraws, since that could fail by itself. What others write to stderr appears above.
+        # Without a thread that redraws, because it could fail on its own. Other output to stderr appears above.
         self._live = Live(
             console=self._console, auto_refresh=False, redirect_stdout=False, redirect_stderr=stream is sys.stderr
         )
@@ -212,17 +212,17 @@ class _LiveDisplay:
     def close(self) -> None:
         if self._row:
             self._draw(f"took {clock(self._row['seconds'])}")
-        self._row = {}  # so that a second call shows nothing
+        self._row = {}  # a second call shows nothing
         self._live.stop()
 
     def give_up(self) -> None:
         self._console.quiet = True
-        # Gives sys.stderr back. A display that broke while it started also fails to stop: rich pops an empty list.
+        # Restores sys.stderr. A display that broke while it started also fails to stop: rich pops an empty list.
         with contextlib.suppress(Exception):
             self._live.stop()
 
     def _measure(self) -> None:
-        # Rich asks stdin, stdout and stderr for the size; under horovodrun none of them is this terminal.
+        # Rich reads the size from stdin, stdout or stderr. Under horovodrun none of them is this terminal.
         with contextlib.suppress(OSError, ValueError):
             size = os.get_terminal_size(self._stream.fileno())
             self._console.size = size.columns or 80, size.lines or 25
@@ -231,7 +231,7 @@ class _LiveDisplay:
         self._measure()
         if not self._live.is_started:
             self._live.start()
-            self._console.show_cursor()  # a job that is killed could not bring it back
+            self._console.show_cursor()  # a job that is killed could not restore the cursor
         self._live.update(self._picture(remaining or f"{clock(self._row['left'])} left"), refresh=True)
         self._drawn = monotonic()
 

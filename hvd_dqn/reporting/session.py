@@ -1,4 +1,4 @@
-"""Connects a run to what a person sees of it: its files, the display, and the closing line."""
+"""Connects a run to its outputs: files, the display, and the last line."""
 
 import contextlib
 import warnings
@@ -17,7 +17,7 @@ from hvd_dqn.training.trainer import Record, Trainer
 
 
 class ChiefSession:
-    """Writes and shows the records of a run. As a context it notes in run.json how the run ended."""
+    """Writes and shows the records of a run. As a context manager it records in run.json how the run ended."""
 
     def __init__(
         self,
@@ -55,7 +55,7 @@ class ChiefSession:
         self._run.note(ended="stopped", finished=now(), stopped_at=row["total_steps"])
         self._conclude(
             f"{self._run.about()['preset']}: stopped on request after {row['total_steps']:,.0f} total steps and "
-            f"{row['seconds']:.0f} s; go on with: hvd-dqn train --run-dir {self._run.path} --resume"
+            f"{row['seconds']:.0f} s; continue with: hvd-dqn train --run-dir {self._run.path} --resume"
         )
 
     def _finish(self, row: Row) -> None:
@@ -65,7 +65,7 @@ class ChiefSession:
         self._run.note(ended="finished", finished=now(), result=row, best=(best_return, best_steps))
         try:
             plot([self._run.path], self._run.path / "curve.png")
-        except InputError as error:  # the run itself is done
+        except InputError as error:  # the run itself has succeeded
             self._complain(str(error))
         self._conclude(f"{self._run.about()['preset']}: {where_the_time_went(trainer.worker.ledger)}")
         self._conclude(
@@ -75,7 +75,7 @@ class ChiefSession:
         )
 
     def _conclude(self, text: str) -> None:
-        """A line of the result."""
+        """Prints a line of the result."""
         if not self._is_quiet:
             print(text, flush=True)
 
@@ -95,7 +95,7 @@ class ChiefSession:
     ) -> None:
         if kind is None:
             self.close()
-        else:  # no error in here may replace the one that ended the run
+        else:  # an error in here must not replace the one that ended the run
             with contextlib.suppress(OSError):
                 self.close()
             with contextlib.suppress(InputError, OSError):
@@ -103,14 +103,14 @@ class ChiefSession:
 
 
 def where_the_time_went(ledger: Ledger) -> str:
-    """The parts of this rank's time, the largest first. Only the wait before averaging is a part of its own (idle)."""
+    """The parts of this rank's time, the largest first. "idle" is only the wait before averaging."""
     spent = ledger.spent | {"rest": ledger.seconds - sum(ledger.spent.values())}
     parts = sorted(spent.items(), key=lambda part: -part[1])
     return "time: " + ", ".join(f"{100 * seconds / ledger.seconds:.0f} % {name}" for name, seconds in parts)
 
 
 class NullProgress:
-    """The display of a run that nobody watches."""
+    """The display of a run without output."""
 
     def plan(self, rows: dict[str, str]) -> None:
         pass
@@ -153,9 +153,9 @@ def open_session(
     started_from: Path | None = None,
     progress: bool = True,
 ) -> Session:
-    """Creates the run directory or continues it; `again` creates one anew that a start left behind. Raises InputError.
+    """Creates the run directory or continues it. `again` replaces one from an unfinished start. Raises InputError.
 
-    `started_from` is the checkpoint that a new run has its first weights of. Without `progress` nothing is printed.
+    `started_from` is the checkpoint of a new run's first weights. Without `progress` nothing is printed.
     """
     if trainer.world.rank != 0:
         return NullSession()
@@ -191,10 +191,8 @@ def open_session(
     if started_from is not None:
         display.message(f"Starting from the weights of {started_from}.")
     if snapshot is not None:
-        where = snapshot.path if snapshot.path.name else "the memory of the ranks that are left"
-        ended = (
-            f" The run had ended there; it goes on to {config.total_steps:,}." if snapshot.state.get("finished") else ""
-        )
+        where = snapshot.path if snapshot.path.name else "the memory of the remaining ranks"
+        ended = f" The run had ended; it continues to {config.total_steps:,}." if snapshot.state.get("finished") else ""
         settings = f" Changed settings: {', '.join(changed)}." if changed else ""
-        display.message(f"Going on from {where}.{ended}{settings}")
+        display.message(f"Resuming from {where}.{ended}{settings}")
     return ChiefSession(run, trainer, reports, evaluations, display)

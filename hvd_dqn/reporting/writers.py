@@ -35,10 +35,10 @@ class Writers:
 
 
 class CsvWriter:
-    """A line per row, in the file as soon as it is written; NaN is an empty cell.
+    """Writes a line per row and flushes it at once. NaN is an empty cell.
 
-    With `append_after` an existing file is continued after that many total steps. Later rows are dropped: the resumed run
-    writes them again. Without it the file begins anew.
+    With `append_after` an existing file is continued after that many total steps. Later rows are dropped, because the
+    resumed run writes them again. Without it the file is replaced.
     """
 
     def __init__(self, path: Path, columns: Sequence[str] = COLUMNS, append_after: int | None = None) -> None:
@@ -68,7 +68,7 @@ def _cell(value: float) -> str:
 
 
 def _whole_lines(path: Path) -> list[str]:
-    """The lines of `path`, without a last one that was still being written when the process died."""
+    """The lines of `path`, without an incomplete last line from a process that died."""
     return [line for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]
 
 
@@ -86,7 +86,7 @@ def _rows_until(path: Path, header: str, total_steps: int) -> list[str]:
 
 
 def read_csv(path: Path) -> dict[str, np.ndarray]:
-    """The columns of a CSV file of ours, [rows] float64 each, NaN for empty cells."""
+    """The columns of a CSV file that we wrote, [rows] float64 each, NaN for empty cells."""
     expected = "Expected: a file like a run's metrics.csv."
     try:
         header, *rows = csv.reader(_whole_lines(path), strict=True)
@@ -115,7 +115,7 @@ class TensorBoardWriter:
     """
 
     def __init__(self, directory: Path) -> None:
-        # TensorBoard's own writer, not TensorFlow's: that one loses 6 kB of memory with every row under Python 3.11.
+        # TensorBoard's own writer: TensorFlow's leaks 6 kB of memory with every row under Python 3.11.
         from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
         self._file = EventFileWriter(str(directory))

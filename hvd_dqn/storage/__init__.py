@@ -1,1 +1,1 @@
-"""What outlives a process: checkpoints and the run directory."""
+"""What remains after a process ends: checkpoints and the run directory."""

@@ -1,4 +1,4 @@
-"""Writes files atomically, and arrays as .npz archives without pickle, which are read row by row."""
+"""Writes files atomically, and arrays as .npz archives without pickle. Archives are read row by row."""
 
 import contextlib
 import hashlib
@@ -15,7 +15,7 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 
 CHUNK = 1 << 24  # bytes read at once
-# What reading a damaged file can raise: NumPy, zipfile and json have no common error.
+# The errors that reading a damaged file can raise: NumPy, zipfile and json have no common one.
 UNREADABLE = (
     OSError, EOFError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RuntimeError, MemoryError,
     SyntaxError, zipfile.BadZipFile, zipfile.LargeZipFile, zlib.error, struct.error, TokenError,
@@ -23,14 +23,14 @@ UNREADABLE = (
 
 
 class Entry(NamedTuple):
-    """Size and checksum of a file, as a manifest names them."""
+    """Size and checksum of a file, as in a manifest."""
 
     bytes: int
     sha256: str
 
 
 class _HashingFile(io.RawIOBase):
-    """A file that is only appended to, and whose checksum is computed meanwhile."""
+    """A file that is only appended to. Its checksum is computed while it is written."""
 
     def __init__(self, file: BinaryIO) -> None:
         self._file, self._sha, self._bytes = file, hashlib.sha256(), 0
@@ -56,7 +56,7 @@ def write(path: Path, content: bytes) -> Entry:
 
 
 def write_arrays(path: Path, arrays: Mapping[str, np.ndarray], compress: bool = False) -> Entry:
-    """Writes an .npz archive as `write` does, each array in pieces, so that none is copied in memory."""
+    """Writes an .npz archive as `write` does, each array in pieces, to avoid a copy in memory."""
     with _replacing(path) as file:
         measured = _HashingFile(file)
         kind = zipfile.ZIP_DEFLATED if compress else zipfile.ZIP_STORED
@@ -69,7 +69,7 @@ def write_arrays(path: Path, arrays: Mapping[str, np.ndarray], compress: bool = 
 
 @contextlib.contextmanager
 def _replacing(path: Path) -> Iterator[BinaryIO]:
-    """Opens a temporary file that takes the place of `path` if the block succeeds, and vanishes if it does not."""
+    """Opens a temporary file. It replaces `path` if the block succeeds, and is deleted if not."""
     temporary = path.with_name(path.name + ".tmp")
     file = temporary.open("wb")
     try:
@@ -102,7 +102,7 @@ def entry_of(path: Path) -> Entry:
 
 
 class Rows:
-    """One array of an archive, which is read from disk when it is iterated, one row of its first axis at a time."""
+    """One array of an archive. Iterating over it reads one row of its first axis at a time from disk."""
 
     def __init__(self, path: Path, name: str) -> None:
         self._path, self._name = path, name

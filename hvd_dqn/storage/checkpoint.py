@@ -19,22 +19,22 @@ MANIFEST, MODEL, STATE = "MANIFEST.json", "model.npz", "state.json"
 
 
 class Damaged(Exception):
-    """Says what is wrong with a checkpoint."""
+    """A checkpoint is damaged; the message tells how."""
 
 
 class Snapshot(NamedTuple):
-    """A checkpoint: what all ranks share, in memory, and where each rank's own part lies on disk."""
+    """A checkpoint: the part that all ranks share, in memory, and the path of each rank's own part on disk."""
 
     path: Path
     total_steps: int
-    ranks: int  # that made it
-    complete: bool  # with the ranks' own parts
+    ranks: int  # the number of ranks that wrote it
+    complete: bool  # whether it has the ranks' own parts
     state: dict[str, Any]  # counters and statistics, of JSON's types
     arrays: dict[str, np.ndarray]  # the model's and optimizer's variables
     files: dict[str, Entry]
 
     def part(self, rank: int) -> dict[str, Any]:
-        """What this rank saved: a tree with `Rows` for arrays, which are read later. Raises Damaged."""
+        """What this rank saved: a tree with `Rows` for arrays, which are read on use. Raises Damaged."""
         try:
             tree = json.loads((self.path / rank_file(rank)).read_text())
             for name, rows in read_arrays(self.path / replay_file(rank, self.ranks)).items():
@@ -53,7 +53,7 @@ class Snapshot(NamedTuple):
 
 
 class Saved(NamedTuple):
-    """Size of a checkpoint, and the time that it took to write it."""
+    """Size of a checkpoint, and the time it took to write."""
 
     bytes: int
     seconds: float
@@ -68,9 +68,9 @@ def replay_file(rank: int, size: int) -> str:
 
 
 def load(path: Path) -> Snapshot:
-    """Reads what all ranks share and checks it against the manifest; the ranks' parts must be there. Raises Damaged.
+    """Reads what all ranks share and checks it against the manifest. The ranks' parts must exist. Raises Damaged.
 
-    Runs no code from the files: JSON, and arrays without pickle.
+    Runs no code from the files: they are JSON, and arrays without pickle.
     """
     try:
         manifest = json.loads((path / MANIFEST).read_text())
@@ -111,7 +111,7 @@ def verify(file: Path, expected: Entry) -> None:
 
 
 def divide(tree: Mapping[str, Any], prefix: str = "") -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """Takes the arrays out of a tree of dictionaries, by their paths in it: "envs/frame"."""
+    """Separates the arrays from a tree of dictionaries. Their names are their paths: "envs/frame"."""
     rest: dict[str, Any] = {}
     arrays: dict[str, np.ndarray] = {}
     for name, value in tree.items():
@@ -142,10 +142,10 @@ class Checkpoints:
         resumable: bool = True,
         best: int | None = None,
     ) -> Saved:
-        """Writes a checkpoint. A collective. Raises JobError, on all ranks, where one of them cannot write.
+        """Writes a checkpoint. A collective. Raises JobError, on all ranks, if one of them cannot write.
 
-        `arrays` and `state` (of JSON's types) are what all ranks share, and the chief writes them; `part` is a rank's own
-        tree of both. What is not `resumable` is kept only while its total steps are `best`.
+        All ranks share `arrays` and `state` (JSON values), which the chief writes. `part` is a rank's own tree of both.
+        A checkpoint that is not `resumable` is kept only as long as its total steps are `best`.
         """
         began = time.perf_counter()
         target = self._directory / str(total_steps)
@@ -169,12 +169,12 @@ class Checkpoints:
 
         self._together(target, finish)
         if self._world.rank == 0:
-            with contextlib.suppress(OSError):  # what cannot be cleared away now is tried again after the next
+            with contextlib.suppress(OSError):  # what cannot be removed now is removed after the next checkpoint
                 self._prune(target, best)
         return Saved(sum(entry.bytes for entry in files.values()), time.perf_counter() - began)
 
     def _together(self, target: Path, action: Callable[[], T]) -> list[T]:
-        """Does `action` on every rank. If one of them cannot write, all give the checkpoint up."""
+        """Does `action` on every rank. If one of them cannot write, all give up the checkpoint."""
         result, complaint = None, None
         try:
             result = action()
@@ -185,7 +185,7 @@ class Checkpoints:
         if not complaints:
             return [each[0] for each in answers if each]
         if self._world.rank == 0:
-            shutil.rmtree(target, ignore_errors=True)  # it would take the place that is missing
+            shutil.rmtree(target, ignore_errors=True)  # it would take the space that is missing
         self._world.barrier()
         raise JobError(
             f"The checkpoint {target} cannot be written ({'; '.join(complaints)}). The one before is untouched."
@@ -193,7 +193,7 @@ class Checkpoints:
 
     def _prepare(self, target: Path) -> None:
         target.mkdir(parents=True, exist_ok=True)
-        # Files of a run that was resumed from an earlier checkpoint: first the manifest, so that none is left half removed.
+        # These files are of a run that was resumed from an earlier checkpoint. Remove the manifest first: see `_prune`.
         (target / MANIFEST).unlink(missing_ok=True)
         for old in target.iterdir():
             old.unlink()
@@ -213,7 +213,7 @@ class Checkpoints:
         spared |= {path.name for path in resumable[: self._keep]}
         for old in self._directory.iterdir():
             if old.name.isdecimal() and old.name not in spared:
-                # The manifest goes first: a half-removed checkpoint is none.
+                # Remove the manifest first: without it, a half-removed checkpoint does not exist.
                 (old / MANIFEST).unlink(missing_ok=True)
                 shutil.rmtree(old)
 
@@ -223,9 +223,9 @@ class Checkpoints:
         return sorted((path for path in found if path.name.isdecimal()), key=lambda p: int(p.name), reverse=True)
 
     def newest(self, say: Callable[[str], None]) -> Snapshot | None:
-        """The newest undamaged checkpoint to go on from, every file of it checked; damaged ones are told to `say`.
+        """The newest undamaged checkpoint to resume from, with every file checked. `say` reports damaged ones.
 
-        A collective: the chief chooses, all ranks share the checking, and all get the same.
+        A collective: the chief chooses, the ranks share the checking, and all return the same checkpoint.
         """
         paths: list[Path] = self._world.gather(self._found() if self._world.rank == 0 else [])[0]
         for path in paths:
@@ -266,7 +266,7 @@ class Checkpoints:
 
 
 def _is_resumable(path: Path) -> bool:
-    """Whether a run can go on from it. True if the manifest cannot be read: `load` then says what is wrong."""
+    """Whether a run can resume from it. True if the manifest cannot be read: `load` then raises the error."""
     try:
         return bool(json.loads((path / MANIFEST).read_text())["resumable"])
     except UNREADABLE:

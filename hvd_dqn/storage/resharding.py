@@ -1,16 +1,16 @@
 """Redistributes the replays that N ranks saved to the rings of M ranks: evenly, the oldest first, losing nothing.
 
-Every rank computes the same `deal` from the kinds and ages of all old replays. Then it collects its own rings with
-`gather_state`, which reads the old replays one after another. In a new ring
+Every rank computes the same `deal` from the step types and episode steps of all old replays. Then it collects its own
+rings with `gather_state`, which reads the old replays one after another. In a new ring
 
   - every transition whose stack was complete in the old ring can be sampled, with the same stack. The others (the oldest
     few of a ring that has wrapped) could not be sampled before, and are now context only;
-  - every episode has ended. An episode under way is truncated at its newest observation, since the environments begin
-    anew. So its newest n - 1 transitions, whose windows were incomplete, can be sampled at once;
+  - every episode has ended. An unfinished episode is truncated at its newest observation, because the environments
+    start new episodes. So its newest n - 1 transitions, whose windows were incomplete, can be sampled at once;
   - an episode that was cut becomes two. The first part is truncated, and the observation at the cut is its last one. The
-    second part begins with the frame_stack - 1 observations before the cut, of kind NOTHING, for its stacks. The n - 1
+    second part begins with the frame_stack - 1 observations before the cut, of type NOTHING, for its stacks. The n - 1
     windows across a cut become shorter and bootstrap from the cut with gamma**m, as at any truncation;
-  - ages are counted from a piece's first slot, so that no stack ever reaches into the piece before it.
+  - episode steps are counted from a piece's first slot, so that no stack ever reaches into the piece before it.
 """
 
 import heapq
@@ -27,7 +27,7 @@ from hvd_dqn.agent.replay import GOES_ON, NOTHING, TRUNCATED
 PARTS = 4
 # An episode that takes a smaller part of a ring than this is never cut: it would even out too little.
 SHORT = 1 / 100
-# Slots copied at once: 4,096 * 84 * 84 B = 29 MB of Atari frames in passing.
+# Slots copied at once: 4,096 * 84 * 84 B = 29 MB of Atari frames.
 CHUNK = 4096
 
 # A piece is a stretch of one old stream, laid in a new ring as `context` + `steps` + 1 consecutive slots: observations
@@ -36,11 +36,11 @@ PIECE = np.dtype(
     [
         ("shard", np.int64),
         ("env", np.int64),
-        ("first", np.int64),  # the first transition's slot, unreduced as the heads are
+        ("first", np.int64),  # the first transition's slot, counted as write positions are: without modulo
         ("before", np.int64),  # observations of the same episode that the old ring holds before it
         ("steps", np.int64),
         ("age", np.int64),  # slots between the first transition and the stream's head
-        ("cut", np.bool_),  # the episode goes on in another piece
+        ("cut", np.bool_),  # the episode continues in another piece
         ("context", np.int64),
         ("ring", np.int64),
         ("at", np.int64),  # the slot in the new ring
@@ -49,13 +49,13 @@ PIECE = np.dtype(
 
 
 class Deal(NamedTuple):
-    """For every new ring the pieces to lay in it."""
+    """The pieces that each new ring receives."""
 
     slots: int  # per new ring, the head included: the planned number, or more if needed
     transitions: int  # in all old replays together, without those with incomplete stacks
     dropped: int  # the oldest of these, for which `limit` left no room
     cuts: int
-    heads: np.ndarray  # [R] slots filled in each new ring
+    write_positions: np.ndarray  # [R] slots filled in each new ring
     counts: np.ndarray  # [R] transitions in each new ring; all of them can be sampled at once
     pieces: np.ndarray  # [P] of type PIECE, ring by ring, the oldest first
     ranks: int  # N, whose replays these were
@@ -63,11 +63,11 @@ class Deal(NamedTuple):
     def describe(self, ranks: int) -> str:
         """One sentence for the log; each of the `ranks` has an equal number of the rings."""
         counts = self.counts.reshape(ranks, -1).sum(axis=1)
-        # Nobody reads more than eight numbers.
+        # More than eight numbers are summarised.
         shares = ", ".join(f"{n:,}" for n in counts) if ranks <= 8 else f"{counts.min():,} to {counts.max():,} each"
         return (
-            f"{self.transitions:,} transitions of {self.ranks} rank{'s' * (self.ranks != 1)} dealt out to {ranks}: {shares}; "
-            f"rings of {self.slots:,} slots; episodes cut in {self.cuts:,} place{'s' * (self.cuts != 1)}"
+            f"{self.transitions:,} transitions of {self.ranks} rank{'s' * (self.ranks != 1)} redistributed to {ranks}: "
+            f"{shares}; rings of {self.slots:,} slots; episodes cut in {self.cuts:,} place{'s' * (self.cuts != 1)}"
             + (f"; the oldest {self.dropped:,} dropped for lack of room" if self.dropped else "")
         )
 
@@ -77,11 +77,11 @@ def deal(
 ) -> Deal:
     """Plans how the streams of all old replays are laid in `rings` new rings, for which `slots` slots are planned.
 
-    `shards` are what `Replay.state()` returned on each old rank; of the arrays only kinds, ages and heads are needed.
-    Where more than `limit` slots per ring would be needed, each ring does without its oldest transitions.
+    `shards` are what `Replay.state()` returned on each old rank; only slots, step_types, episode_steps and
+    write_positions are needed. If a ring would need more than `limit` slots, each ring drops its oldest transitions.
 
-    The fullest ring gets at most 2 * frame_stack + 1 % more slots than its share, and the emptiest lacks no more than
-    the longest piece, a quarter of a share. A pure function of integers: every rank gets the same result.
+    The fullest ring gets at most 2 * frame_stack + 1 % more slots than its share. The emptiest lacks at most the
+    longest piece, a quarter of a share. A pure function of integers: every rank gets the same result.
     """
     assert limit is None or limit >= slots
     pieces, ranks = _episodes(shards, frame_stack)
@@ -89,19 +89,19 @@ def deal(
     share = math.ceil(_sizes(pieces).sum() / rings)
     if limit is not None:
         share = min(share, limit - 1)
-    # Parts of 3 * frame_stack transitions or more: at least three quarters of what is laid is no context.
+    # Parts have 3 * frame_stack transitions or more, so at most a quarter of the laid slots is context.
     pieces = _cut(pieces, max(share // PARTS, 4 * frame_stack), frame_stack)
     pieces = _lay(pieces, rings, frame_stack)
     if limit is not None:
         pieces = _newest(pieces, rings, limit - 1, frame_stack)
-    heads = _per_ring(pieces, _sizes(pieces), rings)
+    write_positions = _per_ring(pieces, _sizes(pieces), rings)
     counts = _per_ring(pieces, pieces["steps"], rings)
     return Deal(
-        slots=max(slots, int(heads.max()) + 1),
+        slots=max(slots, int(write_positions.max()) + 1),
         transitions=transitions,
         dropped=transitions - int(counts.sum()),
         cuts=int(np.count_nonzero(pieces["cut"])),
-        heads=heads,
+        write_positions=write_positions,
         counts=counts,
         pieces=pieces,
         ranks=ranks,
@@ -113,18 +113,19 @@ def _episodes(shards: Iterable[Mapping[str, Any]], frame_stack: int) -> tuple[np
     found, ranks = [np.empty(0, PIECE)], 0
     for shard in shards:
         slots = int(shard["slots"])
-        for env, row in enumerate(zip(shard["heads"], shard["kinds"], shard["ages"], strict=True)):
+        arrays = (shard["write_positions"], shard["step_types"], shard["episode_steps"])
+        for env, row in enumerate(zip(*arrays, strict=True)):
             head = int(row[0])
             oldest = head - min(head, slots - 1)
             place = np.arange(oldest, head + 1) % slots  # oldest to newest, the head included
-            kinds, ages = row[1][place], row[2][place]
-            # At the head is the newest observation, or none yet of an episode that is to begin: a piece without steps.
-            bounds = np.append(np.flatnonzero((ages == 0) | (place == place[0])), len(place))
+            step_types, episode_steps = row[1][place], row[2][place]
+            # The head holds the newest observation, or none yet if an episode is about to begin: a piece without steps.
+            bounds = np.append(np.flatnonzero((episode_steps == 0) | (place == place[0])), len(place))
             begin, last = bounds[:-1], bounds[1:] - 1  # first and last observations
-            transitions = np.append(np.flatnonzero(kinds != NOTHING), len(place))
+            transitions = np.append(np.flatnonzero(step_types != NOTHING), len(place))
             first = transitions[np.searchsorted(transitions, begin)]
-            # The ring has lost the beginning of its oldest episode, and with it the stacks of the next k - 1.
-            first = np.maximum(first, np.where(ages[begin] > 0, begin + frame_stack - 1, 0))
+            # The ring has lost the beginning of its oldest episode, so the next k - 1 stacks are incomplete.
+            first = np.maximum(first, np.where(episode_steps[begin] > 0, begin + frame_stack - 1, 0))
             pieces = np.zeros(len(begin), PIECE)
             pieces["shard"], pieces["env"] = ranks, env
             pieces["first"], pieces["age"] = oldest + first, head - oldest - first
@@ -151,7 +152,7 @@ def _per_ring(pieces: np.ndarray, amounts: np.ndarray, rings: int) -> np.ndarray
 
 
 def _parts(pieces: np.ndarray, skip: np.ndarray, steps: np.ndarray, frame_stack: int) -> np.ndarray:
-    """[P] of each piece the `steps` transitions after the first `skip`."""
+    """[P] parts of the pieces: the `steps` transitions after the first `skip`."""
     parts = pieces.copy()
     parts["cut"] |= skip + steps < pieces["steps"]
     parts["first"] += skip
@@ -162,7 +163,7 @@ def _parts(pieces: np.ndarray, skip: np.ndarray, steps: np.ndarray, frame_stack:
 
 
 def _cut(pieces: np.ndarray, longest: int, frame_stack: int) -> np.ndarray:
-    """[P2] the same transitions in pieces of at most `longest` slots; longer ones in equal parts."""
+    """[P2] the same transitions in pieces of at most `longest` slots. Longer pieces are cut into equal parts."""
     # A part takes up to frame_stack slots besides its transitions.
     number = np.where(_sizes(pieces) > longest, -(-pieces["steps"] // (longest - frame_stack)), 1)
     part = np.arange(number.sum()) - np.repeat(np.cumsum(number) - number, number)
@@ -172,13 +173,13 @@ def _cut(pieces: np.ndarray, longest: int, frame_stack: int) -> np.ndarray:
 
 
 def _lay(pieces: np.ndarray, rings: int, frame_stack: int) -> np.ndarray:
-    """[P2] the pieces in their rings: each in turn, oldest first, goes to the ring that is the emptiest then.
+    """[P2] the pieces with their rings. In order, oldest first, each piece goes to the ring that is the emptiest then.
 
-    One that would fill the ring beyond `full` is cut there, unless it is short, and the rest goes to the next ring. A cut
-    costs up to k = frame_stack slots and closes its ring, so there are at most R. With 2 * k spare slots per ring, never
-    do all rings have k or fewer left while something is to be laid; hence a cut always finds room for a transition.
+    A piece that would fill the ring beyond `full` is cut there, unless it is short, and the rest goes to the next ring.
+    A cut costs up to k = frame_stack slots and closes its ring, so there are at most R cuts. Each ring has 2 * k spare
+    slots. So while pieces remain, some ring has more than k slots left, and a cut always leaves room for a transition.
     """
-    # Streams advance in lockstep, so what is as far from the head is as old. By the middle, since pieces overlap.
+    # Streams advance in lockstep, so the distance from the head tells the age. Sort by middles, because pieces overlap.
     pieces = pieces[np.argsort(-(2 * pieces["age"] - pieces["steps"]), kind="stable")]
     share = math.ceil(_sizes(pieces).sum() / rings)
     full, short = share + 2 * frame_stack, int(share * SHORT)
@@ -209,11 +210,11 @@ def _placed(pieces: np.ndarray, rings: int) -> np.ndarray:
 
 
 def _newest(pieces: np.ndarray, rings: int, room: int, frame_stack: int) -> np.ndarray:
-    """[P2] what is left of the pieces when each ring has only `room` slots besides its head."""
+    """[P2] the rest of the pieces if each ring has only `room` slots besides its head."""
     sizes = _sizes(pieces)
     newer = _per_ring(pieces, sizes, rings)[pieces["ring"]] - pieces["at"] - sizes  # slots laid after the piece
     left = room - newer
-    # What loses its beginning needs context instead.
+    # A piece that loses its beginning needs context instead.
     kept = np.where(sizes <= left, pieces["steps"], np.maximum(left - frame_stack, 0))
     parts = _parts(pieces, pieces["steps"] - kept, kept, frame_stack)
     return _placed(parts[kept > 0], rings)
@@ -228,21 +229,20 @@ def gather_state(
 ) -> dict[str, Any]:
     """This rank's `rings`, as `Replay.load_state` takes them in a replay of `deal.slots` slots.
 
-    `shards` are the old ranks' in turn. Of each, the frames, actions, rewards and kinds are iterated over once, one row
-    [used, ...] per environment; what this rank needs of a row is copied before the next is asked for. So an iterable
-    that reads a row when it is asked for holds one row of one old replay in memory. `rng` is the state of the generator
-    that this rank goes on with.
+    `shards` yields the old ranks' states in order. Frames, actions, rewards and step_types are read once, one row
+    [used, ...] per environment. This rank copies what it needs of a row before it reads the next row. So if rows are
+    read on demand, only one row of one old replay is in memory. `rng` is the state of this rank's generator.
 
-    `into` are arrays [E, used or more, ...] by their names in the state, such as a replay's own, which are filled in
-    place. The state then consists of views of them, and NumPy skips the copying of an array to itself in `load_state`.
+    `into` holds arrays [E, used or more, ...] by their names in the state, for example a replay's own. They are filled
+    in place. The state then consists of views of them, and in `load_state` NumPy need not copy an array to itself.
     """
     mine = deal.pieces[(deal.pieces["ring"] >= rings.start) & (deal.pieces["ring"] < rings.stop)]
     mine = mine[np.lexsort((mine["env"], mine["shard"]))]
-    heads = deal.heads[rings.start : rings.stop].copy()
-    used = int(heads.max()) + 1
+    write_positions = deal.write_positions[rings.start : rings.stop].copy()
+    used = int(write_positions.max()) + 1
     arrays = {name: array[:, :used] for name, array in (into or {}).items()}
 
-    # Slot by slot, where the pieces come from and go to; what comes from one old stream is contiguous.
+    # For each slot its source and destination. Slots from the same old stream are contiguous.
     sizes = _sizes(mine)
     ends = np.append(0, np.cumsum(sizes))
     step = np.arange(ends[-1]) - np.repeat(ends[:-1], sizes)
@@ -251,7 +251,7 @@ def gather_state(
     stream = (mine["shard"] << 32) + mine["env"]
 
     for number, shard in zip(range(deal.ranks), shards, strict=True):
-        for name in ("frames", "actions", "rewards", "kinds"):
+        for name in ("frames", "actions", "rewards", "step_types"):
             for env, row in enumerate(shard[name]):
                 if name not in arrays:
                     arrays[name] = np.zeros((len(rings), used, *row.shape[1:]), row.dtype)
@@ -259,16 +259,17 @@ def gather_state(
                 begin, end = ends[np.searchsorted(stream, [this, this + 1])]
                 for i in range(begin, end, CHUNK):
                     some = slice(i, min(i + CHUNK, end))
-                    # The row of a stream that has wrapped is as long as its ring.
+                    # If a stream has wrapped, its row is as long as its ring.
                     arrays[name][ring[some], at[some]] = row[source[some] % len(row)]
 
-    filled = np.arange(used) < heads[:, None]
-    kinds, ages = arrays["kinds"], arrays.setdefault("ages", np.zeros((len(rings), used), np.int32))
-    kinds[~filled], ages[~filled] = NOTHING, 0
-    kinds[ring, at] = np.where(step < np.repeat(mine["context"], sizes), NOTHING, kinds[ring, at])
-    ages[ring, at] = step
+    filled = np.arange(used) < write_positions[:, None]
+    step_types = arrays["step_types"]
+    episode_steps = arrays.setdefault("episode_steps", np.zeros((len(rings), used), np.int32))
+    step_types[~filled], episode_steps[~filled] = NOTHING, 0
+    step_types[ring, at] = np.where(step < np.repeat(mine["context"], sizes), NOTHING, step_types[ring, at])
+    episode_steps[ring, at] = step
     last = mine["ring"] - rings.start, mine["at"] + sizes - 1
     leaving = last[0], last[1] - 1
-    kinds[last] = NOTHING
-    kinds[leaving] = np.where(kinds[leaving] == GOES_ON, TRUNCATED, kinds[leaving])
-    return arrays | {"heads": heads, "slots": deal.slots, "rng": rng}
+    step_types[last] = NOTHING
+    step_types[leaving] = np.where(step_types[leaving] == GOES_ON, TRUNCATED, step_types[leaving])
+    return arrays | {"write_positions": write_positions, "slots": deal.slots, "rng": rng}

@@ -1,4 +1,4 @@
-"""Writes and reads a run directory: the settings of a run and what is known about it."""
+"""Writes and reads a run directory: the settings of a run and facts about it."""
 
 import contextlib
 import datetime
@@ -32,10 +32,10 @@ class Run:
         return (self.path / "run.json").exists()
 
     def create(self, config: Config, about: dict[str, Any], again: bool = False) -> None:
-        """Makes the directory. Raises InputError if it cannot be written, or holds a run that is not to be made `again`."""
+        """Makes the directory. Raises InputError if it cannot be written, or holds a run and not `again`."""
         if self.exists and not (again and self.about().get("ended") == "running"):
             raise InputError(
-                f"{self.path} already holds a run. Go on with it by --resume, or choose another --run-dir."
+                f"{self.path} already holds a run. Continue it with --resume, or choose another --run-dir."
             )
         try:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -49,7 +49,7 @@ class Run:
             ) from None
 
     def resume(self, config: Config, about: dict[str, Any], total_steps: int) -> None:
-        """Notes that the run goes on, under settings that may have changed."""
+        """Records that the run is resumed, possibly with changed settings."""
         resumes = [*self.about().get("resumes", []), {"total_steps": total_steps, "at": now()}]
         write(self.path / "config.yaml", config.to_yaml().encode())
         self.note(**about, resumes=resumes, ended="running")
@@ -62,18 +62,16 @@ class Run:
         return load_file(self.path / "config.yaml")
 
     def resumed(self, preset: str | None) -> tuple[str, Config]:
-        """The name and the settings of this run, which is to go on; `preset` is what the user says it is a run of."""
+        """The name and the settings of this run, to resume it. `preset` is the preset that the user named, if any."""
         if not self.exists:
             raise InputError(f"There is nothing to resume in {self.path}: it holds no run. Start it without --resume.")
         made_by = str(self.about().get("preset"))
         if preset is not None and preset != made_by:
-            raise InputError(
-                f"{self.path} is a run of {made_by}, not of {preset}. Leave the preset out or name that one."
-            )
+            raise InputError(f"{self.path} is a run of {made_by}, not of {preset}. Name {made_by} or no preset.")
         return made_by, self.config()
 
     def name(self, otherwise: str) -> str:
-        """What this run was called when it began, which a resume does not change; `otherwise` if there is none yet."""
+        """The name of this run when it began, which a resume does not change; `otherwise` if there is no run yet."""
         return str(self.about().get("preset")) if self.exists else otherwise
 
     def about(self) -> dict[str, Any]:
@@ -88,7 +86,7 @@ class Run:
             ) from None
 
     def note(self, **facts: Any) -> None:
-        """Adds to run.json: how the run went on and how it ended."""
+        """Adds facts to run.json, for example how the run ended."""
         self._save(self.about() | facts)
 
     def _save(self, about: dict[str, Any]) -> None:
@@ -96,12 +94,12 @@ class Run:
 
 
 def name_of_env(env_id: str) -> str:
-    """What a run of this environment is called if no preset and no file names it."""
+    """The name of a run of this environment, if neither a preset nor a file names it."""
     return env_id.rpartition(":")[2].replace("/", "-")
 
 
 def default_path(name: str) -> Path:
-    """A directory that does not exist yet: runs/NAME-DATE-TIME, with a number behind it if another began in this second."""
+    """A directory that does not exist yet: runs/NAME-DATE-TIME, with a number appended if it exists already."""
     path = first = Path("runs") / f"{name}-{datetime.datetime.now():%Y%m%d-%H%M%S}"
     numbers = itertools.count(2)
     while path.exists():

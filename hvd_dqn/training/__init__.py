@@ -1,4 +1,4 @@
-"""The training loop: what every rank does in which cycle, with what it owns."""
+"""The training loop: what every rank does in each cycle, and the objects it uses."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -9,7 +9,7 @@ __all__ = ["Record", "Trainer"]
 
 
 def __getattr__(name: str) -> Any:
-    """Imports what is asked for: TensorFlow, which it needs, takes seconds."""
+    """Imports on first use, because TensorFlow takes seconds."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from hvd_dqn.training import trainer

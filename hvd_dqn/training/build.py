@@ -1,4 +1,4 @@
-"""The parts of an agent, made from the settings."""
+"""Makes the parts of an agent from the settings."""
 
 import itertools
 import math
@@ -21,10 +21,10 @@ from hvd_dqn.storage.arrays import UNREADABLE
 from hvd_dqn.storage.checkpoint import Snapshot
 from hvd_dqn.training.evaluation import Evaluator
 
-# Multiplications of a minibatch by the MLP's kernels from which on a second thread pays. Batch 64: at 256-256 (4 million) an
-# update takes 327 us by one thread and 633 by two, at 512-512 (17) 1,039 and 1,167, at 1024-1024 (68) 4,656 and 3,870.
+# Multiplications per minibatch from which a second thread pays for an MLP. Batch 64: at 256-256 (4 million) an update
+# takes 327 us with one thread and 633 with two, at 512-512 (17) 1,039 and 1,167, at 1024-1024 (68) 4,656 and 3,870.
 SHARED_PRODUCTS = 32_000_000
-MOST_COPIES = 32  # that evaluate, on each rank: in processes of their own a thousand would be too many
+MOST_COPIES = 32  # for evaluation, on each rank: a thousand worker processes would be too many
 
 
 def make_environments(config: Config, world: World, copies: int, vectorization: str, restarts: int = 0) -> Environments:
@@ -83,7 +83,7 @@ def _choose_threads(config: Config, envs: Environments, preprocess: Preprocess, 
         batch = learner.batch_size // (world.size if config.ranks.scaling == "strong" else 1)
         if batch * sum(a * b for a, b in itertools.pairwise(widths)) < SHARED_PRODUCTS:
             compute_alone()
-    elif learner.overlap:  # an MLP acts in NumPy; others would wait for the whole phase
+    elif learner.overlap:  # an MLP acts in NumPy; other networks would wait for the whole phase
         compute_concurrently()
 
 
@@ -95,7 +95,7 @@ def make_learner(
     rng: np.random.Generator,
     planned: int = 0,
 ) -> Learner:
-    """`planned` updates are to be taken with it."""
+    """The learner. `planned` is the number of updates that it will take."""
     learner, objective = config.learner, make_objective(config)
     _choose_threads(config, envs, preprocess, world)
     return Learner(
@@ -117,9 +117,9 @@ def make_learner(
 def start_from(
     learner: Learner, preprocess: Preprocess, statistics: RunningStatistics | NoStatistics, snapshot: Snapshot
 ) -> None:
-    """Takes over both networks and the statistics of observations of another run; the optimizer starts anew.
+    """Loads both networks and the observation statistics of another run. The optimizer starts from zero.
 
-    Raises InputError where that run's networks have other shapes.
+    Raises InputError if that run's networks have other shapes.
     """
     own, taken = learner.state(), weights_of("online", snapshot) | weights_of("target", snapshot)
     expected = {name: array.shape for name, array in own.items() if name.startswith(("online/", "target/"))}
@@ -131,14 +131,14 @@ def start_from(
             f"{expected.get(different)}, received {received.get(different)}. The observations, the actions and the "
             "layers must have the same shapes in both runs."
         )
-    own = {name: array for name, array in own.items() if not name.startswith("acting/")}  # a copy of the online network
+    own = {name: array for name, array in own.items() if not name.startswith("acting/")}  # a copy of `online`
     restore_weights(learner, preprocess, statistics, snapshot._replace(arrays=own | taken))
 
 
 def restore_weights(
     learner: Learner, preprocess: Preprocess, statistics: RunningStatistics | NoStatistics, snapshot: Snapshot
 ) -> None:
-    """Raises InputError where the checkpoint was made by a network of another shape."""
+    """Raises InputError if the checkpoint was made by a network of another shape."""
     try:
         learner.load_state(snapshot.arrays)
         statistics.load_state(snapshot.state["normalizer"])
@@ -150,7 +150,7 @@ def restore_weights(
 def trained_network(config: Config, envs: Environments, world: World, snapshot: Snapshot) -> Network:
     """The network of a checkpoint, with its preprocessing.
 
-    Without target network and optimizer. Raises InputError where the checkpoint was made by a network of another shape.
+    Without target network and optimizer. Raises InputError if the checkpoint was made by a network of another shape.
     """
     statistics, preprocess = make_statistics(config, envs), make_preprocess(config, envs)
     _choose_threads(config, envs, preprocess, world)
@@ -166,13 +166,13 @@ def trained_network(config: Config, envs: Environments, world: World, snapshot: 
 
 
 def weights_of(part: str, snapshot: Snapshot) -> dict[str, np.ndarray]:
-    """The variables of the "online" or "target" network of a checkpoint, by their names there: `online/0`, ..."""
+    """The variables of the "online" or "target" network of a checkpoint, by their names in it: `online/0`, ..."""
     names = [name for name in snapshot.arrays if name.startswith(f"{part}/")]
     return {name: snapshot.arrays[name] for name in sorted(names, key=lambda name: int(name.rpartition("/")[2]))}
 
 
 def load_variables(variables: Sequence[Any], arrays: Mapping[str, np.ndarray]) -> None:
-    """Raises ValueError where the arrays do not fit, after which nothing has been changed."""
+    """Raises ValueError if the arrays do not fit, and then changes nothing."""
     expected, received = [tuple(variable.shape) for variable in variables], [array.shape for array in arrays.values()]
     if expected != received:
         raise ValueError(f"expected arrays of shapes {expected}, received {received}")
@@ -194,9 +194,9 @@ def make_evaluator(
     values: Callable[[np.ndarray], np.ndarray],
     stop: Callable[[], bool] = lambda: False,
 ) -> Evaluator:
-    """Of the policy that acts by `values`: [B, *observation_shape] -> [B, A]."""
+    """The evaluator of the policy with these `values`: [B, *observation_shape] -> [B, A]."""
     settings, copies = config.evaluation, min(-(-config.evaluation.episodes // world.size), MOST_COPIES)
-    # One by one, not the environment's own vector class: that takes one seed for all its copies.
+    # Not the environment's own vector class: it takes one seed for all copies.
     mode = "async" if config.env.vectorization == "async" else "sync"
     envs = make_environments(config, world, copies, mode)
     return Evaluator(

@@ -1,4 +1,4 @@
-"""Measures a policy, with little or no exploration: episodes shared out over the ranks, reduced as (sum, count)."""
+"""Measures a policy with little or no exploration. The ranks share the episodes and reduce results as (sum, count)."""
 
 import math
 from collections.abc import Callable
@@ -13,11 +13,11 @@ COLUMNS = ("total_steps", "seconds", "episodes", "return_mean", "return_std", "r
 
 
 class Evaluator:
-    """Plays episodes in environments of its own: the actions of `policy`, random with probability `epsilon`.
+    """Plays episodes of `policy` in its own environments. Each action is random with probability `epsilon`.
 
-    Episode i and its random actions are seeded by (seed, round, i) and by nothing else, so that the result depends neither
-    on the number of ranks nor on the number of copies. An episode that has not ended after `max_length` steps counts as it
-    is then: an environment without a time limit, and a policy that goes in circles, must not hold up all ranks for ever.
+    Only (seed, round, i) seeds episode i and its random actions, so the result depends neither on the number of ranks
+    nor on the number of copies. An episode is cut off after `max_length` steps and counts with its return so far.
+    Otherwise an environment without a time limit could block all ranks for ever.
     """
 
     def __init__(
@@ -37,8 +37,8 @@ class Evaluator:
     def evaluate(self, episodes: int, round: int, first: int = 0) -> dict[str, float] | None:
         """The statistics of `episodes` episodes over all ranks, without `total_steps` and `seconds`. A collective.
 
-        The episodes are `first`, first + 1, ... of this round.
-        None, on all ranks, where `stop()` became true on one of them, which broke off.
+        These are the episodes `first`, first + 1, ... of this round. If `stop()` becomes true on one rank, it stops
+        playing, and all ranks get None.
         """
         mine = range(first + self._world.rank, first + episodes, self._world.size)
         played = [self._play(mine[i : i + self._envs.copies], round) for i in range(0, len(mine), self._envs.copies)]
@@ -62,8 +62,8 @@ class Evaluator:
         }
 
     def _play(self, episodes: range, round: int) -> tuple[np.ndarray, np.ndarray]:
-        """The returns and lengths of these episodes, one in each of the first copies."""
-        keys = [*episodes] + [episodes[0]] * (self._envs.copies - len(episodes))  # copies without an episode idle along
+        """The returns and lengths of these episodes. Each is played in a copy of its own."""
+        keys = [*episodes] + [episodes[0]] * (self._envs.copies - len(episodes))  # spare copies repeat the first
         streams = [np.random.SeedSequence(self._seed, spawn_key=(round, episode)) for episode in keys]
         self._envs.reset([int(stream.generate_state(1)[0]) for stream in streams])
         rngs = [np.random.default_rng(stream.spawn(1)[0]) for stream in streams]
@@ -72,7 +72,7 @@ class Evaluator:
         while running.any() and not self._stop():
             transition, ended = self._envs.step(self._act(rngs))
             lengths += running
-            # The results of a step come in the order of the copies that ended; a copy counts once.
+            # `ended` lists results in the order of the copies in `done`. Only the first episode of a copy counts.
             done = np.flatnonzero(transition.terminated | transition.truncated)
             first = running[done]
             returns[done[first]] = ended.returns[first]

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import numpy as np
 
 TIMERS = ("act", "env", "sample", "update", "communication", "evaluate", "save")
-# The same, with communication divided into the collectives' own time and the waiting for other ranks.
+# The same, with communication split into the time of the collectives and the wait for other ranks.
 TIMED = ("act", "env", "sample", "update", "communicate", "idle", "evaluate", "save")
 COLUMNS = (
     "total_steps", "cycle", "updates", "seconds", "steps_per_second", "updates_per_second", "epsilon", "learning_rate",
@@ -16,11 +16,11 @@ COLUMNS = (
     *(f"time_{name}" for name in TIMED),
 )  # fmt: skip
 
-Row = dict[str, float]  # by column; NaN where there was nothing to measure
+Row = dict[str, float]  # by column; NaN if there was nothing to measure
 
 
 class Reducer(Protocol):
-    """What the ledger asks of a world: these collectives, in which all ranks take part."""
+    """The part of a world that the ledger uses: these collectives."""
 
     @property
     def size(self) -> int: ...
@@ -53,7 +53,7 @@ class Ledger:
     def __init__(self, world: Reducer) -> None:
         self._world = world
         self._timers = {name: Timer() for name in TIMERS}
-        self._spent = dict.fromkeys(TIMED, 0.0)  # until the present window
+        self._spent = dict.fromkeys(TIMED, 0.0)  # before the current window
         self._began = perf_counter()
         self._total_steps = self._updates = 0  # at the last report
         self._start_window()
@@ -76,7 +76,7 @@ class Ledger:
     def spent(self) -> dict[str, float]:
         """Seconds of this rank in each of `TIMED`, over all resumes of the run.
 
-        Until the next report waiting for others counts as communication.
+        Until the next report the wait for others counts as communication.
         """
         return self._spent_with(self._timers["communication"].seconds)
 
@@ -90,7 +90,7 @@ class Ledger:
         return self._timers[name]
 
     def communicating(self) -> AbstractContextManager[None]:
-        """Counts the time inside `with ledger.communicating():` as communication, which a process alone has none of."""
+        """Counts the time inside `with ledger.communicating():` as communication, except in a single process."""
         return self._timers["communication"] if self._world.size > 1 else nullcontext()
 
     def episodes(self, returns: np.ndarray, lengths: np.ndarray) -> None:
@@ -109,9 +109,9 @@ class Ledger:
         seconds: float = 0.0,
         allreduce_seconds: float = 0.0,
     ) -> None:
-        """One phase of this rank: the number of updates, sums over them, and how many more were skipped.
+        """One phase of this rank: the number of updates, sums over them, and the number of skipped updates.
 
-        `allreduce_seconds` of its `seconds` went into averaging over ranks.
+        Of its `seconds`, `allreduce_seconds` were spent on averaging over ranks.
         """
         self._phases += (updates, loss_sum, q_sum, gradient_norm_sum)
         self._skipped += skipped
@@ -123,11 +123,11 @@ class Ledger:
     ) -> Row:
         """A row with `COLUMNS`, the same on all ranks, about the time since the last one. A collective.
 
-        `replay_size` is this rank's, the row has the sum; `episodes` are those of the window; `skipped_updates` are the
-        mean of the ranks (all skip the same where they average gradients); `time_*` are a rank's mean seconds. Of a rank's
-        communication, as much is its own as the rank that waited least spent on it; the rest is idle.
+        `replay_size` is this rank's; the row has the sum over ranks. `episodes` counts the window's. `skipped_updates`
+        is the mean over ranks (with averaged gradients all skip the same). `time_*` are mean seconds of a rank. The
+        rank that waited least defines the time of communication; what other ranks spent beyond that is idle.
         """
-        # Horovod: the vectors have the same length on every rank, whatever happened there (law 1).
+        # Horovod: the vectors have the same length on every rank, whatever happened there.
         times = [timer.seconds for timer in self._timers.values()]
         communication = self._timers["communication"].seconds
         sums = self._world.sum(

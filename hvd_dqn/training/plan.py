@@ -1,4 +1,4 @@
-"""The lockstep arithmetic: what every rank does in which cycle, from the settings and the number of ranks alone."""
+"""What every rank does in each cycle. It follows from the settings and the number of ranks alone, so ranks agree."""
 
 import math
 from fractions import Fraction
@@ -12,14 +12,14 @@ from hvd_dqn.errors import InputError
 
 
 class Plan:
-    """Answers every question whose answer must be the same on all ranks.
+    """Decides everything that all ranks must decide alike.
 
-    Cycle c (0, 1, ...) takes `total_steps_after(c) - total_steps_after(c - 1)` total steps: one step in each environment
-    of each rank. A period of p total steps has its event in the cycle in which the total steps reach or pass a multiple of p.
-    A run is resumed at `resumed_at` total steps. `empty` says whose replays are empty then: nobody's, those of all ranks, or
-    those of ranks that joined. Empty replays are filled before the next update. `learns_from` is the total steps at which
-    an earlier part of the run, itself filling a replay, was going to learn again. Raises InputError if `size` ranks cannot
-    carry out the settings.
+    In each cycle (0, 1, ...) every rank takes one step in each of its environments: `steps_per_cycle` total steps. An
+    event with a period of p total steps happens in the cycle whose total steps reach or pass a multiple of p.
+
+    A run is resumed at `resumed_at` total steps. `empty` tells which replays are empty then: none, those of all ranks,
+    or those of ranks that joined. They are filled before the next update. `learns_from` matters if the run stopped
+    while filling a replay: the total steps at which it would have learned. Raises InputError if settings do not fit.
     """
 
     def __init__(
@@ -44,15 +44,15 @@ class Plan:
         self.slots_per_env = config.replay.capacity // self.envs
         phase = config.learner.train_period
         self._vote_period = math.ceil(config.ranks.vote_period / phase) * phase
-        # One update trains on `global_batch` transitions, and each step is to be trained on `samples_per_insert` times.
+        # An update trains on `global_batch` transitions, and a step must add `samples_per_insert` of them.
         self._updates_per_step = (
             Fraction(config.learner.samples_per_insert).limit_denominator(10**6) / self.global_batch
         )
-        # Ranks that join a run which is learning change the numbers, not what was collected.
+        # Not checked if ranks join a run that already learns: its warm-up is over.
         if resumed_at < config.learner.learn_start or empty == "all":
             self._check_warm_up()
         self._check_capacity()
-        # A rank that joins learns as soon as it holds a batch: the others do not wait for more.
+        # A rank that joins learns as soon as its replay holds one batch. The others wait no longer than that.
         batch = self.envs * max(config.agent.n_step, math.ceil(self.batch_per_rank / self.envs_per_rank))
         filled = resumed_at + {"no": 0, "all": config.learner.learn_start, "joined": batch}[empty]
         self.learns_from = max(filled, learns_from)
@@ -62,7 +62,7 @@ class Plan:
             return amount
         if amount % self.size:
             raise InputError(
-                f"Strong scaling divides `{name}` among the ranks, so it must be a multiple of their number. "
+                f"Strong scaling divides `{name}` among the ranks, so it must be a multiple of the number of ranks. "
                 f"Received: {amount} on {_ranks(self.size)}. Choose --{name} {math.ceil(amount / self.size) * self.size}."
             )
         return amount // self.size
@@ -84,12 +84,13 @@ class Plan:
         if self.config.replay.capacity < learner.learn_start:
             raise InputError(
                 "The replay must hold what the warm-up collects. Received: "
-                f"--replay.capacity {self.config.replay.capacity}, --learner.learn_start {learner.learn_start}."
+                f"--replay.capacity {self.config.replay.capacity}, --learner.learn_start {learner.learn_start}. "
+                "Raise the first or lower the second."
             )
 
     def _check_capacity(self) -> None:
         n_step, stack = self.config.agent.n_step, self.config.env.frame_stack
-        # A stream needs room for one n-step transition with its stack, the last observation of an episode and the write head.
+        # A ring must hold an n-step transition with its stack, an episode's last observation and the write head.
         if self.slots_per_env < (least := 2 * (n_step + stack + 2)):
             raise InputError(
                 f"Each of the {self.envs} environments needs room for at least {least} transitions. Received: "
@@ -101,30 +102,30 @@ class Plan:
 
     def _passes_multiple(self, cycle: int, period: int) -> bool:
         before = self.total_steps_after(cycle - 1)
-        if cycle == self.first_cycle:  # on another number of ranks the run stopped within a cycle
+        if cycle == self.first_cycle:  # a run of another number of ranks may have stopped within this cycle
             before = min(before, self.resumed_at)
         return self.total_steps_after(cycle) // period > before // period
 
     def _updates_by(self, total_steps: int) -> int:
-        # Asked twice a cycle: in integers, for a product of fractions takes ten times as long.
+        # Integers: this runs twice per cycle, and a product of fractions takes ten times as long.
         rate = self._updates_per_step
         return max(total_steps - self.config.learner.learn_start, 0) * rate.numerator // rate.denominator
 
     def updates_after(self, cycle: int) -> int:
-        """Updates taken from the start of the run to the end of this cycle."""
+        """The number of updates from the start of the run to the end of this cycle."""
         period = self.config.learner.train_period
         last_multiple = self.total_steps_after(cycle) // period * period
         last_phase = math.ceil(last_multiple / self.steps_per_cycle) * self.steps_per_cycle
         return self._updates_by(last_phase)
 
     def updates_at(self, cycle: int) -> int:
-        """K, the number of updates in this cycle's phase; 0 where there is none, as while an empty replay is filled."""
+        """K, the number of updates in this cycle's phase; 0 if it has none, for example while a replay is filled."""
         if self.total_steps_after(cycle) < self.learns_from:
             return 0
         return self.updates_after(cycle) - self.updates_after(cycle - 1)
 
     def finishes_phase_at(self, cycle: int) -> bool:
-        """Whether the phase under way ends in this cycle: overlapping learning goes on until there is something to say."""
+        """Whether the current phase ends in this cycle. With `overlap` it runs until its results are needed."""
         return (
             not self.config.learner.overlap
             or self.checks_drift_at(cycle)
@@ -139,7 +140,7 @@ class Plan:
     def target_copies_at(self, cycle: int) -> np.ndarray:
         """[K] bool: whether the target network is copied after each update of this cycle's phase."""
         update = np.arange(self.updates_after(cycle - 1), self.updates_after(cycle) + 1)
-        # In integers, so that a long run cannot round: copies = floor(update / (target_period * updates_per_step)).
+        # Integers avoid rounding errors in long runs: copies = floor(update / (target_period * updates_per_step)).
         period = self.config.learner.target_period * self._updates_per_step
         copies = update * period.denominator // period.numerator
         return copies[1:] > copies[:-1]
@@ -159,7 +160,7 @@ class Plan:
 
     @property
     def learning_rate_factor(self) -> float:
-        """By how much the chosen scaling raises the learning rate for the global batch."""
+        """The factor by which the learning rate grows with the global batch."""
         grown = self.global_batch / self.config.learner.batch_size
         return {"none": 1.0, "sqrt": math.sqrt(grown), "linear": grown}[self.config.ranks.learning_rate_scaling]
 
@@ -179,16 +180,16 @@ class Plan:
         return self._passes_multiple(cycle, self.config.checkpoint.period)
 
     def votes_at(self, cycle: int) -> bool:
-        """Only where phases begin: there ranks communicate anyway, so votes are never more frequent than phases."""
+        """Whether ranks vote. They do so only when a phase begins, because they communicate then anyway."""
         return self._passes_multiple(cycle, self._vote_period)
 
     def checks_drift_at(self, cycle: int) -> bool:
         return self._passes_multiple(cycle, self.config.ranks.drift_check_period)
 
     def describe(self) -> dict[str, str]:
-        """What the settings mean on this many ranks, for people."""
+        """What the settings mean on this many ranks, for display."""
         config, learner = self.config, self.config.learner
-        # In closed form: a long run has millions of cycles.
+        # Computed without a loop: a long run has millions of cycles.
         first = max(self.first_cycle, math.ceil(self.learns_from / self.steps_per_cycle) - 1, 0)
         updates = max(self.updates_after(self.cycles - 1) - self.updates_after(first - 1), 0)
         steps = self.total_steps_after(self.cycles - 1) - max(self.total_steps_after(first - 1), learner.learn_start)
@@ -230,5 +231,5 @@ def _ranks(size: int) -> str:
 
 
 def _short(number: float) -> str:
-    """Three digits where there are decimals, else all of them with separators."""
+    """Three digits if there are decimals, else all digits with separators."""
     return f"{number:.3g}" if number < 100 and number != int(number) else f"{number:,.0f}"

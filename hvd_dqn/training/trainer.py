@@ -18,7 +18,7 @@ from hvd_dqn.training.worker import Worker
 
 
 class Record(NamedTuple):
-    """One record of the run; equal on all ranks."""
+    """One record of the run, equal on all ranks."""
 
     kind: Literal["report", "evaluation", "message", "warning", "stopped", "result"]
     row: Row
@@ -26,11 +26,11 @@ class Record(NamedTuple):
 
 
 class Trainer:
-    """The training loop of one rank: it fixes the order of all collectives. Raises InputError as `Worker` does.
+    """The training loop of one rank. It fixes the order of all collectives. Raises InputError as `Worker` does.
 
-    `stop` tells whether this rank was asked to stop; the ranks vote on it at fixed cycles. `learned` is called after each
-    phase. A rank that `joins` the others takes over the weights and counters of their `snapshot`. A new run takes its first
-    weights `start` from a checkpoint of another run, and nothing else of it.
+    `stop` tells whether this rank was asked to stop; the ranks vote on it at fixed cycles. `learned` is called after
+    each phase. A rank that `joins` takes the weights and counters of the others' `snapshot`. A new run takes its first
+    weights from `start`, a checkpoint of another run, and nothing else.
     """
 
     def __init__(
@@ -57,15 +57,15 @@ class Trainer:
                 raise
         self.watchdog: Watchdog | NullWatchdog = NullWatchdog()
         self._broadcast = BroadcastHook(world, self.worker.learner.variables)
-        # The total steps of the last checkpoint to go on from.
+        # The total steps of the last resumable checkpoint.
         self._saved_at = snapshot.total_steps if snapshot and snapshot.path.name else -1
         self._began = False
-        self.committed: Snapshot | None = None  # what an elastic job goes on from when it loses ranks
+        self.committed: Snapshot | None = None  # what an elastic job continues from when it loses ranks
 
     def train(self, checkpoints: Checkpoints) -> Generator[Record, None, None]:
-        """Runs to the end, yielding a record per report and per evaluation and, last, the result or that it was stopped."""
+        """Trains to the end. Yields a record per report and per evaluation, and last the result or "stopped"."""
         worker, plan, world, ranks = self.worker, self.worker.plan, self.world, self.config.ranks
-        # An elastic job outlives its ranks: there Horovod finds out who is gone.
+        # An elastic job survives the loss of ranks, which Horovod detects.
         silence_seconds = None if world.elastic else ranks.silence_seconds
         with open_watchdog(world, silence_seconds, ranks.stall_seconds) as self.watchdog:
             self._broadcast()
@@ -109,27 +109,27 @@ class Trainer:
             yield outcome
 
     def _begin(self) -> Iterator[Record]:
-        """Starts the episodes, and says how much of an earlier run was found again. A collective where a run goes on."""
+        """Starts the episodes, and reports what was restored of an earlier run. A collective if a run is resumed."""
         for text in self.worker.messages:
             yield Record("message", {}, text)
         self.worker.messages.clear()
         began, self._began = self._began, True
-        if began:  # in an earlier generation of this job, which may have come further than what this one goes on from
+        if began:  # in an earlier generation of this job, which may have come further than this one's snapshot
             self._saved_at = -1
             return
         lost = self.worker.begin_episodes()
         if lost is not None and (lost := int(self.world.sum(np.array([lost]))[0])):
             envs = self.worker.plan.envs
-            yield Record("message", {}, f"{lost} of {envs} environments start new episodes: they cannot be saved.")
+            yield Record("message", {}, f"{lost} of {envs} environments start new episodes: they cannot be restored.")
 
     def _vote(self) -> tuple[bool, bool]:
-        """Whether one of the ranks was asked to stop, and whether the hosts have changed. A collective."""
+        """Whether any rank was asked to stop, and whether the hosts have changed. A collective."""
         with self.worker.ledger.communicating():
             stops, changed = self.world.max(np.array([float(self._stop()), float(self.world.changed)]))
         return bool(stops), bool(changed)
 
     def _commit(self, cycle: int) -> None:
-        """Keeps in memory what the ranks share, for a job that goes on without those it loses. A collective."""
+        """Keeps in memory what the ranks share, so that the job can continue after losing ranks. A collective."""
         if self.world.elastic:
             self._finish_phase()
             worker, total_steps = self.worker, self.worker.plan.total_steps_after(cycle)
@@ -140,9 +140,9 @@ class Trainer:
         check_drift(self.world, self.worker.learner.variables, when)
 
     def _finish_phase(self) -> None:
-        """Finishes the current phase, if any: all ranks have one, or none has. A collective.
+        """Finishes the current phase, if any: either all ranks have one or none. A collective.
 
-        Raises JobError, on all ranks, where an update could not be made and the setting is to stop.
+        Raises JobError, on all ranks, if an update was skipped and `learner.on_nonfinite` is "stop".
         """
         phase = self.worker.finish_phase()
         if phase is None:
@@ -155,7 +155,7 @@ class Trainer:
         what, ranks = ("loss", nonfinite) if nonfinite.any() else ("gradient", skipped)
         raise JobError(
             f"The {what} on rank {', '.join(map(str, np.flatnonzero(ranks)))} is not finite after {total_steps:,} total steps: "
-            f"{skipped.max()} of {phase.skipped + phase.updates} updates were not made, so the weights are still finite. "
+            f"{skipped.max()} of {phase.skipped + phase.updates} updates were skipped, so all weights are finite. "
             "Lower --learner.learning-rate or --env.reward-scale, or skip such updates with --learner.on-nonfinite skip."
             + (
                 " Gradients above 65,504 do not fit --ranks.compression fp16."
@@ -165,7 +165,7 @@ class Trainer:
         )
 
     def _evaluate_at(self, cycle: int, checkpoints: Checkpoints) -> Generator[Record, None, Record | None]:
-        """An evaluation, and a longer one to confirm that the target is reached. Returns how the run ends, if it does."""
+        """An evaluation, and a longer one to confirm that the target is reached. Returns a record if the run ends."""
         row = self.worker.evaluate(cycle, self.config.evaluation.episodes)
         if row is None:
             return (yield from self._stop_at(cycle, checkpoints, evaluation_due=True))
@@ -173,7 +173,7 @@ class Trainer:
         yield from self._remember(row, cycle, checkpoints)
         if not self.world.any(self._reaches_target(row)):
             return None
-        # Of other episodes than those that were the reason to look closer.
+        # With other episodes than those that reached the target.
         row = self.worker.evaluate(cycle, self.config.evaluation.final_episodes, first=self.config.evaluation.episodes)
         if row is None:
             return (yield from self._stop_at(cycle, checkpoints, evaluation_due=True))
@@ -201,7 +201,7 @@ class Trainer:
         if self._saved_at != total_steps and not (yield from self._save(cycle, checkpoints)):
             raise JobError(
                 f"Asked to stop after {total_steps:,} total steps, and no checkpoint could be written: --resume continues "
-                "from the one before, if there is one."
+                "from an earlier checkpoint, if there is one."
             )
         return Record("stopped", {"total_steps": total_steps, "seconds": self.worker.ledger.seconds})
 
@@ -210,12 +210,12 @@ class Trainer:
         return target is not None and row["return_mean"] >= target
 
     def _remember(self, row: Row, cycle: int, checkpoints: Checkpoints) -> Iterator[Record]:
-        """Keeps the best evaluation and its weights; of equals the newer, which has learned longer."""
+        """Keeps the best evaluation and its weights. Of equal ones it keeps the newer, which has learned longer."""
         worker, before = self.worker, self.worker.best
         if before is not None and row["return_mean"] < before[0]:
             return
         worker.best = (row["return_mean"], int(row["total_steps"]))
-        # A checkpoint to go on from, made before this evaluation, has the same weights, and must stay.
+        # A resumable checkpoint that was made just before has the same weights, and must be kept.
         if self._saved_at != worker.plan.total_steps_after(cycle):
             saved = yield from self._save(cycle, checkpoints, only_weights=True)
             if not saved:
@@ -224,7 +224,7 @@ class Trainer:
     def _save(
         self, cycle: int, checkpoints: Checkpoints, *, only_weights: bool = False, finished: bool = False
     ) -> Generator[Record, None, bool]:
-        """A checkpoint to go on from or, `only_weights`, to evaluate; returns whether it could be written. A collective."""
+        """A resumable checkpoint, or `only_weights` for evaluation. Returns whether it was written. A collective."""
         worker, total_steps = self.worker, self.worker.plan.total_steps_after(cycle)
         self.watchdog.beat(f"a checkpoint at {total_steps:,} total steps")
         part = worker.part() if self.config.checkpoint.save_replay and not only_weights else None
@@ -240,10 +240,10 @@ class Trainer:
                 )
         except JobError as error:
             if self.config.checkpoint.on_failure == "stop":
-                raise JobError(f"{error} Make room and go on with --resume.") from None
-            yield Record("warning", {}, f"{error} The run goes on without it.")
+                raise JobError(f"{error} Free space and use --resume.") from None
+            yield Record("warning", {}, f"{error} The run continues without it.")
             if worker.best is not None and worker.best[1] == total_steps:
-                worker.best = None  # its weights made room for what could not be written
+                worker.best = None  # its weights were deleted for the checkpoint that failed
             return False
         if not only_weights:
             self._saved_at = total_steps

@@ -1,4 +1,4 @@
-"""What one rank owns of a run: it acts, remembers, learns, and can be saved and put back."""
+"""One rank's part of a run: it acts, stores transitions, learns, and can be saved and restored."""
 
 import functools
 from collections.abc import Callable
@@ -28,16 +28,16 @@ from hvd_dqn.training.build import (
 from hvd_dqn.training.ledger import Ledger, Row
 from hvd_dqn.training.plan import Plan
 
-# Random streams of a rank. A number, once given, stays: it is part of what a seed means.
+# Random streams of a rank. Never change these numbers: a seed would give other runs.
 ACTING, SAMPLING, ENVIRONMENTS, WEIGHTS = range(4)
 
 
 class Worker:
-    """Environments, replay, networks and statistics of one rank, and how far they have come.
+    """Environments, replay, networks and statistics of one rank, and its progress.
 
-    Goes on from `snapshot`: exactly where the layout is the same, else with its weights and transitions. One that `joins`
-    others that are training has only their weights and counters. Raises InputError where the settings cannot be carried
-    out or the snapshot does not fit. `stop` is asked, and `beat` called, in every step of an evaluation.
+    Continues from `snapshot`: exactly if the layout is the same, else with its weights and transitions. A worker that
+    `joins` others during training has only their weights and counters. Raises InputError if the settings are impossible
+    or the snapshot does not fit. Every step of an evaluation calls `stop` and `beat`.
     """
 
     def __init__(
@@ -62,25 +62,25 @@ class Worker:
         planned = self.plan.updates_after(self.plan.cycles - 1)
         self.learner = make_learner(config, self.envs, self.preprocess, world, self._rng(WEIGHTS), planned)
         self.actor = Actor(self._acting_q_values, self.envs.actions, self._rng(ACTING), config.agent.epsilon_zeta)
-        # One that joins finds the memory of its neighbours taken already.
+        # A rank that joins need not share the available memory: its neighbours have allocated theirs already.
         self.replay = self._make_replay(self.plan.slots_per_env, sharers=1 if joins else world.local_size)
         self.ledger = Ledger(world)
         self.evaluator = make_evaluator(config, world, self._evaluated_q_values, stop)
         self._thread = ThreadPoolExecutor(1, "learner") if config.learner.overlap else None
-        self._phase: Callable[[], Phase] | None = None  # the one under way
-        self.learned_at = -1  # the cycle in which it began
+        self._phase: Callable[[], Phase] | None = None  # the current phase
+        self.learned_at = -1  # the cycle in which that phase began
         self.updates = 0
         self.best: tuple[float, int] | None = None  # (mean return, total steps) of the best evaluation
-        self.evaluation_due = False  # of the cycle before the first, where the run was stopped in it
-        self._restored: np.ndarray | None = None  # [E] the copies that stand where they stood
-        self.messages: list[str] = []  # what was found again of an earlier run, for people
+        self.evaluation_due = False  # whether the run was stopped during its last cycle's evaluation
+        self._restored: np.ndarray | None = None  # [E] whether each copy was restored
+        self.messages: list[str] = []  # what was restored of an earlier run, for display
         if config.checkpoint.save_replay:
             self.envs.probe()
         if snapshot:
             self._restore(snapshot)
 
     def _rng(self, stream: int) -> np.random.Generator:
-        # A resumed run that cannot go on exactly draws new numbers instead of the first ones again.
+        # A resumed run that cannot continue exactly must not repeat the random numbers of its start.
         key = (self.world.rank, stream, *([self.plan.resumed_at] if self.plan.resumed_at else []))
         return np.random.default_rng(np.random.SeedSequence(self.config.seed, spawn_key=key))
 
@@ -106,7 +106,7 @@ class Worker:
         return self.learner.online.q_values(observation)
 
     def begin_episodes(self) -> int | None:
-        """Resets the environments and returns None; on an exact resume returns how many could not be restored instead."""
+        """Resets the environments and returns None. On an exact resume returns how many were not restored."""
         if self._restored is not None:
             return int(np.count_nonzero(~self._restored))
         self.envs.reset(self._rng(ENVIRONMENTS).integers(2**31, size=self.envs.copies).tolist())
@@ -126,7 +126,7 @@ class Worker:
     def begin_phase(self, cycle: int) -> None:
         """Draws the minibatches of a phase. A collective.
 
-        Its updates run in a thread from now on if they overlap acting, else in `finish_phase`.
+        Its updates run in `finish_phase` or, if they overlap acting, in a thread from now on.
         """
         plan, updates = self.plan, self.plan.updates_at(cycle)
         with self.ledger.communicating():
@@ -143,7 +143,7 @@ class Worker:
         self.updates, self.learned_at = self.updates + updates, cycle
 
     def finish_phase(self) -> Phase | None:
-        """What the phase under way has come to; None where there is none. A collective."""
+        """The result of the current phase; None if there is none. A collective."""
         if self._phase is None:
             return None
         update, self._phase = self._phase, None
@@ -169,25 +169,25 @@ class Worker:
         )
 
     def evaluate(self, cycle: int, episodes: int, first: int = 0) -> Row | None:
-        """The row of evaluations.csv; None where a rank was asked to stop. A collective."""
+        """The row of evaluations.csv; None if a rank was asked to stop. A collective."""
         total_steps = self.plan.total_steps_after(cycle)
         with self.ledger.timed("evaluate"):
             row = self.evaluator.evaluate(episodes, round=total_steps, first=first)
         return None if row is None else {"total_steps": total_steps, "seconds": self.ledger.seconds, **row}
 
     def describe(self) -> dict[str, str]:
-        """The plan and what only the environment tells: for people."""
+        """The plan, and facts that depend on the environment, for display."""
         parameters = sum(int(np.prod(variable.shape)) for variable in self.learner.online.variables)
         compiled = ", compiled by XLA" if self.learner.compiled else ""
         rows = self.plan.describe()
         rows["network"] = f"{self.config.agent.network}, {parameters:,} parameters{compiled}"
         rows["replay"] += f", {self.replay.nbytes / 1e6:,.0f} MB"
         if not self.config.checkpoint.save_replay:
-            rows["after a resume"] = "the replay is filled anew"
+            rows["after a resume"] = "the replay is filled again"
         elif self.envs.restorable:
-            rows["after a resume"] = "the run goes on exactly"
+            rows["after a resume"] = "the run continues exactly"
         else:
-            rows["after a resume"] = f"episodes begin anew: {self.config.env.id} cannot be saved"
+            rows["after a resume"] = f"new episodes begin: {self.config.env.id} cannot be saved"
         return rows
 
     def state(self, total_steps: int, finished: bool) -> dict[str, Any]:
@@ -205,7 +205,7 @@ class Worker:
         }
 
     def part(self) -> dict[str, Any]:
-        """What this rank alone has."""
+        """The state of this rank alone."""
         return {
             "replay": self.replay.state(),
             "envs": self.envs.state(),
@@ -220,27 +220,27 @@ class Worker:
         return {"ranks": plan.size, "envs_per_rank": plan.envs_per_rank, "capacity": self.config.replay.capacity}
 
     def regroup(self, snapshot: Snapshot, joined: bool) -> None:
-        """Goes on from `snapshot` with the ranks that there are now; environments and replay stay."""
+        """Continues from `snapshot` with the current ranks. Environments and replay are kept."""
         before, now = self.plan.size, self.world.size
         empty: Literal["no", "joined"] = "joined" if joined else "no"
         self.plan = Plan(self.config, now, snapshot.total_steps, empty, _learns_from(snapshot))
         self._take_over(snapshot)
         text = (
-            f"{before} rank{'s' * (before > 1)} before, {now} now. Going on from {snapshot.total_steps:,} total steps"
+            f"{before} rank{'s' * (before > 1)} before, {now} now. Continuing from {snapshot.total_steps:,} total steps"
         )
         if now <= before:
-            text += f", and at most {len(self.replay):,} transitions of each rank that was lost are gone"
+            text += f", and at most {len(self.replay):,} transitions of each rank that was lost are missing"
         self.messages.append(text + ("." if not joined else ". A rank that joined begins with an empty replay."))
 
     def _restore(self, snapshot: Snapshot) -> None:
         try:
             self._take_over(snapshot)
             if not snapshot.complete:
-                self.messages.append("The replay was not saved: it is filled anew before learning goes on.")
+                self.messages.append("The replay was not saved: it is filled again before learning continues.")
             elif snapshot.state["layout"] == self._layout():
                 self._restore_part(snapshot)
             else:
-                self._deal_anew(snapshot)
+                self._reshard(snapshot)
         except Damaged as damage:
             raise InputError(f"The checkpoint {snapshot.path} cannot be taken over: {damage}.") from None
         except (InputError, RunError):
@@ -261,7 +261,7 @@ class Worker:
         part = snapshot.part(self.world.rank)
         replay = part.pop("replay")
         slots = int(replay["slots"])
-        if slots != self.plan.slots_per_env:  # made for another number of ranks, or dealt out anew and larger since
+        if slots != self.plan.slots_per_env:  # resharded for another number of ranks, which may need larger rings
             self.replay = self._make_replay(slots)
         self.replay.load_state(replay)
         part = small(part)
@@ -271,12 +271,13 @@ class Worker:
         self._restored = self.envs.load_state(part["envs"])
         self.replay.truncate_episodes(~self._restored)
 
-    def _deal_anew(self, snapshot: Snapshot) -> None:
-        """Takes its share of the transitions of other ranks, or of rings of another size."""
+    def _reshard(self, snapshot: Snapshot) -> None:
+        """Takes this rank's share of all transitions, if the number of ranks or the size of the rings has changed."""
         plan, capacity = self.plan, self.config.replay.capacity
         shards = [snapshot.part(rank)["replay"] for rank in range(snapshot.ranks)]
+        needed = ("step_types", "episode_steps", "write_positions", "slots")
         dealt = deal(
-            (small({name: shard[name] for name in ("kinds", "ages", "heads", "slots")}) for shard in shards),
+            (small({name: shard[name] for name in needed}) for shard in shards),
             plan.envs,
             plan.slots_per_env,
             self.config.env.frame_stack,
@@ -286,17 +287,17 @@ class Worker:
         first, mine = self.world.rank * plan.envs_per_rank, self.replay.state()
         rings = range(first, first + plan.envs_per_rank)
         self.replay.load_state(gather_state(dealt, rings, shards, mine["rng"], into=self.replay.arrays()))
-        self.messages.append(dealt.describe(plan.size) + ". Episodes begin anew.")
+        self.messages.append(dealt.describe(plan.size) + ". New episodes begin.")
 
     def close(self) -> None:
         if self._thread is not None:
-            self._thread.shutdown(wait=False)  # of a phase under way when this rank failed, nobody tells the end
+            self._thread.shutdown(wait=False)  # if this rank failed during a phase, do not wait for its end
         self.envs.close()
         self.evaluator.close()
 
 
 def _learns_from(snapshot: Snapshot | None) -> int:
-    """The total steps at which a resumed run starts to learn. Raises InputError."""
+    """The total steps at which the saved run starts to learn; 0 without one. Raises InputError."""
     if snapshot is None:
         return 0
     try:

@@ -211,8 +211,8 @@ def test_only_a_job_that_saved_and_got_on_is_started_again(script, ends_with, st
     if script == "pbs/train.pbs" and again:
         assert project.calls[-1] == "env runs/my-job-7 identity"
     if code == 75 and not again:
-        way_out = r"ended from outside\. To go on: HVD_DQN_RUN_DIR=runs/my-job-7 HVD_DQN_ARGS='identity' [sqb]"
-        assert re.search(way_out + "|stopped before it got on", said), said
+        way_out = r"ended from outside\. To continue: HVD_DQN_RUN_DIR=runs/my-job-7 HVD_DQN_ARGS='identity' [sqb]"
+        assert re.search(way_out + "|stopped before it made progress", said), said
 
 
 def test_a_job_whose_time_was_too_short_to_start_is_told_so(project):
@@ -239,7 +239,7 @@ def test_a_job_goes_on_with_the_newest_checkpoint_that_can_be_gone_on_from(proje
     (project.run_dir / "checkpoints/9500").mkdir()  # half-written
     code, said = project.run("slurm/train.sbatch", "identity")
     assert code == 0
-    assert "going on with runs/my-job-7 from 1000 total steps" in said
+    assert "continuing runs/my-job-7 from 1000 total steps" in said
     assert project.calls[-1].endswith(" train identity --resume --run-dir runs/my-job-7")
 
 
@@ -281,8 +281,8 @@ def test_a_run_can_be_named(project):
     ("words", "environment", "breaks", "line"),
     [
         ([], {}, None, "expected what to train, for example: "),
-        (["identity", "--resume"], {}, None, "--resume is mine to say: set HVD_DQN_RUN_DIR"),
-        (["identity", "--run_dir=x"], {}, None, "--run_dir=x is mine to say: set HVD_DQN_RUN_DIR"),
+        (["identity", "--resume"], {}, None, "--resume is set by this script: set HVD_DQN_RUN_DIR"),
+        (["identity", "--run_dir=x"], {}, None, "--run_dir=x is set by this script: set HVD_DQN_RUN_DIR"),
         (
             ["identity"],
             {"HVD_DQN_ROOT": "/nowhere"},

@@ -115,7 +115,7 @@ def stop(slurm, job, *options):
 
 def goes_on_to_the_end(job, stopped):
     job.end("COMPLETED", "0:0")
-    assert f"going on with runs/hvd_dqn-{job.id} from {stopped} total steps" in job.log
+    assert f"continuing runs/hvd_dqn-{job.id} from {stopped} total steps" in job.log
     run = job.run
     assert (run["ended"], run["result"]["total_steps"]) == ("finished", 20_000)
     assert [resume["total_steps"] for resume in run["resumes"]] == [stopped]
@@ -169,7 +169,7 @@ def test_a_cancelled_job_saves_and_does_not_come_back(slurm, project):
     stopped = re.search(r"stopped on request after ([\d,]+) total steps", job.log)
     assert int(stopped[1].replace(",", "")) == job.checkpoints[-1]
     assert job.run["ended"] == "stopped"
-    assert f"To go on: HVD_DQN_RUN_DIR=runs/hvd_dqn-{job.id} HVD_DQN_ARGS='{' '.join(LONG)}' sbatch" in job.log
+    assert f"To continue: HVD_DQN_RUN_DIR=runs/hvd_dqn-{job.id} HVD_DQN_ARGS='{' '.join(LONG)}' sbatch" in job.log
     assert "scontrol requeue" not in job.log
 
 
@@ -197,7 +197,7 @@ def rank_of(process):
         ("train", [], {}, None, "train.sbatch: expected what to train, for example: HVD_DQN_ARGS=cartpole sbatch"),
         ("train", ["cartpoel"], {}, None, "hvd-dqn: There is no preset 'cartpoel'. Did you mean `cartpole`?"),
         ("train-mpirun", ["cartpole", "--sede", "3"], {}, None, "hvd-dqn: There is no option `--sede`. Did you mean `--seed`?"),
-        ("train", ["cartpole", "--run-dir", "x"], {}, None, "train.sbatch: --run-dir is mine to say: set HVD_DQN_RUN_DIR"),
+        ("train", ["cartpole", "--run-dir", "x"], {}, None, "train.sbatch: --run-dir is set by this script: set HVD"),
         ("train", ["cartpole"], {}, ".venv", "/.venv yet: run {project}/launch/setup.sh."),
         ("train-mpirun", ["cartpole"], {}, ".venv", "/.venv yet: run {project}/launch/setup.sh."),
         ("train", ["cartpole"], {"HVD_DQN_ROOT": "/usr"}, None, "train.sbatch: /usr is not the folder of hvd_dqn: submit from"),
@@ -229,7 +229,7 @@ def test_tasks_without_mpi_are_told_what_srun_needs(slurm, project):
     command = [ROOT / ".venv/bin/hvd-dqn", "train", "identity", "--run-dir", project / "run"]
     done = slurm.run("srun", "--mpi=none", "--ntasks=2", *command, cwd=project)
     assert done.returncode == 2, done.stderr
-    assert done.stderr.count("srun started 2 tasks that know nothing of each other: use `srun --mpi=pmix`") == 1
+    assert done.stderr.count("srun started 2 tasks that are not connected to each other: use `srun --mpi=pmix`") == 1
     assert not (project / "run").exists()
 
 

@@ -71,12 +71,12 @@ def job(folder):
         (
             "hang",
             0,
-            r"\[rank 0/2 (\S+)\] rank 0 on \1 has not got on for \d+ s since: cycle [\d,]+\. It is at job\.py:\d+ ",
+            r"\[rank 0/2 (\S+)\] rank 0 on \1 has made no progress for \d+ s; .*: cycle [\d,]+\. It is at job\.py:\d+ ",
         ),
         (
             "hang",
             1,
-            r"\[rank 0/2 (\S+)\] rank 1 on \1 has not got on for \d+ s since: cycle [\d,]+\. It is at job\.py:\d+ ",
+            r"\[rank 0/2 (\S+)\] rank 1 on \1 has made no progress for \d+ s; .*: cycle [\d,]+\. It is at job\.py:\d+ ",
         ),
     ],
     ids=["kill-0", "kill-1", "stop-0", "stop-1", "hang-0", "hang-1"],

@@ -76,10 +76,10 @@ def test_the_others_go_on_without_a_rank_and_with_one_that_joins(victim, folder)
         f"rank {victim} killed: alone after {alone - killed:.1f} s, two again {joined - alone:.1f} s after a host came"
     )
     lost = re.search(
-        r"2 ranks before, 1 now\. Going on from ([\d,]+) total steps, and at most [\d,]+ transitions", said
+        r"2 ranks before, 1 now\. Continuing from ([\d,]+) total steps, and at most [\d,]+ transitions", said
     )
     came = re.search(
-        r"1 rank before, 2 now\. Going on from ([\d,]+) total steps\. A rank that joined .* empty replay", said
+        r"1 rank before, 2 now\. Continuing from ([\d,]+) total steps\. A rank that joined .* empty replay", said
     )
     assert lost, said
     assert came, said

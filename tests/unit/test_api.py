@@ -348,7 +348,7 @@ def test_a_run_that_started_from_another_says_so_and_goes_on(identity, tmp_path,
     again = hvd_dqn.train("identity", **words, resume=True, total_steps=1000)
     assert again.total_steps == 1000
     assert Run(first.run_dir).about()["started_from"] == about["started_from"]
-    with pytest.raises(InputError, match=r"--from starts a new run, and --resume goes on.*leave one of them out"):
+    with pytest.raises(InputError, match=r"--from starts a new run, and --resume continues.*leave one of them out"):
         hvd_dqn.train("identity", run_dir=first.run_dir, start_from=tmp_path / "other", resume=True)
 
 
@@ -404,7 +404,7 @@ def test_a_checkpoint_that_the_run_does_without_is_told(tmp_path, monkeypatch):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(Checkpoints, "_write_part", full)
-    with pytest.warns(RuntimeWarning, match="cannot be written .*The run goes on without it"):
+    with pytest.warns(RuntimeWarning, match="cannot be written .*The run continues without it"):
         result = hvd_dqn.train("identity", run_dir=tmp_path, total_steps=250, **{"checkpoint.on_failure": "continue"})
     assert result.outcome == "finished"
 

@@ -84,7 +84,7 @@ def test_a_run_is_resumed_in_its_own_files(tmp_path):
     assert hvd_dqn("train", "identity", "--run_dir", folder, "--total_steps", "1000", *settings).returncode == 0
     done = hvd_dqn("train", "--run_dir", folder, "--resume", "--total_steps", "2000")  # its preset need not be named
     assert done.returncode == 0, done.stderr
-    assert re.search(r"Going on from .*1000.*Changed settings: total_steps", done.stderr)
+    assert re.search(r"Resuming from .*1000.*Changed settings: total_steps", done.stderr)
     metrics, evaluations = (
         [int(line.split(",")[0]) for line in (folder / file).read_text().splitlines()[1:]]
         for file in ("metrics.csv", "evaluations.csv")

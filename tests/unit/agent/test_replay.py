@@ -338,7 +338,7 @@ def test_a_restored_replay_continues_exactly_as_the_saved_one(episodes):
     state = {key: value.copy() if isinstance(value, np.ndarray) else value for key, value in old.state().items()}
     state["rng"] = json.loads(json.dumps(state["rng"]))
     assert not any(value.dtype.hasobject for value in state.values() if isinstance(value, np.ndarray))
-    assert state["frames"].shape[1] == min(20, old._heads[0] + 1)
+    assert state["frames"].shape[1] == min(20, old._write_positions[0] + 1)
 
     new = new_replay(slots=20, n_step=2, frame_stack=2, seed=4)
     play(new, "." * 50, first=1000)  # all of this must be gone

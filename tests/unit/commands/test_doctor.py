@@ -60,7 +60,7 @@ def test_healthy_ranks_have_no_problem():
 @pytest.mark.parametrize(
     ("ranks", "complaint", "cure"),
     [
-        ([rank(0, 1, launched=2)], "launcher started 2 ranks, but this one finds itself alone", "one mpirun on PATH"),
+        ([rank(0, 1, launched=2)], "2 ranks, but this one is not connected to the others", "one mpirun on PATH"),
         ([rank(0, 1, versions=without("horovod"))], "several ranks need horovod", "launch/setup.sh"),
         ([rank(0, 1, versions=without("mpi4py"))], "several ranks need mpi4py", "launch/setup.sh"),
         ([rank(0, 1, horovod={"horovod_error": "undefined symbol"})], "undefined symbol", "launch/setup.sh"),
@@ -114,7 +114,8 @@ def test_without_horovod_a_process_alone_is_told_what_several_would_need(monkeyp
 
     monkeypatch.setattr(doctor, "versions", lambda: {"python": "3.11.7", "tensorflow": "2.15.1"})
     report = doctor.examine(Bare())
-    assert report["problems"] == ["One process works; several ranks need horovod and mpi4py: run launch/setup.sh."]
+    needed = "A single process works, but several ranks need horovod and mpi4py: run launch/setup.sh."
+    assert report["problems"] == [needed]
     assert "not installed" in shown(report)
 
 

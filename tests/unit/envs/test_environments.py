@@ -440,7 +440,7 @@ def test_a_late_reset_earns_nothing_and_ends_nothing_whatever_the_vector_class_r
 def test_a_vector_class_that_keeps_the_final_observation_to_itself_stops_the_run():
     with made("OwnVector-v0", 2, kwargs={"mode": "SameStep"}) as envs:
         envs.reset([0, 1])
-        with pytest.raises(RunError, match=r"as info\['final_obs'\], and gave \[\].*--env.vectorization sync"):
+        with pytest.raises(RunError, match=r"as info\['final_obs'\]\. Received: \[\]\..*--env.vectorization sync"):
             envs.step(np.array([0, 0]))
 
 

@@ -123,7 +123,7 @@ def test_what_raises_ends_the_run_with_its_names_and_its_own_traceback(vectoriza
         first, _, rest = str(caught.value).partition("\n")
         assert re.match(
             r"Environment [45] \(Broken-v0\) on rank 2 failed in step 3: ValueError: the wheel came off of the car\. "
-            r"Mend it, .*--env\.restart_failed_envs\.$",
+            r"Fix it, .*--env\.restart_failed_envs\.$",
             first,
         )
         assert re.fullmatch(TRACE, f"\n{rest}")
@@ -155,7 +155,7 @@ def test_a_vector_class_that_raises_names_all_its_copies():
 
 
 @pytest.mark.parametrize(
-    ("how", "end"), [("step dies", r"ended with exit code -9"), ("step hangs up", r"hung up\. Mend")]
+    ("how", "end"), [("step dies", r"ended with exit code -9"), ("step hangs up", r"hung up\. Fix")]
 )
 def test_a_worker_that_is_gone_ends_the_run_and_leaves_no_process(how, end, monkeypatch):
     monkeypatch.setattr("hvd_dqn.envs.environments.CLOSING_SECONDS", 0.5)
@@ -295,7 +295,7 @@ def test_an_environment_that_cannot_be_made_again_uses_up_the_restarts(capfd):
         envs.step(LEFT)
         envs.step(LEFT)
         with pytest.raises(
-            RunError, match=r"0, 1 \(Broken-v0\) on rank 0 could not be made anew in step 3: .*port is taken"
+            RunError, match=r"0, 1 \(Broken-v0\) on rank 0 could not be made again in step 3: .*port is taken"
         ):
             envs.step(LEFT)
         assert len(re.findall("restarts left", capfd.readouterr().err)) == 2

@@ -209,7 +209,7 @@ def test_tasks_that_srun_started_without_mpi_are_refused_by_the_first_alone(envi
     environ(SLURM_STEP_NUM_TASKS="1", SLURM_PROCID="0")
     assert connect().size == 1
     environ(SLURM_STEP_NUM_TASKS="2")
-    with pytest.raises(InputError, match=r"srun started 2 tasks that know nothing of each other.*--mpi=pmix"):
+    with pytest.raises(InputError, match=r"srun started 2 tasks that are not connected to each other.*--mpi=pmix"):
         connect()
     environ(SLURM_PROCID="1")
     with pytest.raises(SystemExit) as stop:

@@ -163,13 +163,13 @@ def laid(ranks: Ranks) -> list[list[list[int]]]:
     """Of every ring, by its pieces: the numbers of the frames in the slots, those of context and last ones negative."""
     rings = []
     for replay in ranks.replays:
-        for e, head in enumerate(replay._heads.tolist()):
+        for e, head in enumerate(replay._write_positions.tolist()):
             pieces: list[list[int]] = []
             for slot in range(head):
-                if replay._ages[e, slot] == 0:
+                if replay._episode_steps[e, slot] == 0:
                     pieces.append([])
                 number = int(replay._frames[e, slot].flat[0])
-                pieces[-1].append(number if replay._kinds[e, slot] != NOTHING else -number)
+                pieces[-1].append(number if replay._step_types[e, slot] != NOTHING else -number)
             rings.append(pieces)
     return rings
 
@@ -188,7 +188,7 @@ def test_episodes_stay_whole_and_go_to_the_emptiest_ring():
     #                 filled:  4  7  13     15     19  22  28          30
     second = [episodes[i] for i in (1, 2, 4, 7, 9, 10, 12, 15)]
     assert laid(ranks) == [first, second]
-    assert dealt.heads.tolist() == [30, 30]
+    assert dealt.write_positions.tolist() == [30, 30]
     assert dealt.slots == 31
     assert dealt.cuts == 0
 
@@ -243,7 +243,7 @@ def test_a_long_episode_is_cut_with_its_last_observation_twice_and_context_for_t
         [[1, 2, 3, 4, 5, 6, 7, -8], [-14, -15, *range(16, 23), -23]],
         [[-6, -7, *range(8, 16), -16], [-21, -22, *range(23, 31), -31]],
     ]
-    assert ranks.replays[0]._ages[0, :18].tolist() == [*range(8), *range(10)]
+    assert ranks.replays[0]._episode_steps[0, :18].tolist() == [*range(8), *range(10)]
     after = ranks.rows()
     assert set(after) == set(before)
     shorter = {action for action in before if after[action] != before[action]}
@@ -268,8 +268,8 @@ def test_a_transition_that_lost_frames_of_its_stack_becomes_context():
 
 
 def test_stacks_stay_in_their_piece_also_when_the_next_run_wants_more_frames():
-    # A cut leaves as many frames of context as the stack had. If ages went on counting, a deeper one would read further
-    # back, into the last frames of the piece before.
+    # A cut leaves as many frames of context as the stack had. If episode steps continued across it, a deeper stack
+    # would read further back, into the last frames of the piece before.
     ranks = Ranks(ranks=1, envs=1, slots=100, stack=2)
     ranks.play("." * 60)
     dealt = ranks.redeal(ranks=1, envs=3, slots=20)
@@ -287,8 +287,8 @@ def test_each_ring_gets_old_transitions_and_new_ones():
     ranks.play(cycles=600)
     ranks.redeal(ranks=3, envs=2, slots=401)
     for replay in ranks.replays:
-        for actions, kinds in zip(replay._actions, replay._kinds, strict=True):
-            times = [ranks.times[action] for action in actions[kinds != NOTHING].tolist()]
+        for actions, step_types in zip(replay._actions, replay._step_types, strict=True):
+            times = [ranks.times[action] for action in actions[step_types != NOTHING].tolist()]
             assert min(times) < 100
             assert max(times) >= 500
             assert 250 < np.mean(times) < 350
@@ -299,9 +299,9 @@ def test_rings_fill_evenly_with_few_cuts():
     ranks = Ranks(ranks=2, envs=4, slots=2000)
     ranks.play(("." * 199 + "T") * 10)
     dealt = ranks.redeal(ranks=3, envs=4, slots=1340)
-    share = dealt.heads.mean()
-    assert dealt.heads.max() <= share + 2
-    assert dealt.heads.min() >= share - 2 * 12
+    share = dealt.write_positions.mean()
+    assert dealt.write_positions.max() <= share + 2
+    assert dealt.write_positions.min() >= share - 2 * 12
     assert 1 <= dealt.cuts <= 12  # at most one per ring
     assert dealt.counts.sum() == dealt.transitions == len(ranks.rows())
 
@@ -310,7 +310,7 @@ def test_an_episode_shorter_than_a_hundredth_of_a_ring_is_not_cut_to_even_out_so
     ranks = Ranks(ranks=1, envs=1, slots=2000)
     ranks.play("......T" * 201)
     dealt = ranks.redeal(ranks=2, envs=1, slots=900)
-    assert dealt.heads.tolist() == [101 * 8, 100 * 8]
+    assert dealt.write_positions.tolist() == [101 * 8, 100 * 8]
     assert dealt.cuts == 0
 
 
@@ -353,10 +353,10 @@ def test_the_log_tells_how_many_went_where():
     ranks.play(cycles=500)
     shards = ranks.shards()
     assert deal(shards, 3, 340, 1).describe(3) == (
-        "1,000 transitions of 2 ranks dealt out to 3: 335, 330, 335; rings of 341 slots; episodes cut in 14 places"
+        "1,000 transitions of 2 ranks redistributed to 3: 335, 330, 335; rings of 341 slots; episodes cut in 14 places"
     )
-    assert "dealt out to 9: 106 to 113 each;" in deal(shards, 9, 120, 1).describe(9)
-    assert deal(shards[:1], 2, 260, 1).describe(2).startswith("500 transitions of 1 rank dealt out to 2: 252, 248;")
+    assert "redistributed to 9: 106 to 113 each;" in deal(shards, 9, 120, 1).describe(9)
+    assert deal(shards[:1], 2, 260, 1).describe(2).startswith("500 transitions of 1 rank redistributed to 2: 252, 248;")
     assert deal(shards, 3, 200, 1, limit=200).describe(1).endswith("; the oldest 419 dropped for lack of room")
 
 
@@ -396,7 +396,7 @@ def test_old_replays_are_read_one_after_another_row_by_row(monkeypatch):
     whole = gather_state(dealt, range(2, 4), shards, {"state": 1})
     monkeypatch.setattr(resharding, "CHUNK", 7)  # big frames are copied a few at a time
     state = gather_state(dealt, range(2, 4), streamed(shards, log), {"state": 1})
-    assert log == [f"{shard} {name}" for shard in range(3) for name in ("frames", "actions", "rewards", "kinds")]
+    assert log == [f"{shard} {name}" for shard in range(3) for name in ("frames", "actions", "rewards", "step_types")]
     for name, value in whole.items():
         assert np.array_equal(state[name], value), name
 
@@ -408,7 +408,7 @@ def test_a_replay_can_be_filled_in_place():
     shards = ranks.shards()
     dealt = deal(shards, 3, 80, 2)
     new = Replay(dealt.slots, 3, (1,), np.float32, np.random.default_rng(0), frame_stack=2, n_step=3)
-    for name in ("frames", "actions", "rewards", "kinds", "ages"):
+    for name in ("frames", "actions", "rewards", "step_types", "episode_steps"):
         new.arrays()[name][:] = 3  # all of this must be gone
     rng = new.state()["rng"]
     state = gather_state(dealt, range(3), shards, rng, into=new.arrays())
@@ -485,12 +485,12 @@ def test_everything_that_could_be_sampled_still_can_and_tells_the_truth(
 
         # Even: by the announced bounds.
         sizes_ = dealt.pieces["context"] + dealt.pieces["steps"] + 1
-        share = -(-int(dealt.heads.sum()) // (n * envs))
-        assert dealt.heads.sum() == sizes_.sum()
-        assert dealt.heads.max() <= share + 2 * stack + share // 100
-        assert dealt.heads.max() - dealt.heads.min() <= max(sizes_, default=0)
+        share = -(-int(dealt.write_positions.sum()) // (n * envs))
+        assert dealt.write_positions.sum() == sizes_.sum()
+        assert dealt.write_positions.max() <= share + 2 * stack + share // 100
+        assert dealt.write_positions.max() - dealt.write_positions.min() <= max(sizes_, default=0)
         assert sizes_.max(initial=0) <= max(share // 4, 4 * stack)
-        assert dealt.slots == max(slots, dealt.heads.max() + 1)
+        assert dealt.slots == max(slots, dealt.write_positions.max() + 1)
         # Each ring's pieces are in the order of their age, give or take what a cut at a full ring moves a middle.
         middle = dealt.pieces["age"] - dealt.pieces["steps"] / 2
         for ring in range(n * envs):
@@ -513,9 +513,9 @@ def test_new_transitions_overwrite_the_oldest_first(n_step, stack, old, new, cyc
     dealt = ranks.redeal(*new, 2 * (n_step + stack + 2) + 10)  # the plan's smallest rings, and ten
     for replay in ranks.replays:
         replay.truncate_episodes()  # as after any restore; there is nothing to truncate
-    assert [int(head) for replay in ranks.replays for head in replay._heads] == dealt.heads.tolist()
+    assert [int(head) for replay in ranks.replays for head in replay._write_positions] == dealt.write_positions.tolist()
     orders = [
-        [(slot, int(replay._actions[e, slot])) for slot in np.flatnonzero(replay._kinds[e] != NOTHING)]
+        [(slot, int(replay._actions[e, slot])) for slot in np.flatnonzero(replay._step_types[e] != NOTHING)]
         for replay in ranks.replays
         for e in range(new[1])
     ]
@@ -523,9 +523,9 @@ def test_new_transitions_overwrite_the_oldest_first(n_step, stack, old, new, cyc
         ranks.play(cycles=steps, end_rate=end_rate)
         rows = ranks.rows()
         ranks.check(rows)
-        heads = [int(head) for replay in ranks.replays for head in replay._heads]
-        for order, head in zip(orders, heads, strict=True):
-            oldest = max(head - (dealt.slots - 1), 0)
+        positions = [int(position) for replay in ranks.replays for position in replay._write_positions]
+        for order, position in zip(orders, positions, strict=True):
+            oldest = max(position - (dealt.slots - 1), 0)
             there = [slot for slot, action in order if action in rows]
             assert there == [slot for slot, _ in order][len(order) - len(there) :]
             assert all(slot >= oldest for slot in there)
@@ -558,5 +558,5 @@ def test_within_a_limit_each_ring_keeps_its_newest(stack, old, new, cycles, end_
     # Full rings: a few slots are left, too few for a piece.
     assume(dealt.dropped)
     unlimited = deal(shards, new[0] * new[1], limit, stack)
-    assert unlimited.heads.max() >= limit
-    assert dealt.heads.max() >= limit - 1 - stack
+    assert unlimited.write_positions.max() >= limit
+    assert dealt.write_positions.max() >= limit - 1 - stack

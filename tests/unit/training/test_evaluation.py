@@ -81,7 +81,7 @@ def test_an_environment_that_fails_in_an_evaluation_is_to_be_mended():
     one = make_evaluator(config, Solo(), lambda o: np.zeros((len(o), 2)))
     one._envs._vector.step = lambda action: 1 / 0
     with pytest.raises(
-        RunError, match=r"in step 1: ZeroDivisionError.*Mend it, or have the copies that are trained with"
+        RunError, match=r"in step 1: ZeroDivisionError.*Fix it, or let ranks make their training environments"
     ):
         one.evaluate(3, round=0)
 

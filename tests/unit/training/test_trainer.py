@@ -471,7 +471,7 @@ def test_without_its_replay_a_resumed_run_fills_a_new_one_before_it_learns(tmp_p
 
     longer = settings.model_copy(update={"total_steps": 1_920})
     records, resumed = play(longer, Solo(), tmp_path, snapshot)
-    assert "filled anew" in records[0].text
+    assert "filled again" in records[0].text
     assert records[1].row["total_steps"] > 960
     assert records[1].row["updates"] == trainer.worker.updates  # nothing is learned from an empty replay
     assert resumed.worker.updates > trainer.worker.updates
@@ -486,7 +486,7 @@ def test_rings_of_another_size_are_dealt_the_same_transitions(changes, tmp_path)
         **{"replay": {"capacity": 5_000}, "evaluation": {"target_return": None}, "total_steps": 1_440, **changes}
     )
     records, _ = play(longer, Solo(), tmp_path, Checkpoints(tmp_path, Solo()).newest(print))
-    assert "960 transitions of 1 rank dealt out to 1: 960" in records[0].text
+    assert "960 transitions of 1 rank redistributed to 1: 960" in records[0].text
     learned = [r.row["updates"] for r in records if r.kind == "report"]
     assert learned[0] > trainer.worker.updates  # at once
 
@@ -507,7 +507,7 @@ def test_each_of_two_ranks_takes_its_own_share_of_what_one_has_stored(tmp_path):
 def stored(replay) -> list[bytes]:
     """The observations of all transitions."""
     arrays = replay.arrays()
-    return [frame.tobytes() for frame in arrays["frames"][arrays["kinds"] != NOTHING]]
+    return [frame.tobytes() for frame in arrays["frames"][arrays["step_types"] != NOTHING]]
 
 
 def test_a_smaller_replay_is_dealt_the_newest_of_what_was_stored(tmp_path):
@@ -677,7 +677,7 @@ def test_environments_that_cannot_be_put_back_end_their_episodes_in_the_replay(t
     longer = settings.model_copy(update={"total_steps": 1_920})
     records, resumed = play(longer, Solo(), tmp_path, Checkpoints(tmp_path, Solo()).newest(print))
     assert "12 of 12 environments start new episodes" in records[0].text
-    count = lambda agent: int(np.count_nonzero(agent.replay.arrays()["kinds"] == TRUNCATED))  # noqa: E731
+    count = lambda agent: int(np.count_nonzero(agent.replay.arrays()["step_types"] == TRUNCATED))  # noqa: E731
     assert count(trainer.worker) == 0  # CartPole is never truncated so early
     assert count(resumed.worker) > 0
 
@@ -726,12 +726,12 @@ def test_a_checkpoint_that_cannot_be_written_stops_the_job_or_is_done_without(po
     monkeypatch.setattr(Checkpoints, "_write_part", full)
     trainer = Trainer(settings, Solo())
     if policy == "stop":
-        with pytest.raises(JobError, match=r"No space left on device.*go on with --resume"):
+        with pytest.raises(JobError, match=r"No space left on device.*Free space and use --resume"):
             list(trainer.train(Checkpoints(tmp_path, Solo())))
         assert Checkpoints(tmp_path, Solo()).newest(print).total_steps == 408
     else:
         records = list(trainer.train(Checkpoints(tmp_path, Solo())))
-        assert [r.text for r in records if "goes on without it" in r.text]
+        assert [r.text for r in records if "continues without it" in r.text]
         assert Checkpoints(tmp_path, Solo()).newest(print).total_steps == 960
     trainer.close()
 
@@ -859,7 +859,7 @@ def test_what_was_learned_is_evaluated_as_it_was_in_training(tmp_path, monkeypat
 @pytest.mark.parametrize(
     ("method", "error", "line"),
     [
-        ("write", RunError, r"run cannot be written: .*No space left on device\. Make room and go on with --resume"),
+        ("write", RunError, r"run cannot be written: .*No space left on device\. Free space and use --resume"),
         ("__init__", InputError, r"Cannot write the run directory .*run: No space left on device"),
     ],
 )
