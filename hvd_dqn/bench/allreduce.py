@@ -18,7 +18,7 @@ FLOATS = (1_024, 4_610, 67_842, 1_687_206, 1 << 24)
 PER_CALL = ((1 << 20, 50), (1 << 24, 10), (1 << 62, 2))  # below so many bytes
 
 
-def measure_allreduce(world: World, floats: tuple[int, ...] = FLOATS, rounds: int = 20) -> dict[str, Any]:
+def measure(world: World, floats: tuple[int, ...] = FLOATS, rounds: int = 20) -> dict[str, Any]:
     """Times all-reduces of each size. All ranks call it."""
     if world.size == 1:
         raise InputError(
@@ -48,8 +48,8 @@ def _repeated(world: World, floats: int, count: int) -> Graph:
     return Graph(several)
 
 
-def render_allreduce(result: dict[str, Any]) -> Table:
-    """The result of `measure_allreduce` as a table."""
+def render(result: dict[str, Any]) -> Table:
+    """The result of `measure` as a table."""
     measured = f"median of {result['rounds']} rounds, the slowest rank's, and half the interquartile range"
     table = result_table(result, measured, "bytes", "µs", "MB/s")
     for row in result["results"]:

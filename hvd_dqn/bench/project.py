@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,6 +10,7 @@ import numpy as np
 from rich.console import Group, RenderableType
 from rich.table import Table
 
+from hvd_dqn.bench import scaling
 from hvd_dqn.bench.jobs import check_launcher, run_independently, run_job
 from hvd_dqn.bench.loop import TRAINING_CASES, case_config
 from hvd_dqn.bench.projection import (
@@ -24,9 +25,9 @@ from hvd_dqn.bench.projection import (
     fit_line,
 )
 from hvd_dqn.bench.results import provenance, rate
-from hvd_dqn.bench.scaling import mean_phase, measure_scaling
-from hvd_dqn.errors import InputError
+from hvd_dqn.errors import InputError, tell
 from hvd_dqn.ranks.placement import cores
+from hvd_dqn.ranks.world import World
 
 TARGET = 0.9
 # What the projection reads of each benchmark's result, and of each of its rows.
@@ -56,16 +57,16 @@ class Fit(NamedTuple):
         return at_batch(self.phase, self.per_update, batch)
 
 
-def project_efficiency(
+def measure(
+    world: World,
     case: str,
-    ranks: int = 512,
+    ranks: int,
     *,
     sync: str = "gradients",
     files: Sequence[Path] = (),
     latency: float | None = None,
     bandwidth: float | None = None,
     rounds: int = 3,
-    say: Callable[[str], None] = lambda text: None,
 ) -> dict[str, Any]:
     """The efficiency of up to `ranks` ranks with the batch of the case, and the batch per rank that reaches `TARGET`.
 
@@ -73,12 +74,7 @@ def project_efficiency(
     `bandwidth` (GB/s) describe another interconnect for the projection; the checks keep the measured one.
     """
     case_config(case, 1)
-    if ranks < 2 or rounds < 1 or not all(value is None or value > 0 for value in (latency, bandwidth)):
-        raise InputError(
-            "--ranks must be at least 2, --rounds at least 1, and --latency and --bandwidth above 0. "
-            f"Received: {ranks}, {rounds}, {latency} and {bandwidth}."
-        )
-    results = [_read(path) for path in files] if files else _measure(case, sync, rounds, say)
+    results = [_read(path) for path in files] if files else _measure_now(world, case, sync, rounds)
     machine, *others = [result["machine"] for result in results]
     if any(other != machine for other in others):
         raise InputError(
@@ -120,7 +116,7 @@ def project_efficiency(
     }
 
 
-def _measure(case: str, sync: str, rounds: int, say: Callable[[str], None]) -> Results:
+def _measure_now(world: World, case: str, sync: str, rounds: int) -> Results:
     """What the model needs, on this machine: three batches, all-reduces, and jobs to check it with."""
     check_launcher()
     if cores() < 2:
@@ -131,11 +127,11 @@ def _measure(case: str, sync: str, rounds: int, say: Callable[[str], None]) -> R
     batch, results = TRAINING_CASES[case].settings["learner"]["batch_size"], []
     for i in range(rounds):
         for larger in (2 * batch, 4 * batch):  # half the batch would change the number of updates in a phase
-            say(f"round {i + 1} of {rounds}: two independent processes, batch {larger}")
+            tell(f"round {i + 1} of {rounds}: two independent processes, batch {larger}")
             results += run_independently(2, ["loop", case, "--batch", str(larger)])
-    say("all-reduces of two ranks")
+    tell("all-reduces of two ranks")
     results.append(run_job(2, ["allreduce"]))
-    results.append(measure_scaling(case, (2,), syncs=(sync,), scalings=("weak", "strong"), rounds=rounds, say=say))
+    results.append(scaling.measure(world, case, (2,), sync=sync, rounds=rounds))
     return results
 
 
@@ -170,7 +166,7 @@ def _work_points(case: str, rows: Results) -> tuple[PhaseTime, Points]:
             f"The files say nothing of one rank's {case} with its own batch of {own}: add "
             f"`hvd-dqn bench scaling --case {case} --json` or `hvd-dqn bench loop {case} --json`."
         )
-    mean = mean_phase(phases)
+    mean = scaling.mean_phase(phases)
     phase = PhaseTime(
         own, round(mean["updates"]), mean["seconds"], mean["least"], mean["deviation"], mean["message_bytes"]
     )
@@ -269,8 +265,8 @@ def _powers(ranks: int) -> list[int]:
     return powers if powers[-1] == ranks else [*powers, ranks]
 
 
-def render_projection(result: dict[str, Any]) -> RenderableType:
-    """The result of `project_efficiency` for people: the projection, its errors, and what it assumes."""
+def render(result: dict[str, Any]) -> RenderableType:
+    """The result of `measure` for people: the projection, its errors, and what it assumes."""
     fit, network, phase = result["fit"], result["network"], result["fit"]["phase"]
     table = Table(title=f"{result['case']}, {phase['batch']} transitions per update on each rank", title_justify="left")
     for heading in ("ranks", "efficiency", "times one rank", "work", "waiting", "talking", f"batch for {TARGET:.0%}"):
