@@ -35,7 +35,6 @@ class Objective(Protocol):
 
     def q(self, out: tf.Tensor) -> tf.Tensor:
         """The values [B, A] in a network's outputs, to act by."""
-        ...
 
     def target(self, minibatch: Batch, online: Outputs, target_network: Outputs) -> tf.Tensor:
         """What the outputs for the actions taken are fitted to, gradients stopped.
@@ -43,11 +42,9 @@ class Objective(Protocol):
         `minibatch` has tensors [B, ...], observations preprocessed. Either network may be called on either observation;
         `target_network(minibatch.next_observation)` is computed already, so it costs nothing.
         """
-        ...
 
     def loss(self, out: tf.Tensor, action: tf.Tensor, target: tf.Tensor) -> LossTerms:
         """Compares the online network's outputs for `minibatch.observation` with what `target` returned."""
-        ...
 
 
 class Dqn:
