@@ -33,23 +33,14 @@ def time_allreduce(world: World, floats: int, rounds: int) -> dict[str, Any]:
     """Seconds of one all-reduce, over rounds of which the slowest rank counts, and bytes per second. A collective."""
     size = 4 * floats
     per_call = next(count for limit, count in PER_CALL if size < limit)
-    job = _repeated(world, floats, per_call)
+    # So many all-reduces, one after the other.
+    job = Graph(lambda: [fold(lambda _, values: world.average([values])[0], tf.zeros([floats]), 0, per_call)[:1]])
     job()  # traces, and lets Horovod meet the tensor's name
     seconds = spread(world.max(np.array([seconds_of(job, world.barrier) for _ in range(rounds)]) / per_call))
     return {"seconds": seconds, "bytes_per_second": size / seconds["median"]}
 
 
-def _repeated(world: World, floats: int, count: int) -> Graph:
-    """So many all-reduces, one after the other, in one graph."""
-
-    def several() -> list[tf.Tensor]:
-        return [fold(lambda _, values: world.average([values])[0], tf.zeros([floats]), 0, count)[:1]]
-
-    return Graph(several)
-
-
 def render(result: dict[str, Any]) -> Table:
-    """The result of `measure` as a table."""
     measured = f"median of {result['rounds']} rounds, the slowest rank's, and half the interquartile range"
     table = result_table(result, measured, "bytes", "µs", "MB/s")
     for row in result["results"]:

@@ -133,7 +133,6 @@ def filled_replay(case: LearnerCase, rank: int) -> Replay:
 
 
 def render(result: dict[str, Any]) -> Table:
-    """The result of `measure` as a table."""
     measured = f"median of {result['repeats']} and half its interquartile range"
     headings = ("network", "batch", "updates per phase", "µs per update", "with sampling", "updates/s")
     table = result_table(result, measured, *headings, left=1)

@@ -219,7 +219,6 @@ class Stopwatch:
 
 
 def render(result: dict[str, Any]) -> Table:
-    """The result of `measure` as a table."""
     (row,) = result["results"]
     table = result_table(
         result, "one run: rates of all ranks together, and parts of a rank's time", "", row["case"], left=1

@@ -89,6 +89,7 @@ def measure(
     alone = [row for r in results if r["benchmark"] == "loop" and r["ranks"] == 1 for row in r["results"]]
     phase, points = _work_points(case, scaled + [row for row in alone if row["case"] == case])
     fit = _fit(phase, points, allreduce)
+    jobs = [row for row in scaled if row["sync"] == sync and row["ranks"] > 1]
     projected = interconnect_with(fit.interconnect, latency, bandwidth)
     return {
         "benchmark": "project",
@@ -107,11 +108,7 @@ def measure(
             "phase": fit.phase._asdict(),
         },
         "network": projected._asdict(),
-        "checks": [
-            *_check_updates(fit, points),
-            *_check_allreduces(fit, allreduce),
-            *_check_jobs(fit, [row for row in scaled if row["sync"] == sync and row["ranks"] > 1], sync),
-        ],
+        "checks": _checks(fit, points, allreduce, jobs, sync),
         "results": [_row(fit, projected, n, sync) for n in _powers(ranks)],
     }
 
@@ -210,42 +207,22 @@ def _check(what: str, measured: float, computed: float, unit: str) -> dict[str, 
     return {"what": what, "measured": measured, "computed": computed, "unit": unit, "error": error}
 
 
-def _check_updates(fit: Fit, points: Points) -> list[dict[str, Any]]:
-    held_out: dict[float, list[float]] = {}
-    for batch, seconds in points:
-        if batch not in fit.batches:
-            held_out.setdefault(batch, []).append(1e6 * seconds)
-    return [
-        _check(f"one rank's update, batch {batch:g}", float(np.mean(found)), 1e6 * fit.per_update(batch), "µs")
-        for batch, found in sorted(held_out.items())
-    ]
-
-
-def _check_allreduces(fit: Fit, allreduce: dict[str, Any]) -> list[dict[str, Any]]:
-    ranks, rows = allreduce["ranks"], allreduce["results"]
-    return [
-        _check(
-            f"all-reduce of {row['bytes']:,} B, {ranks} ranks",
-            1e6 * row["horovod"]["seconds"]["median"],
-            1e6 * fit.interconnect.allreduce(ranks, row["bytes"]),
-            "µs",
-        )
-        for row in rows
-        if row["bytes"] not in fit.sizes
-    ]
-
-
-def _check_jobs(fit: Fit, rows: Results, sync: str) -> list[dict[str, Any]]:
-    """Jobs of several ranks: the fit used none of them."""
-    return [
-        _check(
-            f"efficiency of {row['ranks']} ranks, {row['scaling']}, batch {row['batch']}",
-            100 * row["efficiency"]["median"],
-            100 * efficiency(cost(fit.at_batch(row["batch"]), fit.interconnect, row["ranks"], sync)),
-            "%",
-        )
-        for row in rows
-    ]
+def _checks(fit: Fit, points: Points, allreduce: dict[str, Any], jobs: Results, sync: str) -> list[dict[str, Any]]:
+    """What was measured and held out of the fit: updates, all-reduces, and jobs of several ranks."""
+    checks = []
+    for batch in sorted({batch for batch, _ in points} - set(fit.batches)):
+        measured = float(np.mean([1e6 * seconds for each, seconds in points if each == batch]))
+        checks.append(_check(f"one rank's update, batch {batch:g}", measured, 1e6 * fit.per_update(batch), "µs"))
+    for row in allreduce["results"]:
+        if row["bytes"] not in fit.sizes:
+            what = f"all-reduce of {row['bytes']:,} B, {allreduce['ranks']} ranks"
+            computed = fit.interconnect.allreduce(allreduce["ranks"], row["bytes"])
+            checks.append(_check(what, 1e6 * row["horovod"]["seconds"]["median"], 1e6 * computed, "µs"))
+    for row in jobs:
+        what = f"efficiency of {row['ranks']} ranks, {row['scaling']}, batch {row['batch']}"
+        computed = efficiency(cost(fit.at_batch(row["batch"]), fit.interconnect, row["ranks"], sync))
+        checks.append(_check(what, 100 * row["efficiency"]["median"], 100 * computed, "%"))
+    return checks
 
 
 def _row(fit: Fit, interconnect: Interconnect, ranks: int, sync: str) -> dict[str, Any]:

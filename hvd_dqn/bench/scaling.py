@@ -123,7 +123,6 @@ def communicate_and_idle(row: dict[str, Any]) -> str:
 
 
 def render(result: dict[str, Any]) -> Table:
-    """The result of `measure` as a table."""
     left_out = f"; left out, because they do not divide: {', '.join(result['left_out'])}" if result["left_out"] else ""
     measured = (
         f"{result['results'][0]['case']}: median of {count(result['rounds'], 'round')} and half the interquartile range; "
