@@ -833,6 +833,9 @@ def test_a_rank_with_other_settings_does_not_join(tmp_path, monkeypatch):
         def furthest(self, held, total_steps):
             return (theirs, config(seed=1).digest()), True
 
+        def recovers_from(self, error):
+            return False
+
         def abort(self, reason):
             raise RunError(reason)
 
