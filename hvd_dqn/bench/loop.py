@@ -136,8 +136,8 @@ def measure(
 ) -> dict[str, Any]:  # fmt: skip
     """Trains, and measures from the end of the second phase, when all graphs are traced. All ranks call it.
 
-    This includes votes and drift checks, but neither evaluations nor checkpoints. `total_steps` are summed over ranks. With
-    a `gate` it says that it is ready, and measures from when it is given a line.
+    This includes votes and drift checks, but neither evaluations nor checkpoints. `total_steps` are summed over ranks.
+    With a `gate` it says that it is ready, and measures from when it is given a line.
     """
     if gate and world.size > 1:
         raise InputError("--gate is for independent processes: the ranks of one job wait for each other without it.")

@@ -95,7 +95,7 @@ def run(arguments: Sequence[str], world: World) -> None:
     show(benchmark.render(result))
 
 
-# Modules of hvd_dqn.bench: `measure` takes the world and the options by their names, `render` shows its result to people.
+# Modules of hvd_dqn.bench: `measure` takes the world and the options by name, `render` shows its result to people.
 BENCHMARKS: dict[str, type[JsonOptions]] = {
     "learner": LearnerOptions,
     "loop": LoopOptions,

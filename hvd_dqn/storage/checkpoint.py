@@ -128,7 +128,7 @@ class Checkpoints:
         resumable: bool = True,
         best: int | None = None,
     ) -> int:
-        """Writes a checkpoint and returns its bytes. A collective. Raises JobError, on all ranks, where one cannot write.
+        """Writes a checkpoint and returns its bytes. A collective. Raises JobError, on all ranks, if one cannot write.
 
         `arrays` and `state` (of JSON's types) are what all ranks share, and the chief writes them; `part` is a rank's own
         tree of both. What is not `resumable` is kept only while its total steps are `best`.
