@@ -7,8 +7,9 @@ import sys
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from operator import attrgetter
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple
 
 from hvd_dqn.agent.networks import Network
 from hvd_dqn.agent.policy import Policy
@@ -23,10 +24,7 @@ from hvd_dqn.storage.checkpoint import Checkpoints, Snapshot
 from hvd_dqn.storage.run_directory import Run
 from hvd_dqn.training.build import make_environments, make_evaluator, make_policy, trained_network
 from hvd_dqn.training.evaluation import Evaluator
-from hvd_dqn.training.ledger import Row
-from hvd_dqn.training.trainer import Record, Trainer
-
-T = TypeVar("T")
+from hvd_dqn.training.trainer import Trainer
 
 
 @dataclass(frozen=True)
@@ -108,7 +106,8 @@ def train_elastically(
             start = None
             if snapshot is None:  # the job begins
                 start = starting_weights(run, config, world, start_from, resume, tell)
-                found = newest(checkpoints, run, world, tell).without_parts() if resume else None
+                # The weights alone: every rank fills a new replay.
+                found = newest(checkpoints, run, world, tell)._replace(complete=False) if resume else None
             else:
                 found, digest = snapshot
                 if digest != config.digest():
@@ -136,7 +135,14 @@ def _go_on(
     again: bool = False,
     progress: bool = True,
 ) -> Result:
-    session = in_step(trainer.world, lambda: _opened(run, name, trainer, snapshot, start, again, progress))
+    def opened() -> Session:
+        started_from = None if start is None else start.path
+        try:
+            return open_session(run, name, trainer, snapshot, again, started_from, progress)
+        except OSError as error:
+            raise InputError(f"Cannot write the run directory {run.path}: {error.strerror}.") from None
+
+    session = in_step(trainer.world, opened)
     last, evaluation = None, {"return_mean": math.nan, "return_std": math.nan, "episodes": 0}
     # Closing: if a record cannot be shown, the training ends at once and says goodbye to the other ranks.
     with session, contextlib.closing(trainer.train(checkpoints)) as records:
@@ -151,10 +157,7 @@ def _go_on(
             except InputError as error:  # a run that has begun does not end with "bad input"
                 raise RunError(str(error)) from None
     assert last is not None
-    return _result(last, evaluation, trainer.worker.best, run)
-
-
-def _result(last: Record, evaluation: Row, best: tuple[float, int] | None, run: Run) -> Result:
+    best_return, best_total_steps = trainer.worker.best or (math.nan, None)
     return Result(
         "stopped" if last.kind == "stopped" else "finished",
         return_mean=evaluation["return_mean"],
@@ -162,25 +165,10 @@ def _result(last: Record, evaluation: Row, best: tuple[float, int] | None, run: 
         episodes=int(evaluation["episodes"]),
         total_steps=int(last.row["total_steps"]),
         seconds=last.row["seconds"],
-        best_return=math.nan if best is None else best[0],
-        best_total_steps=None if best is None else best[1],
+        best_return=best_return,
+        best_total_steps=best_total_steps,
         run_dir=run.path,
     )
-
-
-def _opened(
-    run: Run,
-    name: str,
-    trainer: Trainer,
-    snapshot: Snapshot | None,
-    start: Snapshot | None,
-    again: bool,
-    progress: bool,
-) -> Session:
-    try:
-        return open_session(run, name, trainer, snapshot, again, started_from=start and start.path, progress=progress)
-    except OSError as error:
-        raise InputError(f"Cannot write the run directory {run.path}: {error.strerror}.") from None
 
 
 def newest(checkpoints: Checkpoints, run: Run, world: World, say: Callable[[str], None]) -> Snapshot:
@@ -225,8 +213,7 @@ def _check_same_network(source: Run, config: Config) -> None:
     if ":" not in before.agent.network or ":" not in now.agent.network:
         names += ["agent.network", "agent.hidden", "agent.dueling"]
     for name in names:
-        section, setting = name.split(".")
-        old, new = (getattr(getattr(each, section), setting) for each in (before, now))
+        old, new = attrgetter(name)(before), attrgetter(name)(now)
         if old != new:
             raise InputError(
                 f"The weights of {source.path} do not fit these settings: `{name}` is {old!r} there and {new!r} here. "
@@ -243,8 +230,6 @@ def weights_of_run(run: Run, world: World, *, best: bool, say: Callable[[str], N
     def read() -> Snapshot | None:
         if world.rank != 0:
             return None
-        if not run.exists:
-            run.config()  # raises InputError
         checkpoints, damage = Checkpoints(run.path, world), list[str]()
         snapshot = checkpoints.weights(None, damage.append)
         if best and snapshot is not None and snapshot.state["best"]:

@@ -2,7 +2,7 @@
 
 import re
 import types
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Hashable, Sequence
 from numbers import Integral, Real
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
@@ -135,12 +135,8 @@ def _limits(limits: Sequence[Any]) -> list[str]:
     }
     if {"ge", "le"} <= found.keys():
         return [f"from {found['ge']:g} to {found['le']:g}"]
-    words: Mapping[str, Callable[[Any], str]] = {
-        "ge": lambda value: f"at least {value:g}",
-        "gt": lambda value: f"above {value:g}",
-        "le": lambda value: f"at most {value:g}",
-    }
-    return [words[name](value) for name, value in found.items()]
+    words = {"ge": "at least", "gt": "above", "le": "at most"}
+    return [f"{words[name]} {value:g}" for name, value in found.items()]
 
 
 def placeholder(annotation: Any) -> str:

@@ -24,7 +24,8 @@ AHEAD_BYTES = 1 << 16
 XLA_PARAMETERS = 30_000
 XLA_UPDATES = 50_000
 
-Results = tuple[Any, ...]  # the sums over the updates so far, as one vector, and the priorities of a weighted batch
+# The sums over the updates so far, as one vector, and the priorities of a weighted batch.
+Results = tuple[Any, ...]
 
 
 class Sums(NamedTuple):
@@ -139,11 +140,8 @@ class Learner:
         is_weighted = batch.weight is not None
         arrays = [array for array in batch if array is not None]
         results = self._updates[is_weighted](np.float32(learning_rate), copies, ends, *arrays)
-        sums, priority, numpy_weights = (
-            Sums(*results[0]),
-            results[1] if is_weighted else None,
-            results[1 + is_weighted :],
-        )
+        sums, priority = Sums(*results[0]), results[1] if is_weighted else None
+        numpy_weights = results[1 + is_weighted :]
         allreduce_seconds, any_skipped = float(sums.allreduce_seconds), bool(sums.skipped > 0)
         if self._averages_parameters:
             learned = perf_counter()
@@ -239,15 +237,17 @@ class Learner:
                 loss, mean_q, priority = self._loss(minibatch, target)
                 scalar = _nan_unless_finite(loss)
         else:
-            gradients, loss, mean_q, priority = self._accumulate(minibatch, next_outputs)
+            means, loss, mean_q, priority = self._accumulate(minibatch, next_outputs)
             with self._tape() as tape:
                 # The gradient of sum(g * v) by v is g. So the mean over the passes is handled like any other gradient.
-                scalar = tf.add_n([tf.reduce_sum(g * v) for g, v in zip(gradients, variables, strict=True)])
+                scalar = tf.add_n([tf.reduce_sum(g * v) for g, v in zip(means, variables, strict=True)])
         # These two calls are the body of `minimize`. Horovod: the first one averages. `tape.gradient` and
         # `apply_gradients` would silently skip the averaging.
         averaged = self.optimizer.compute_gradients(scalar, variables, tape)
-        seconds = self._allreduce_seconds(tape, [gradient for gradient, _ in averaged])
-        norm = global_norm([gradient for gradient, _ in averaged])
+        gradients = [gradient for gradient, _ in averaged]
+        # From this rank's gradient to the average of all.
+        seconds = tf.cast(time_after(gradients) - tape.ready, tf.float32) if isinstance(tape, StampedTape) else 0.0
+        norm = global_norm(gradients)
         if self._max_gradient_norm is not None:
             # Average first, then clip: only then do N ranks x batch b equal one rank x batch N * b.
             shrink = self._max_gradient_norm / tf.maximum(norm, self._max_gradient_norm)
@@ -272,12 +272,6 @@ class Learner:
 
     def _tape(self) -> tf.GradientTape:
         return StampedTape() if self._is_timed else DenseTape()
-
-    def _allreduce_seconds(self, tape: tf.GradientTape, averaged: list[tf.Tensor]) -> tf.Tensor:
-        """Seconds [] from this rank's gradient to the average of all ranks."""
-        if not isinstance(tape, StampedTape):
-            return tf.constant(0.0)
-        return tf.cast(time_after(averaged) - tape.ready, tf.float32)
 
     def _accumulate(
         self, minibatch: Batch, next_outputs: tf.Tensor

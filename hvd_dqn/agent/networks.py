@@ -74,12 +74,13 @@ def mlp(inputs: int, widths: Sequence[int]) -> Trunk:
     """Dense layers with ReLU; inputs of any shape are flattened."""
 
     def forward(weights: Weights, x: tf.Tensor) -> tf.Tensor:
-        x = _flatten(x)
+        x = x if len(x.shape) == 2 else tf.reshape(x, [-1, math.prod(x.shape[1:])])
         for kernel, bias in zip(weights[::2], weights[1::2], strict=True):
             x = tf.nn.relu(tf.nn.bias_add(x @ kernel, bias))  # TensorFlow fuses this into one operation
         return x
 
-    return Trunk(_dense_shapes(inputs, widths), widths[-1] if widths else inputs, forward)
+    shapes: list[Shape] = [shape for a, b in itertools.pairwise([inputs, *widths]) for shape in ((a, b), (b,))]
+    return Trunk(shapes, widths[-1] if widths else inputs, forward)
 
 
 def cnn(convolutions: Sequence[tuple[int, int, int]], image: Shape, widths: Sequence[int]) -> Trunk:
@@ -285,14 +286,6 @@ def _initial(shapes: Sequence[Shape], rng: np.random.Generator) -> np.ndarray:
         # of the states of low-dimensional control problems.
         parts += [rng.uniform(-bound, bound, math.prod(shape)) for shape in (kernel, bias)]
     return np.concatenate(parts).astype(np.float32)
-
-
-def _dense_shapes(inputs: int, widths: Sequence[int]) -> list[Shape]:
-    return [shape for a, b in itertools.pairwise([inputs, *widths]) for shape in ((a, b), (b,))]
-
-
-def _flatten(x: tf.Tensor) -> tf.Tensor:
-    return x if len(x.shape) == 2 else tf.reshape(x, [-1, math.prod(x.shape[1:])])
 
 
 def _least_side(convolutions: Sequence[tuple[int, int, int]]) -> int:

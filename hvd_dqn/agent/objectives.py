@@ -35,7 +35,6 @@ class Objective(Protocol):
 
     def q(self, out: tf.Tensor) -> tf.Tensor:
         """The values [B, A] in a network's outputs, used to choose actions."""
-        ...
 
     def target(self, minibatch: Batch, online: Outputs, target_network: Outputs) -> tf.Tensor:
         """The target for the outputs of the actions taken, gradients stopped.
@@ -43,11 +42,9 @@ class Objective(Protocol):
         `minibatch` has tensors [B, ...], observations preprocessed. Either network may be called on either observation;
         `target_network(minibatch.next_observation)` costs nothing, because it has been computed before.
         """
-        ...
 
     def loss(self, out: tf.Tensor, action: tf.Tensor, target: tf.Tensor) -> LossTerms:
         """Compares the online network's outputs for `minibatch.observation` with what `target` returned."""
-        ...
 
 
 class Dqn:

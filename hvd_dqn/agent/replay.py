@@ -102,10 +102,6 @@ class Replay:
         return envs * (slots * (frame + 8 + 4 + 1 + 4) + 8)
 
     @property
-    def slots(self) -> int:
-        return self._slots
-
-    @property
     def nbytes(self) -> int:
         return sum(array.nbytes for array in self.arrays().values()) + self._write_positions.nbytes
 

@@ -18,7 +18,7 @@ FLOATS = (1_024, 4_610, 67_842, 1_687_206, 1 << 24)
 PER_CALL = ((1 << 20, 50), (1 << 24, 10), (1 << 62, 2))  # below this many bytes
 
 
-def measure_allreduce(world: World, floats: tuple[int, ...] = FLOATS, rounds: int = 20) -> dict[str, Any]:
+def measure(world: World, floats: tuple[int, ...] = FLOATS, rounds: int = 20) -> dict[str, Any]:
     """Times all-reduces of each size. All ranks call it."""
     if world.size == 1:
         raise InputError(
@@ -33,23 +33,14 @@ def time_allreduce(world: World, floats: int, rounds: int) -> dict[str, Any]:
     """Seconds of one all-reduce, for the slowest rank of each round, and bytes per second. A collective."""
     size = 4 * floats
     per_call = next(count for limit, count in PER_CALL if size < limit)
-    job = _repeated(world, floats, per_call)
+    # `per_call` all-reduces, one after the other.
+    job = Graph(lambda: [fold(lambda _, values: world.average([values])[0], tf.zeros([floats]), 0, per_call)[:1]])
     job()  # traces, and registers the tensor's name with Horovod
     seconds = spread(world.max(np.array([seconds_of(job, world.barrier) for _ in range(rounds)]) / per_call))
     return {"seconds": seconds, "bytes_per_second": size / seconds["median"]}
 
 
-def _repeated(world: World, floats: int, count: int) -> Graph:
-    """`count` all-reduces, one after the other, in one graph."""
-
-    def several() -> list[tf.Tensor]:
-        return [fold(lambda _, values: world.average([values])[0], tf.zeros([floats]), 0, count)[:1]]
-
-    return Graph(several)
-
-
-def render_allreduce(result: dict[str, Any]) -> Table:
-    """The result of `measure_allreduce` as a table."""
+def render(result: dict[str, Any]) -> Table:
     measured = f"median of {result['rounds']} rounds, the slowest rank's, and half the interquartile range"
     table = result_table(result, measured, "bytes", "µs", "MB/s")
     for row in result["results"]:

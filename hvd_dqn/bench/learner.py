@@ -42,7 +42,7 @@ LEARNER_CASES = {
 }
 
 
-def measure_learner(world: World, networks: Sequence[str] = tuple(LEARNER_CASES), repeats: int = 7) -> dict[str, Any]:
+def measure(world: World, networks: Sequence[str] = tuple(LEARNER_CASES), repeats: int = 7) -> dict[str, Any]:
     """Microseconds per update of each network: the phase of K updates alone, and with sampling its batches.
 
     All ranks call it. The networks take turns, so that a slow moment of the machine affects all of them. The slowest
@@ -132,8 +132,7 @@ def filled_replay(case: LearnerCase, rank: int) -> Replay:
     return replay
 
 
-def render_learner(result: dict[str, Any]) -> Table:
-    """The result of `measure_learner` as a table."""
+def render(result: dict[str, Any]) -> Table:
     measured = f"median of {result['repeats']} and half its interquartile range"
     headings = ("network", "batch", "updates per phase", "µs per update", "with sampling", "updates/s")
     table = result_table(result, measured, *headings, left=1)

@@ -2,15 +2,16 @@
 
 import contextlib
 import math
+import sys
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from rich.table import Table
 
+from hvd_dqn.bench.jobs import READY
 from hvd_dqn.bench.results import provenance, rate, result_table
 from hvd_dqn.config import Config
 from hvd_dqn.errors import InputError, nearest
@@ -94,8 +95,6 @@ def case_config(
     learner, env = given["learner"], given["env"]
     batch = learner["batch_size"] if batch is None else batch
     envs = env["envs_per_rank"] if envs is None else envs
-    if batch < 1 or envs < 1:
-        raise InputError(f"--batch and --envs must be at least 1. Received: {batch} and {envs}.")
     period = learner["train_period"] * batch // learner["batch_size"]
     step = math.ceil(max(period, envs) / envs) * envs  # of one rank, from phase to phase
     if learner.get("xla") and learner["samples_per_insert"] * step % batch:
@@ -131,22 +130,24 @@ def case_config(
     )
 
 
-def measure_loop(
+def measure(
     world: World, case: str, *, total_steps: int | None = None, batch: int | None = None, envs: int | None = None,
-    sync: str = "gradients", overlap: bool = False, ready: Callable[[], None] = lambda: None,
+    sync: str = "gradients", overlap: bool = False, gate: bool = False,
 ) -> dict[str, Any]:  # fmt: skip
     """Trains, and measures from the end of the second phase, when all graphs are traced. All ranks call it.
 
     This includes votes and drift checks, but neither evaluations nor checkpoints. `total_steps` are summed over ranks.
-    `ready` is called before the measurement begins.
+    With a `gate` it prints that it is ready, and waits for a line before it measures.
     """
+    if gate and world.size > 1:
+        raise InputError("--gate is for independent processes: the ranks of one job wait for each other without it.")
     config = in_step(
         world,
         lambda: case_config(
             case, world.size, total_steps=total_steps, batch=batch, envs=envs, sync=sync, overlap=overlap
         ),
     )
-    watch = Stopwatch(ready)
+    watch = Stopwatch(gate)
     trainer = in_step(world, lambda: Trainer(config, world, learned=watch.learned))
     with tempfile.TemporaryDirectory() as folder, contextlib.closing(trainer):
         with contextlib.closing(trainer.train(Checkpoints(Path(folder), world))) as records:
@@ -169,8 +170,8 @@ def measure_loop(
 class Stopwatch:
     """Measures training from the end of its second phase to the end of its last one."""
 
-    def __init__(self, ready: Callable[[], None]) -> None:
-        self._ready = ready
+    def __init__(self, gate: bool) -> None:
+        self._gate = gate
         self._ends: list[float] = []  # of phases
         self._marks: list[tuple[int, int, dict[str, float]]] = []  # at both ends: total steps, updates, seconds spent
         self._phases = 0
@@ -178,8 +179,9 @@ class Stopwatch:
     def learned(self, worker: Worker) -> None:
         """Call it after each phase."""
         self._phases += 1
-        if self._phases == 2:
-            self._ready()
+        if self._phases == 2 and self._gate:
+            print(READY, flush=True)
+            sys.stdin.readline()
         if self._phases >= 2:
             self._ends.append(time.perf_counter())
             mark = (worker.plan.total_steps_after(worker.learned_at), worker.updates, worker.ledger.spent)
@@ -216,8 +218,7 @@ class Stopwatch:
         }
 
 
-def render_loop(result: dict[str, Any]) -> Table:
-    """The result of `measure_loop` as a table."""
+def render(result: dict[str, Any]) -> Table:
     (row,) = result["results"]
     table = result_table(
         result, "one run: rates of all ranks together, and parts of a rank's time", "", row["case"], left=1

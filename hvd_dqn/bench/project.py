@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,6 +10,7 @@ import numpy as np
 from rich.console import Group, RenderableType
 from rich.table import Table
 
+from hvd_dqn.bench import scaling
 from hvd_dqn.bench.jobs import check_launcher, run_independently, run_job
 from hvd_dqn.bench.loop import TRAINING_CASES, case_config
 from hvd_dqn.bench.projection import (
@@ -24,9 +25,9 @@ from hvd_dqn.bench.projection import (
     fit_line,
 )
 from hvd_dqn.bench.results import provenance, rate
-from hvd_dqn.bench.scaling import mean_phase, measure_scaling
-from hvd_dqn.errors import InputError
+from hvd_dqn.errors import InputError, tell
 from hvd_dqn.ranks.placement import cores
+from hvd_dqn.ranks.world import World
 
 TARGET = 0.9
 # What the projection reads of each benchmark's result, and of each of its rows.
@@ -56,16 +57,16 @@ class Fit(NamedTuple):
         return at_batch(self.phase, self.per_update, batch)
 
 
-def project_efficiency(
+def measure(
+    world: World,
     case: str,
-    ranks: int = 512,
+    ranks: int,
     *,
     sync: str = "gradients",
     files: Sequence[Path] = (),
     latency: float | None = None,
     bandwidth: float | None = None,
     rounds: int = 3,
-    say: Callable[[str], None] = lambda text: None,
 ) -> dict[str, Any]:
     """The efficiency of up to `ranks` ranks with the batch of the case, and the batch per rank that reaches `TARGET`.
 
@@ -73,12 +74,7 @@ def project_efficiency(
     `bandwidth` (GB/s) describe another interconnect for the projection; the checks keep the measured one.
     """
     case_config(case, 1)
-    if ranks < 2 or rounds < 1 or not all(value is None or value > 0 for value in (latency, bandwidth)):
-        raise InputError(
-            "--ranks must be at least 2, --rounds at least 1, and --latency and --bandwidth above 0. "
-            f"Received: {ranks}, {rounds}, {latency} and {bandwidth}."
-        )
-    results = [_read(path) for path in files] if files else _measure(case, sync, rounds, say)
+    results = [_read(path) for path in files] if files else _measure_now(world, case, sync, rounds)
     machine, *others = [result["machine"] for result in results]
     if any(other != machine for other in others):
         raise InputError(
@@ -93,6 +89,7 @@ def project_efficiency(
     alone = [row for r in results if r["benchmark"] == "loop" and r["ranks"] == 1 for row in r["results"]]
     phase, points = _work_points(case, scaled + [row for row in alone if row["case"] == case])
     fit = _fit(phase, points, allreduce)
+    jobs = [row for row in scaled if row["sync"] == sync and row["ranks"] > 1]
     projected = interconnect_with(fit.interconnect, latency, bandwidth)
     return {
         "benchmark": "project",
@@ -111,16 +108,12 @@ def project_efficiency(
             "phase": fit.phase._asdict(),
         },
         "network": projected._asdict(),
-        "checks": [
-            *_check_updates(fit, points),
-            *_check_allreduces(fit, allreduce),
-            *_check_jobs(fit, [row for row in scaled if row["sync"] == sync and row["ranks"] > 1], sync),
-        ],
+        "checks": _checks(fit, points, allreduce, jobs, sync),
         "results": [_row(fit, projected, n, sync) for n in _powers(ranks)],
     }
 
 
-def _measure(case: str, sync: str, rounds: int, say: Callable[[str], None]) -> Results:
+def _measure_now(world: World, case: str, sync: str, rounds: int) -> Results:
     """What the model needs, on this machine: three batches, all-reduces, and jobs to check it with."""
     check_launcher()
     if cores() < 2:
@@ -131,11 +124,11 @@ def _measure(case: str, sync: str, rounds: int, say: Callable[[str], None]) -> R
     batch, results = TRAINING_CASES[case].settings["learner"]["batch_size"], []
     for i in range(rounds):
         for larger in (2 * batch, 4 * batch):  # half the batch would change the number of updates in a phase
-            say(f"round {i + 1} of {rounds}: two independent processes, batch {larger}")
+            tell(f"round {i + 1} of {rounds}: two independent processes, batch {larger}")
             results += run_independently(2, ["loop", case, "--batch", str(larger)])
-    say("all-reduces of two ranks")
+    tell("all-reduces of two ranks")
     results.append(run_job(2, ["allreduce"]))
-    results.append(measure_scaling(case, (2,), syncs=(sync,), scalings=("weak", "strong"), rounds=rounds, say=say))
+    results.append(scaling.measure(world, case, (2,), sync=sync, rounds=rounds))
     return results
 
 
@@ -170,7 +163,7 @@ def _work_points(case: str, rows: Results) -> tuple[PhaseTime, Points]:
             f"The files say nothing of one rank's {case} with its own batch of {own}: add "
             f"`hvd-dqn bench scaling --case {case} --json` or `hvd-dqn bench loop {case} --json`."
         )
-    mean = mean_phase(phases)
+    mean = scaling.mean_phase(phases)
     phase = PhaseTime(
         own, round(mean["updates"]), mean["seconds"], mean["least"], mean["deviation"], mean["message_bytes"]
     )
@@ -214,42 +207,22 @@ def _check(what: str, measured: float, computed: float, unit: str) -> dict[str, 
     return {"what": what, "measured": measured, "computed": computed, "unit": unit, "error": error}
 
 
-def _check_updates(fit: Fit, points: Points) -> list[dict[str, Any]]:
-    held_out: dict[float, list[float]] = {}
-    for batch, seconds in points:
-        if batch not in fit.batches:
-            held_out.setdefault(batch, []).append(1e6 * seconds)
-    return [
-        _check(f"one rank's update, batch {batch:g}", float(np.mean(found)), 1e6 * fit.per_update(batch), "µs")
-        for batch, found in sorted(held_out.items())
-    ]
-
-
-def _check_allreduces(fit: Fit, allreduce: dict[str, Any]) -> list[dict[str, Any]]:
-    ranks, rows = allreduce["ranks"], allreduce["results"]
-    return [
-        _check(
-            f"all-reduce of {row['bytes']:,} B, {ranks} ranks",
-            1e6 * row["horovod"]["seconds"]["median"],
-            1e6 * fit.interconnect.allreduce(ranks, row["bytes"]),
-            "µs",
-        )
-        for row in rows
-        if row["bytes"] not in fit.sizes
-    ]
-
-
-def _check_jobs(fit: Fit, rows: Results, sync: str) -> list[dict[str, Any]]:
-    """Jobs of several ranks: the fit used none of them."""
-    return [
-        _check(
-            f"efficiency of {row['ranks']} ranks, {row['scaling']}, batch {row['batch']}",
-            100 * row["efficiency"]["median"],
-            100 * efficiency(cost(fit.at_batch(row["batch"]), fit.interconnect, row["ranks"], sync)),
-            "%",
-        )
-        for row in rows
-    ]
+def _checks(fit: Fit, points: Points, allreduce: dict[str, Any], jobs: Results, sync: str) -> list[dict[str, Any]]:
+    """What was measured and held out of the fit: updates, all-reduces, and jobs of several ranks."""
+    checks = []
+    for batch in sorted({batch for batch, _ in points} - set(fit.batches)):
+        measured = float(np.mean([1e6 * seconds for each, seconds in points if each == batch]))
+        checks.append(_check(f"one rank's update, batch {batch:g}", measured, 1e6 * fit.per_update(batch), "µs"))
+    for row in allreduce["results"]:
+        if row["bytes"] not in fit.sizes:
+            what = f"all-reduce of {row['bytes']:,} B, {allreduce['ranks']} ranks"
+            computed = fit.interconnect.allreduce(allreduce["ranks"], row["bytes"])
+            checks.append(_check(what, 1e6 * row["horovod"]["seconds"]["median"], 1e6 * computed, "µs"))
+    for row in jobs:
+        what = f"efficiency of {row['ranks']} ranks, {row['scaling']}, batch {row['batch']}"
+        computed = efficiency(cost(fit.at_batch(row["batch"]), fit.interconnect, row["ranks"], sync))
+        checks.append(_check(what, 100 * row["efficiency"]["median"], 100 * computed, "%"))
+    return checks
 
 
 def _row(fit: Fit, interconnect: Interconnect, ranks: int, sync: str) -> dict[str, Any]:
@@ -269,8 +242,8 @@ def _powers(ranks: int) -> list[int]:
     return powers if powers[-1] == ranks else [*powers, ranks]
 
 
-def render_projection(result: dict[str, Any]) -> RenderableType:
-    """The result of `project_efficiency` for display: the projection, its errors and its assumptions."""
+def render(result: dict[str, Any]) -> RenderableType:
+    """The result of `measure` for display: the projection, its errors and its assumptions."""
     fit, network, phase = result["fit"], result["network"], result["fit"]["phase"]
     table = Table(title=f"{result['case']}, {phase['batch']} transitions per update on each rank", title_justify="left")
     for heading in ("ranks", "efficiency", "times one rank", "work", "waiting", "talking", f"batch for {TARGET:.0%}"):

@@ -19,6 +19,7 @@ import numpy as np
 from hvd_dqn.ranks.placement import FUSED_FLOATS
 
 NEGOTIATIONS = 2  # small all-reduces before each message: Horovod finds out what is ready on all ranks
+MOST_BATCH = 1 << 20  # transitions
 DRAWS = 200_000  # of lateness: hundreds of them exceed the usual lateness of the slowest of 512 ranks
 
 
@@ -150,22 +151,16 @@ def at_batch(phase: PhaseTime, per_update: Line, batch: float) -> PhaseTime:
 
 
 def batch_for(
-    target: float,
-    phase: PhaseTime,
-    per_update: Line,
-    interconnect: Interconnect,
-    ranks: int,
-    sync: str,
-    limit: int = 1 << 20,
+    target: float, phase: PhaseTime, per_update: Line, interconnect: Interconnect, ranks: int, sync: str
 ) -> int | None:
-    """The smallest batch per rank, up to `limit`, with at least this efficiency; None if there is none."""
+    """The smallest batch per rank, up to MOST_BATCH, with at least this efficiency; None if there is none."""
 
     def reached(batch: int) -> bool:
         return efficiency(cost(at_batch(phase, per_update, batch), interconnect, ranks, sync)) >= target
 
-    if not reached(limit):
+    if not reached(MOST_BATCH):
         return None
-    low, high = 0, limit  # efficiency grows with the batch
+    low, high = 0, MOST_BATCH  # efficiency grows with the batch
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (low, middle) if reached(middle) else (middle, high)

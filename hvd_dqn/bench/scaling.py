@@ -1,6 +1,6 @@
 """Measures scaling: N ranks of one job against N independent processes that train at the same time."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -9,22 +9,23 @@ from rich.table import Table
 from hvd_dqn.bench.jobs import check_launcher, run_independently, run_job
 from hvd_dqn.bench.loop import PARTS, TRAINING_CASES, case_config
 from hvd_dqn.bench.results import count, provenance, result_table, spread, with_spread
-from hvd_dqn.errors import InputError
+from hvd_dqn.errors import InputError, tell
 from hvd_dqn.ranks.placement import cores
+from hvd_dqn.ranks.world import World
 
 Answers = dict[tuple[int, str, str], list[dict[str, Any]]]  # of one round, by (ranks, scaling, sync or BASELINE)
 BASELINE = "independent"
 
 
-def measure_scaling(
+def measure(
+    world: World,
     case: str,
-    ranks: Sequence[int] = (1, 2, 4, 8),
+    ranks: Sequence[int],
     *,
-    scalings: Sequence[str] = ("weak", "strong"),
-    syncs: Sequence[str] = ("gradients", "parameters"),
+    scaling: str = "both",
+    sync: str = "both",
     total_steps: int | None = None,
     rounds: int = 5,
-    say: Callable[[str], None] = lambda text: None,
 ) -> dict[str, Any]:
     """Efficiency: the steps per second of a job of N ranks over the sum of those of N independent processes.
 
@@ -37,6 +38,8 @@ def measure_scaling(
     if not ranks or min(ranks) < 1 or rounds < 1:
         raise InputError(f"--ranks and --rounds must be at least 1. Received: {list(ranks)} and {rounds}.")
     check_launcher()
+    scalings = ("weak", "strong") if scaling == "both" else (scaling,)
+    syncs = ("gradients", "parameters") if sync == "both" else (sync,)
     layouts = [(n, kind) for n in ranks for kind in scalings if n > 1 or kind == scalings[0]]  # alone both are the same
     left_out = [(n, kind) for n, kind in layouts if kind == "strong" and _share(case, n) is None]
     layouts = [layout for layout in layouts if layout not in left_out]
@@ -46,7 +49,7 @@ def measure_scaling(
         for n, kind in layouts:
             names = [BASELINE, *syncs] if n > 1 else [BASELINE]
             for name in names if i % 2 else names[::-1]:  # so that neither always runs on the warmer machine
-                say(f"round {i + 1} of {rounds}: {n} ranks, {kind}, {name}")
+                tell(f"round {i + 1} of {rounds}: {n} ranks, {kind}, {name}")
                 answers[n, kind, name] = _measure_layout(case, n, kind, name, total_steps)
         measured.append(answers)
     rows = [_row(case, n, kind, sync, measured) for n, kind in layouts for sync in (syncs if n > 1 else ["none"])]
@@ -119,8 +122,7 @@ def communicate_and_idle(row: dict[str, Any]) -> str:
     return f"{100 * shares['communicate']:.0f}, {100 * shares['idle']:.0f} %" if shares else ""
 
 
-def render_scaling(result: dict[str, Any]) -> Table:
-    """The result of `measure_scaling` as a table."""
+def render(result: dict[str, Any]) -> Table:
     left_out = f"; left out, because they do not divide: {', '.join(result['left_out'])}" if result["left_out"] else ""
     measured = (
         f"{result['results'][0]['case']}: median of {count(result['rounds'], 'round')} and half the interquartile range; "

@@ -1,14 +1,14 @@
 """The command line of the benchmarks: `hvd-dqn bench NAME`."""
 
+import importlib
 import json
-import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from hvd_dqn.commands.options import JsonOptions, parse
 from hvd_dqn.config import Counts, setting
-from hvd_dqn.errors import InputError, nearest, tell
+from hvd_dqn.errors import InputError, nearest
 from hvd_dqn.ranks.lockstep import in_step
 from hvd_dqn.ranks.world import World
 
@@ -76,79 +76,30 @@ class ProjectOptions(JsonOptions):
 def run(arguments: Sequence[str], world: World) -> None:
     name = arguments[0] if arguments else "--help"
     if name in ("-h", "--help"):
-        for each, (kind, _) in BENCHMARKS.items():
+        for each, kind in BENCHMARKS.items():
             print(f"hvd-dqn bench {each:10}  {kind.__doc__}")
         return
     if name not in BENCHMARKS:
         raise InputError(
             f"There is no benchmark {name!r}.{nearest(name, BENCHMARKS)} Benchmarks: {', '.join(BENCHMARKS)}."
         )
-    kind, bench = BENCHMARKS[name]
-    options = dict(in_step(world, lambda: parse(kind, arguments[1:], f"hvd-dqn bench {name}")))
+    options = dict(in_step(world, lambda: parse(BENCHMARKS[name], arguments[1:], f"hvd-dqn bench {name}")))
     as_json = options.pop("as_json")
-    result, render = bench(world, **options)
+    benchmark = importlib.import_module(f"hvd_dqn.bench.{name}")
+    result = benchmark.measure(world, **options)
     if as_json:
         print(json.dumps(result))
         return
     from rich import print as show
 
-    show(render(result))
+    show(benchmark.render(result))
 
 
-Measured = tuple[dict[str, Any], Callable[[dict[str, Any]], Any]]  # a result, and what renders it
-
-
-def _bench_learner(world: World) -> Measured:
-    from hvd_dqn.bench.learner import measure_learner, render_learner
-
-    return measure_learner(world), render_learner
-
-
-def _bench_loop(world: World, *, gate: bool, **options: Any) -> Measured:
-    from hvd_dqn.bench.loop import measure_loop, render_loop
-
-    if gate and world.size > 1:
-        raise InputError("--gate is for independent processes: the ranks of one job wait for each other without it.")
-
-    def ready() -> None:
-        if gate:
-            print("ready", flush=True)
-            sys.stdin.readline()
-
-    return measure_loop(world, **options, ready=ready), render_loop
-
-
-def _bench_allreduce(world: World) -> Measured:
-    from hvd_dqn.bench.allreduce import measure_allreduce, render_allreduce
-
-    return measure_allreduce(world), render_allreduce
-
-
-def _bench_scaling(world: World, *, ranks: tuple[int, ...], scaling: str, sync: str, **options: Any) -> Measured:
-    from hvd_dqn.bench.scaling import measure_scaling, render_scaling
-
-    result = measure_scaling(
-        ranks=list(ranks),
-        scalings=("weak", "strong") if scaling == "both" else (scaling,),
-        syncs=("gradients", "parameters") if sync == "both" else (sync,),
-        say=tell,
-        **options,
-    )
-    return result, render_scaling
-
-
-def _bench_project(world: World, **options: Any) -> Measured:
-    from hvd_dqn.bench.project import project_efficiency, render_projection
-
-    return project_efficiency(**options, say=tell), render_projection
-
-
-BENCHMARKS: dict[
-    str, tuple[type[JsonOptions], Callable[..., Measured]]
-] = {  # options, and what takes them by their names
-    "learner": (LearnerOptions, _bench_learner),
-    "loop": (LoopOptions, _bench_loop),
-    "allreduce": (AllreduceOptions, _bench_allreduce),
-    "scaling": (ScalingOptions, _bench_scaling),
-    "project": (ProjectOptions, _bench_project),
+# Modules of hvd_dqn.bench: `measure` takes the world and the options by name, `render` shows its result to people.
+BENCHMARKS: dict[str, type[JsonOptions]] = {
+    "learner": LearnerOptions,
+    "loop": LoopOptions,
+    "allreduce": AllreduceOptions,
+    "scaling": ScalingOptions,
+    "project": ProjectOptions,
 }

@@ -19,11 +19,10 @@ from hvd_dqn.bench.allreduce import time_allreduce
 from hvd_dqn.bench.results import count
 from hvd_dqn.commands.options import JsonOptions, parse
 from hvd_dqn.ranks.lockstep import in_step
+from hvd_dqn.ranks.placement import launched_ranks
 from hvd_dqn.ranks.world import World
 from hvd_dqn.storage.run_directory import versions
 
-# The number of ranks according to the launcher: Open MPI's, horovodrun's with Gloo, srun's, MPICH's.
-LAUNCHED_VARIABLES = ("OMPI_COMM_WORLD_SIZE", "HOROVOD_SIZE", "SLURM_STEP_NUM_TASKS", "PMI_SIZE")
 SETTINGS = ("HOROVOD_", "OMPI_MCA_", "OMP_", "TF_", "MALLOC_", "CUDA_VISIBLE_DEVICES", "SLURM_CPUS_PER_TASK")
 # Variables that launchers set for their own processes, such as addresses and keys. Users never set them.
 INTERNAL = ("OMPI_MCA_orte_", "OMPI_MCA_ess", "OMPI_MCA_pmix", "OMPI_MCA_shmem_", "OMPI_MCA_initial_wdir", "TF2_")
@@ -57,7 +56,7 @@ def _describe_rank(world: World) -> dict[str, Any]:
         "local_rank": world.local_rank,
         "local_size": world.local_size,
         "host": world.hostname,
-        "launched": launched_ranks(os.environ),
+        "launched": launched_ranks(),
         "cores": sorted(os.sched_getaffinity(0)),
         "threads": int(os.environ.get("TF_NUM_INTRAOP_THREADS", 0)) or len(os.sched_getaffinity(0)),
         "gpus": gpus([gpu.name for gpu in tf.config.get_visible_devices("GPU")], os.environ),
@@ -65,11 +64,6 @@ def _describe_rank(world: World) -> dict[str, Any]:
         "horovod": world.describe(),
         "settings": steering_variables(os.environ),
     }
-
-
-def launched_ranks(environ: Mapping[str, str]) -> int:
-    """The number of ranks that the launcher says it started; 1 without a launcher."""
-    return next((int(environ[name]) for name in LAUNCHED_VARIABLES if name in environ), 1)
 
 
 def gpus(names: Sequence[str], environ: Mapping[str, str]) -> list[str]:

@@ -16,10 +16,6 @@ class Options(Values):
 
     without_dashes: ClassVar[str] = ""  # the name of the argument that is given first, without dashes
 
-    @classmethod
-    def flags(cls) -> list[str]:
-        return [name for name, field in fields_of(cls).items() if field.annotation is bool]
-
 
 O = TypeVar("O", bound=Options)  # noqa: E741
 
@@ -85,9 +81,9 @@ def parse(kind: type[O], arguments: Sequence[str], prog: str) -> O:
         show(
             f"usage: {prog}{f' {placed(first)}' if first else ''} [--option VALUE ...]",
             str(kind.__doc__),
-            explain(known, defaults, kind.flags(), first),
+            explain(known, defaults, first),
         )
-    given, others = split(arguments, known, kind.flags(), prog)
+    given, others = split(arguments, known, prog)
     if others:
         takes_several = first and known[first].annotation is not Path and known[first].annotation is not str
         if not first or first in given or (len(others) > 1 and not takes_several):
@@ -101,7 +97,7 @@ def read_settings(arguments: Sequence[str]) -> tuple[TrainOptions, str, Config]:
     prog, options = "hvd-dqn train", fields_of(TrainOptions)
     if asks_for_help(arguments):
         _explain_train([word for word in arguments if word in presets()])
-    given, others = split(arguments, {**options, **setting_names()}, TrainOptions.flags(), prog, advice)
+    given, others = split(arguments, {**options, **setting_names()}, prog, advice)
     if len(others) > 1:
         raise InputError(f"Name one preset. Received: {', '.join(others)}.")
     where = validated(TrainOptions, {name: value for name, value in given.items() if name in options}, spelled)
@@ -145,7 +141,7 @@ def _explain_train(named: Sequence[str]) -> None:
         "                     [--section.setting VALUE ...] [--option VALUE ...]",
         f"{TrainOptions.__doc__}\n"
         "The command line wins over the file, the file over the preset, and the preset\nover the defaults.",
-        "OPTIONS\n" + explain(options, {name: f.default for name, f in options.items()}, TrainOptions.flags()),
+        "OPTIONS\n" + explain(options, {name: f.default for name, f in options.items()}),
         "SETTINGS of the whole run\n" + explain(whole, values),
         *groups,
     )

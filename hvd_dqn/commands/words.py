@@ -32,17 +32,22 @@ def spelled(name: str) -> str:
     return f"--{name.replace('_', '-')}"
 
 
+def is_flag(name: str, field: Any) -> bool:
+    """Whether it is yes or no and takes no value. Settings, which have dotted names, always take one."""
+    return field.annotation is bool and "." not in name
+
+
 def fields_of(kind: type[Values]) -> dict[str, Any]:
     """The options of a command, by name."""
     return {field.alias or name: field for name, field in kind.model_fields.items()}
 
 
 def split(
-    words: Sequence[str], known: Fields, flags: Sequence[str], prog: str, advice: Advice | None = None
+    words: Sequence[str], known: Fields, prog: str, advice: Advice | None = None
 ) -> tuple[dict[str, Any], list[str]]:
     """The options in `words` with their values, as text or as several texts, and the words that belong to no option.
 
-    An option takes the next word. An option for a list or a mapping takes all words to the next option; `flags` none.
+    An option takes the next word. An option for a list or a mapping takes all words to the next option; a flag none.
     """
     given: dict[str, Any] = {}
     others: list[str] = []
@@ -59,7 +64,7 @@ def split(
             raise InputError(unknown(option, known, prog, advice))
         if name in given:
             raise InputError(f"`{spelled(name)}` is given twice. Keep one of them.")
-        if name in flags:
+        if is_flag(name, known[name]):
             if equals:
                 raise InputError(f"`{spelled(name)}` takes no value. Received: {value!r}.")
             given[name] = True
@@ -97,7 +102,7 @@ def show(*parts: str) -> NoReturn:
     raise SystemExit(0)
 
 
-def explain(fields: Fields, values: Mapping[str, Any], flags: Sequence[str] = (), without_dashes: str = "") -> str:
+def explain(fields: Fields, values: Mapping[str, Any], without_dashes: str = "") -> str:
     """A group of options for --help: what each means, what it takes, its default and where that comes from."""
     width = min(max(shutil.get_terminal_size().columns, 80), 120)
     entries = []
@@ -105,7 +110,7 @@ def explain(fields: Fields, values: Mapping[str, Any], flags: Sequence[str] = ()
         extra = field.json_schema_extra
         about = [f"{extra['meaning'][0].upper()}{extra['meaning'][1:]}."]
         head = placed(name) if name == without_dashes else ", ".join([*SHORT.get(name, ()), spelled(name)])
-        if name not in flags and name != without_dashes:
+        if name != without_dashes and not is_flag(name, field):
             head += f" {placeholder(field.annotation)}"
             takes = expected(field.annotation, field.metadata)
             if takes.split(",")[0] not in ("text", "a path", "true or false") and not takes.startswith("`"):

@@ -82,8 +82,6 @@ def end(vector: AsyncVectorEnv, seconds: float) -> None:
 
 def failure(vector: AsyncVectorEnv, error: Exception, first: int) -> EnvFailure:
     """Names the workers that made a call of `vector` raise `error`. `first` is the number of the first copy."""
-    if isinstance(error, EnvFailure):
-        return error
     raised = [i for i, pipe in enumerate(vector.parent_pipes) if pipe is None]
     if raised:
         return EnvFailure([first + i for i in raised], "failed", f"{type(error).__name__}: {one_line(error)}")

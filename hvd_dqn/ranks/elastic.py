@@ -33,6 +33,7 @@ class ElasticWorld(HorovodWorld):
         self.changed = True
 
     def recovers_from(self, error: Exception) -> bool:
+        """Whether the error is the loss of other ranks, and this job continues without them."""
         import tensorflow as tf
 
         # Horovod: the message holds the name of its operation or, if we named that, the path of Horovod's source.

@@ -113,12 +113,6 @@ class Watchdog:
             self._bell.send(b"!")
         self._thread.join(GOODBYE_SECONDS)
 
-    def __enter__(self) -> "Watchdog":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
     def _open(self) -> None:
         world, chief = self._world, self._world.rank == 0
         offer: Any = None
@@ -272,12 +266,6 @@ class NullWatchdog:
         pass
 
     def close(self) -> None:
-        pass
-
-    def __enter__(self) -> "NullWatchdog":
-        return self
-
-    def __exit__(self, *_: object) -> None:
         pass
 
 

@@ -34,19 +34,15 @@ class World(Protocol):
 
     def wrap(self, optimizer: Any, compression: str) -> Any:
         """A Keras optimizer whose `compute_gradients` averages over ranks. Wrap before `build`."""
-        ...
 
     def broadcast(self, variables: Sequence[Any]) -> None:
         """Overwrites the variables of all ranks with the chief's."""
-        ...
 
     def average(self, tensors: Sequence[Any]) -> list[Any]:
         """The mean over ranks of each tensor; inside a tf.function."""
-        ...
 
     def sum(self, values: np.ndarray) -> np.ndarray:
         """The elementwise sum over ranks, in float64. `max` works alike, and `any` for one flag."""
-        ...
 
     def max(self, values: np.ndarray) -> np.ndarray: ...
 
@@ -54,7 +50,6 @@ class World(Protocol):
 
     def gather(self, value: Any) -> list[Any]:
         """The picklable values of all ranks, in the order of the ranks, on every rank."""
-        ...
 
     def barrier(self) -> None: ...
 
@@ -63,19 +58,12 @@ class World(Protocol):
 
         Not a collective. HOROVOD_TIMELINE must have been DYNAMIC before the world was made.
         """
-        ...
 
     def describe(self) -> dict[str, Any]:
         """What Horovod and MPI say about themselves on this rank, for the doctor; empty without them."""
-        ...
-
-    def recovers_from(self, error: Exception) -> bool:
-        """Whether the error is the loss of other ranks, and this job continues without them."""
-        ...
 
     def abort(self, reason: str) -> NoReturn:
         """Ends every rank of the job at once with exit code 1, after printing `reason` with this rank's name."""
-        ...
 
 
 class Solo:
@@ -117,9 +105,6 @@ class Solo:
 
     def describe(self) -> dict[str, Any]:
         return _horovod_build()
-
-    def recovers_from(self, error: Exception) -> bool:
-        return False
 
     def abort(self, reason: str) -> NoReturn:
         print(f"hvd-dqn: {reason}", file=sys.stderr, flush=True)
@@ -264,9 +249,6 @@ class HorovodWorld:
             found["mpi_library"] = MPI.Get_library_version().split(",")[0].strip()
             found["mpi_thread_level"] = levels[MPI.Query_thread()]
         return found
-
-    def recovers_from(self, error: Exception) -> bool:
-        return False
 
     def abort(self, reason: str) -> NoReturn:
         name = f"[rank {self.rank}/{self.size} {self.hostname}]"

@@ -60,11 +60,6 @@ class SeedGroup:
     runs: Sequence[RunCurve]
 
 
-def plot(run_dirs: Sequence[Path], output: Path) -> None:
-    """Draws the learning curves of these runs into `output`, in the format of its suffix."""
-    learning_curves([read_run(path) for path in run_dirs], output)
-
-
 def read_run(path: Path) -> RunCurve:
     try:
         run = json.loads((path / "run.json").read_text(encoding="utf-8"))
@@ -107,13 +102,13 @@ def _select(curve: Curve, chosen: np.ndarray) -> Curve:
     return Curve(**{name: values[chosen] for name, values in vars(curve).items()})
 
 
-def learning_curves(runs: Sequence[RunCurve], path: Path) -> None:
+def plot(run_dirs: Sequence[Path], output: Path) -> None:
     """Plots the return over total steps (left) and over wall time (right), in one colour per group of runs.
 
-    Runs that differ only in their seed form a group, drawn as the mean with a band from the lowest to the highest.
+    Runs that differ only in their seed form a group, drawn as the mean with a band from the lowest to the highest. The
+    ending of `output` names the format.
     """
-    if not runs:
-        raise InputError("Nothing to plot. Expected: at least one run directory.")
+    runs = [read_run(path) for path in run_dirs]
     groups = group_by_seed(runs)
     figure = Figure(figsize=(9, 3.9), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True)
@@ -134,9 +129,9 @@ def learning_curves(runs: Sequence[RunCurve], path: Path) -> None:
     figure.suptitle(", ".join(environments) or "learning curve", fontsize=11, fontweight="bold", color="#222222")
     _add_legend(figure, groups)
     try:
-        figure.savefig(path, dpi=150)
+        figure.savefig(output, dpi=150)
     except (OSError, ValueError) as error:
-        raise InputError(f"Cannot write the picture {path}: {error}") from None
+        raise InputError(f"Cannot write the picture {output}: {error}") from None
 
 
 def group_by_seed(runs: Sequence[RunCurve]) -> list[SeedGroup]:

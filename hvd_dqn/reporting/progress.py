@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import io
 import math
 import os
 import sys
@@ -74,12 +75,15 @@ def clock(seconds: float) -> str:
 
 
 class Progress:
-    """Shows a run on the chief. If the stream breaks (the terminal is closed), the run continues without it."""
+    """Shows a run on the chief, or nothing if there is no stream.
 
-    def __init__(self, total_steps: int, stream: TextIO) -> None:
+    If the stream breaks (the terminal is closed), the run continues without it.
+    """
+
+    def __init__(self, total_steps: int, stream: TextIO | None) -> None:
         self._total_steps = total_steps
-        self._stream = stream
-        self._broken = False
+        self._broken = stream is None
+        self._stream = stream = stream or io.StringIO()
         self._recent: deque[tuple[float, float]] = deque(maxlen=RATE_REPORTS)  # (total steps, seconds)
         live = stream.isatty() and os.environ.get("TERM") not in ("dumb", "unknown")
         self._display: _LiveDisplay | _LogDisplay = _LiveDisplay(stream) if live else _LogDisplay(stream)

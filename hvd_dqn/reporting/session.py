@@ -2,6 +2,7 @@
 
 import contextlib
 import warnings
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
@@ -16,35 +17,31 @@ from hvd_dqn.training.ledger import COLUMNS, Ledger, Row
 from hvd_dqn.training.trainer import Record, Trainer
 
 
+@dataclass
 class ChiefSession:
     """Writes and shows the records of a run. As a context manager it records in run.json how the run ended."""
 
-    def __init__(
-        self,
-        run: Run,
-        trainer: Trainer,
-        reports: Writers,
-        evaluations: Writers,
-        display: "Progress | NullProgress",
-    ) -> None:
-        self._run, self._trainer = run, trainer
-        self._reports, self._evaluations, self._display = reports, evaluations, display
-        self._is_quiet = isinstance(display, NullProgress)
+    run: Run
+    trainer: Trainer
+    reports: Writers
+    evaluations: Writers
+    display: Progress
+    is_quiet: bool  # the lines of the result are not printed
 
     def __enter__(self) -> "ChiefSession":
         return self
 
     def show(self, record: Record) -> None:
         if record.kind == "report":
-            self._reports.write(record.row)
-            self._display.update(record.row)
+            self.reports.write(record.row)
+            self.display.update(record.row)
         elif record.kind == "evaluation":
-            self._evaluations.write(record.row)
-            self._display.evaluation(record.row)
-        elif record.kind == "warning" and self._is_quiet:
+            self.evaluations.write(record.row)
+            self.display.evaluation(record.row)
+        elif record.kind == "warning" and self.is_quiet:
             warnings.warn(record.text, RuntimeWarning, stacklevel=2)
         elif record.kind in ("message", "warning"):
-            self._display.message(record.text)
+            self.display.message(record.text)
         elif record.kind == "stopped":
             self._stop(record.row)
         else:
@@ -52,43 +49,40 @@ class ChiefSession:
 
     def _stop(self, row: Row) -> None:
         self.close()
-        self._run.note(ended="stopped", finished=now(), stopped_at=row["total_steps"])
+        self.run.note(ended="stopped", finished=now(), stopped_at=row["total_steps"])
         self._conclude(
-            f"{self._run.about()['preset']}: stopped on request after {row['total_steps']:,.0f} total steps and "
-            f"{row['seconds']:.0f} s; continue with: hvd-dqn train --run-dir {self._run.path} --resume"
+            f"{self.run.about()['preset']}: stopped on request after {row['total_steps']:,.0f} total steps and "
+            f"{row['seconds']:.0f} s; continue with: hvd-dqn train --run-dir {self.run.path} --resume"
         )
 
     def _finish(self, row: Row) -> None:
         self.close()
-        trainer, size = self._trainer, self._trainer.world.size
+        trainer, size = self.trainer, self.trainer.world.size
         best_return, best_steps = trainer.worker.best or (row["return_mean"], int(row["total_steps"]))
-        self._run.note(ended="finished", finished=now(), result=row, best=(best_return, best_steps))
+        self.run.note(ended="finished", finished=now(), result=row, best=(best_return, best_steps))
         try:
-            plot([self._run.path], self._run.path / "curve.png")
+            plot([self.run.path], self.run.path / "curve.png")
         except InputError as error:  # the run itself has succeeded
-            self._complain(str(error))
-        self._conclude(f"{self._run.about()['preset']}: {where_the_time_went(trainer.worker.ledger)}")
+            if self.is_quiet:
+                warnings.warn(str(error), RuntimeWarning, stacklevel=2)
+            else:
+                tell(str(error))
+        self._conclude(f"{self.run.about()['preset']}: {where_the_time_went(trainer.worker.ledger)}")
         self._conclude(
-            f"{self._run.about()['preset']}: return {row['return_mean']:.1f} ± {row['return_std']:.1f} over "
+            f"{self.run.about()['preset']}: return {row['return_mean']:.1f} ± {row['return_std']:.1f} over "
             f"{row['episodes']:.0f} episodes after {row['total_steps']:,.0f} total steps and {row['seconds']:.0f} s on "
-            f"{size} rank{'s' * (size > 1)}; best evaluation {best_return:.1f} at {best_steps:,}; see {self._run.path}"
+            f"{size} rank{'s' * (size > 1)}; best evaluation {best_return:.1f} at {best_steps:,}; see {self.run.path}"
         )
 
     def _conclude(self, text: str) -> None:
         """Prints a line of the result."""
-        if not self._is_quiet:
+        if not self.is_quiet:
             print(text, flush=True)
 
-    def _complain(self, text: str) -> None:
-        if self._is_quiet:
-            warnings.warn(text, RuntimeWarning, stacklevel=2)
-        else:
-            tell(text)
-
     def close(self) -> None:
-        self._display.close()
-        self._reports.close()
-        self._evaluations.close()
+        self.display.close()
+        self.reports.close()
+        self.evaluations.close()
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -99,7 +93,7 @@ class ChiefSession:
             with contextlib.suppress(OSError):
                 self.close()
             with contextlib.suppress(InputError, OSError):
-                self._run.note(ended=f"failed: {kind.__name__}: {error}", finished=now())
+                self.run.note(ended=f"failed: {kind.__name__}: {error}", finished=now())
 
 
 def where_the_time_went(ledger: Ledger) -> str:
@@ -109,35 +103,10 @@ def where_the_time_went(ledger: Ledger) -> str:
     return "time: " + ", ".join(f"{100 * seconds / ledger.seconds:.0f} % {name}" for name, seconds in parts)
 
 
-class NullProgress:
-    """The display of a run without output."""
-
-    def plan(self, rows: dict[str, str]) -> None:
-        pass
-
-    def update(self, row: Row) -> None:
-        pass
-
-    def evaluation(self, row: Row) -> None:
-        pass
-
-    def message(self, text: str) -> None:
-        pass
-
-    def close(self) -> None:
-        pass
-
-
-class NullSession:
+class NullSession(contextlib.nullcontext[None]):
     """The session of ranks other than the chief: shows and writes nothing."""
 
-    def __enter__(self) -> "NullSession":
-        return self
-
     def show(self, record: Record) -> None:
-        pass
-
-    def __exit__(self, *_: object) -> None:
         pass
 
 
@@ -186,7 +155,7 @@ def open_session(
     evaluations = Writers(
         CsvWriter(run.path / "evaluations.csv", EVALUATION_COLUMNS, evaluated), TensorBoardWriter(board / "evaluation")
     )
-    display = Progress(config.total_steps, open_stream()) if progress else NullProgress()
+    display = Progress(config.total_steps, open_stream() if progress else None)
     display.plan(trainer.worker.describe())
     if started_from is not None:
         display.message(f"Starting from the weights of {started_from}.")
@@ -195,4 +164,4 @@ def open_session(
         ended = f" The run had ended; it continues to {config.total_steps:,}." if snapshot.state.get("finished") else ""
         settings = f" Changed settings: {', '.join(changed)}." if changed else ""
         display.message(f"Resuming from {where}.{ended}{settings}")
-    return ChiefSession(run, trainer, reports, evaluations, display)
+    return ChiefSession(run, trainer, reports, evaluations, display, is_quiet=not progress)

@@ -6,7 +6,6 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 from time import time
-from typing import Protocol
 
 import numpy as np
 
@@ -14,15 +13,10 @@ from hvd_dqn.errors import InputError
 from hvd_dqn.training.ledger import COLUMNS, Row
 
 
-class Writer(Protocol):
-    def write(self, row: Row) -> None: ...
-    def close(self) -> None: ...
-
-
 class Writers:
     """Several writers as one."""
 
-    def __init__(self, *writers: Writer) -> None:
+    def __init__(self, *writers: "CsvWriter | TensorBoardWriter") -> None:
         self._writers = writers
 
     def write(self, row: Row) -> None:

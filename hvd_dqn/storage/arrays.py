@@ -140,10 +140,9 @@ def read_arrays(path: Path) -> dict[str, Rows]:
 
 def _header(member: Any) -> tuple[tuple[int, ...], np.dtype]:
     version = np.lib.format.read_magic(member)
-    if version not in ((1, 0), (2, 0)):
+    if version != (1, 0):
         raise ValueError(f"an array of format {version}, which write_arrays does not write")
-    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-    shape, fortran, dtype = read(member)
+    shape, fortran, dtype = np.lib.format.read_array_header_1_0(member)
     if dtype.hasobject:
         raise ValueError("an array of Python objects, which would need pickle")
     if fortran:

@@ -3,7 +3,6 @@
 import contextlib
 import json
 import shutil
-import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -47,17 +46,6 @@ class Snapshot(NamedTuple):
         except UNREADABLE as error:
             raise Damaged(f"the part of rank {rank} cannot be read ({type(error).__name__}: {error})") from None
 
-    def without_parts(self) -> "Snapshot":
-        """The weights alone: a run resumed from this fills a new replay."""
-        return self._replace(complete=False)
-
-
-class Saved(NamedTuple):
-    """Size of a checkpoint, and the time it took to write."""
-
-    bytes: int
-    seconds: float
-
 
 def rank_file(rank: int) -> str:
     return f"rank-{rank:05d}.json"
@@ -89,8 +77,6 @@ def load(path: Path) -> Snapshot:
             verify(path / name, files[name])
         arrays = {name: rows.read() for name, rows in read_arrays(path / MODEL).items()}
         state = json.loads((path / STATE).read_text())
-        if not isinstance(state, dict):
-            raise Damaged(f"{STATE} holds no object")
         return Snapshot(path, int(manifest["total_steps"]), ranks, complete, state, arrays, files)
     except FileNotFoundError as error:
         raise Damaged(f"{Path(error.filename).name} is missing") from None
@@ -141,13 +127,12 @@ class Checkpoints:
         part: Mapping[str, Any] | None = None,
         resumable: bool = True,
         best: int | None = None,
-    ) -> Saved:
-        """Writes a checkpoint. A collective. Raises JobError, on all ranks, if one of them cannot write.
+    ) -> int:
+        """Writes a checkpoint and returns its bytes. A collective. Raises JobError, on all ranks, if one cannot write.
 
         All ranks share `arrays` and `state` (JSON values), which the chief writes. `part` is a rank's own tree of both.
         A checkpoint that is not `resumable` is kept only as long as its total steps are `best`.
         """
-        began = time.perf_counter()
         target = self._directory / str(total_steps)
         self._together(target, lambda: self._prepare(target) if self._world.rank == 0 else None)
         files: dict[str, Entry] = {}
@@ -171,7 +156,7 @@ class Checkpoints:
         if self._world.rank == 0:
             with contextlib.suppress(OSError):  # what cannot be removed now is removed after the next checkpoint
                 self._prune(target, best)
-        return Saved(sum(entry.bytes for entry in files.values()), time.perf_counter() - began)
+        return sum(entry.bytes for entry in files.values())
 
     def _together(self, target: Path, action: Callable[[], T]) -> list[T]:
         """Does `action` on every rank. If one of them cannot write, all give up the checkpoint."""

@@ -8,12 +8,11 @@ import json
 import platform
 import shlex
 import sys
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from hvd_dqn.config import Config
+from hvd_dqn.config import Config, setting_names
 from hvd_dqn.config_files import load_file
 from hvd_dqn.errors import InputError
 from hvd_dqn.storage.arrays import write
@@ -109,18 +108,7 @@ def default_path(name: str) -> Path:
 
 def differing(old: Config, new: Config) -> list[str]:
     """The dotted names of the settings in which the two differ."""
-    flat_old, flat_new = (_flat(yaml.safe_load(config.to_yaml())) for config in (old, new))
-    return [name for name in flat_new if flat_old[name] != flat_new[name]]
-
-
-def _flat(tree: dict[str, Any]) -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in tree.items():
-        if isinstance(value, dict) and name != "kwargs":
-            flat |= {f"{name}.{inner}": v for inner, v in value.items()}
-        else:
-            flat[name] = value
-    return flat
+    return [name for name in setting_names() if attrgetter(name)(old) != attrgetter(name)(new)]
 
 
 def now() -> str:

@@ -3,9 +3,11 @@
 import math
 from contextlib import AbstractContextManager, nullcontext
 from time import perf_counter
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
+
+from hvd_dqn.ranks.world import World
 
 TIMERS = ("act", "env", "sample", "update", "communication", "evaluate", "save")
 # The same, with communication split into the time of the collectives and the wait for other ranks.
@@ -17,15 +19,6 @@ COLUMNS = (
 )  # fmt: skip
 
 Row = dict[str, float]  # by column; NaN if there was nothing to measure
-
-
-class Reducer(Protocol):
-    """The part of a world that the ledger uses: these collectives."""
-
-    @property
-    def size(self) -> int: ...
-    def sum(self, values: np.ndarray, /) -> np.ndarray: ...
-    def max(self, values: np.ndarray, /) -> np.ndarray: ...
 
 
 class Timer:
@@ -50,7 +43,7 @@ class Ledger:
     finished one.
     """
 
-    def __init__(self, world: Reducer) -> None:
+    def __init__(self, world: World) -> None:
         self._world = world
         self._timers = {name: Timer() for name in TIMERS}
         self._spent = dict.fromkeys(TIMED, 0.0)  # before the current window

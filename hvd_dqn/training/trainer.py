@@ -1,7 +1,9 @@
 """The training loop: the same program on one rank and on many."""
 
+import contextlib
 from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
+from time import perf_counter
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -67,7 +69,7 @@ class Trainer:
         worker, plan, world, ranks = self.worker, self.worker.plan, self.world, self.config.ranks
         # An elastic job survives the loss of ranks, which Horovod detects.
         silence_seconds = None if world.elastic else ranks.silence_seconds
-        with open_watchdog(world, silence_seconds, ranks.stall_seconds) as self.watchdog:
+        with contextlib.closing(open_watchdog(world, silence_seconds, ranks.stall_seconds)) as self.watchdog:
             self._broadcast()
             worker.learner.refresh()
             yield from self._begin()
@@ -228,9 +230,10 @@ class Trainer:
         worker, total_steps = self.worker, self.worker.plan.total_steps_after(cycle)
         self.watchdog.beat(f"a checkpoint at {total_steps:,} total steps")
         part = worker.part() if self.config.checkpoint.save_replay and not only_weights else None
+        began = perf_counter()
         try:
             with worker.ledger.timed("save"):
-                saved = checkpoints.save(
+                written = checkpoints.save(
                     total_steps,
                     worker.learner.state(),
                     worker.state(total_steps, finished),
@@ -247,7 +250,7 @@ class Trainer:
             return False
         if not only_weights:
             self._saved_at = total_steps
-            size = f"{saved.bytes / 1e6:,.1f} MB in {saved.seconds:.2f} s"
+            size = f"{written / 1e6:,.1f} MB in {perf_counter() - began:.2f} s"
             yield Record("message", {}, f"checkpoint at {total_steps:,} total steps: {size}")
         return True
 

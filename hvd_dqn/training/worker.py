@@ -61,7 +61,9 @@ class Worker:
         self.statistics, self.preprocess = make_statistics(config, self.envs), make_preprocess(config, self.envs)
         planned = self.plan.updates_after(self.plan.cycles - 1)
         self.learner = make_learner(config, self.envs, self.preprocess, world, self._rng(WEIGHTS), planned)
-        self.actor = Actor(self._acting_q_values, self.envs.actions, self._rng(ACTING), config.agent.epsilon_zeta)
+        self.actor = Actor(
+            self.learner.acting.q_values, self.envs.actions, self._rng(ACTING), config.agent.epsilon_zeta
+        )
         # A rank that joins need not share the available memory: its neighbours have allocated theirs already.
         self.replay = self._make_replay(self.plan.slots_per_env, sharers=1 if joins else world.local_size)
         self.ledger = Ledger(world)
@@ -97,9 +99,6 @@ class Worker:
             gamma=config.agent.gamma,
             sharers=sharers,
         )
-
-    def _acting_q_values(self, observation: np.ndarray) -> np.ndarray:
-        return self.learner.acting.q_values(observation)
 
     def _evaluated_q_values(self, observation: np.ndarray) -> np.ndarray:
         self._beat("evaluation")

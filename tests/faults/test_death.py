@@ -11,7 +11,7 @@ import pytest
 from tests.ranks import ROOT, horovodrun, processes_of, run, wait_until
 
 JOB = """
-import itertools, os, signal, sys, threading, time
+import contextlib, itertools, os, signal, sys, threading, time
 import numpy as np
 from hvd_dqn.ranks.connect import connect
 from hvd_dqn.ranks.placement import set_thread_defaults
@@ -26,7 +26,7 @@ def strike():
     print(f"struck at {time.time():.3f}", file=sys.stderr, flush=True)
     hangs.set() if fault == "hang" else os.kill(os.getpid(), signal.Signals[fault])
 
-with open_watchdog(world, silence_seconds=8.0, stall_seconds=8.0) as watchdog:
+with contextlib.closing(open_watchdog(world, silence_seconds=8.0, stall_seconds=8.0)) as watchdog:
     open(f"{folder}/rank-{world.rank}", "w").write(str(os.getpid()))
     if world.rank == culprit:
         threading.Timer(2.0, strike).start()

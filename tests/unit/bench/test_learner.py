@@ -24,8 +24,8 @@ def tiny(monkeypatch):
 
 
 def test_every_network_gets_positive_times_and_the_numbers_they_must_be_told_with():
-    result = json.loads(json.dumps(bench.measure_learner(Solo(), networks=("mlp", "cnn"), repeats=3)))
-    assert bench.render_learner(result).row_count == 2
+    result = json.loads(json.dumps(bench.measure(Solo(), networks=("mlp", "cnn"), repeats=3)))
+    assert bench.render(result).row_count == 2
     assert result["benchmark"] == "learner"
     assert (result["ranks"], result["repeats"]) == (1, 3)
     assert result["machine"]["cores"] >= 1
@@ -52,7 +52,7 @@ def test_a_measurement_is_divided_by_all_updates_it_took_and_the_slowest_rank_co
     mine = iter([1.0, 2.0, 1.0, 1.0, 3.0, 4.0, 1.0, 1.0, 30.0, 40.0, 1.0, 1.0])
     neighbour = np.array([[6.0, 1.0, 1.0, 8.0], [1.0, 1.0, 1.0, 8.0], [1.0, 1.0, 1.0, 8.0]])
     monkeypatch.setattr(bench, "seconds_of", lambda job, world: next(mine))
-    mlp, cnn = bench.measure_learner(SlowNeighbour(), networks=("mlp", "cnn"), repeats=3)["results"]
+    mlp, cnn = bench.measure(SlowNeighbour(), networks=("mlp", "cnn"), repeats=3)["results"]
     # The slowest rank took 6, 3 and 30 seconds alone, and 2, 4 and 40 with sampling, for 2 phases of 3 updates.
     assert mlp["microseconds_per_update"] == pytest.approx({"low": 4.5e6 / 6, "median": 6e6 / 6, "high": 18e6 / 6})
     assert mlp["microseconds_with_sampling"]["median"] == pytest.approx(4e6 / 6)

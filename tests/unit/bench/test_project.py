@@ -8,6 +8,7 @@ from hvd_dqn.bench import project as bench
 from hvd_dqn.bench import projection
 from hvd_dqn.bench.projection import Interconnect, Line, PhaseTime, at_batch, cost, efficiency
 from hvd_dqn.errors import InputError
+from hvd_dqn.ranks.world import Solo
 
 ORIGIN = {"commit": "0123456789", "machine": {"cpu": "a CPU", "cores": 64, "gpus": []}}
 INTERCONNECT = Interconnect(latency=20e-6, seconds_per_byte=1e-9, overhead=80e-6)
@@ -60,7 +61,7 @@ SCALING = {"benchmark": "scaling", **ORIGIN, "results": [job(1, 64, sync="none")
 
 
 def test_it_finds_the_model_again_that_made_the_measurements(files):
-    result = bench.project_efficiency("cartpole-16", 512, files=files(SCALING, allreduces()))
+    result = bench.measure(Solo(), "cartpole-16", 512, files=files(SCALING, allreduces()))
     assert result["fit"]["seconds_per_update"] == pytest.approx(PER_UPDATE._asdict(), rel=1e-6)
     assert result["fit"]["network"] == pytest.approx(INTERCONNECT._asdict(), rel=1e-3)
     assert [row["ranks"] for row in result["results"]] == [1, 2, 4, 8, 16, 32, 64, 128, 256, 512]
@@ -78,7 +79,7 @@ def test_what_checks_it_was_not_fitted_to(files):
     odd = job(2, 128, sync="none")  # the middle one of three batches
     odd["phase"]["seconds"] *= 2
     scaling = {"benchmark": "scaling", **ORIGIN, "results": [odd, late, job(2, 256), job(4, 64, oversubscribed=True)]}
-    result = bench.project_efficiency("cartpole-16", 512, files=files(scaling, slow))
+    result = bench.measure(Solo(), "cartpole-16", 512, files=files(scaling, slow))
     # Neither the fit of the batches nor that of the messages has seen any of these...
     assert result["fit"]["seconds_per_update"] == pytest.approx(PER_UPDATE._asdict(), rel=1e-6)
     assert result["fit"]["network"] == pytest.approx(INTERCONNECT._asdict(), rel=1e-3)
@@ -99,24 +100,22 @@ def test_phases_of_another_mixture_are_left_out(files):
     other = job(1, 256, sync="none", envs=8)
     other["phase"]["seconds"] = 1.0
     scaling = {"benchmark": "scaling", **ORIGIN, "results": [job(1, 64, sync="none"), job(2, 128), fewer, other]}
-    result = bench.project_efficiency("cartpole-16", 8, files=files(scaling, allreduces()))
+    result = bench.measure(Solo(), "cartpole-16", 8, files=files(scaling, allreduces()))
     assert result["fit"]["seconds_per_update"] == pytest.approx(PER_UPDATE._asdict(), rel=1e-6)
 
 
 def test_parameters_are_checked_with_jobs_that_averaged_parameters(files):
     scaling = {"benchmark": "scaling", **ORIGIN, "results": [*SCALING["results"], job(2, 64, sync="parameters")]}
-    result = bench.project_efficiency("cartpole-16", 8, sync="parameters", files=files(scaling, allreduces()))
+    result = bench.measure(Solo(), "cartpole-16", 8, sync="parameters", files=files(scaling, allreduces()))
     checks = [check for check in result["checks"] if check["unit"] == "%"]
-    assert len(bench.render_projection(result).renderables) == 3
+    assert len(bench.render(result).renderables) == 3
     assert [check["what"] for check in checks] == ["efficiency of 2 ranks, weak, batch 64"]
     assert checks[0]["error"] == pytest.approx(0, abs=0.1)
 
 
 def test_another_network_is_projected_but_the_measured_one_checked(files):
     given = files(SCALING, allreduces())
-    here, there = (
-        bench.project_efficiency("cartpole-16", 24, files=given, latency=latency) for latency in (None, 100.0)
-    )
+    here, there = (bench.measure(Solo(), "cartpole-16", 24, files=given, latency=latency) for latency in (None, 100.0))
     assert there["checks"] == here["checks"]
     assert [row["ranks"] for row in there["results"]] == [1, 2, 4, 8, 16, 24]
     assert there["network"]["latency"] == pytest.approx(100e-6)
@@ -149,11 +148,11 @@ def test_a_result_is_found_in_what_horovodrun_makes_of_it(tmp_path):
 )
 def test_files_that_do_not_suffice_are_refused(results, line, files):
     with pytest.raises(InputError, match=line):
-        bench.project_efficiency("cartpole-16", files=files(*results))
+        bench.measure(Solo(), "cartpole-16", 512, files=files(*results))
 
 
 def test_it_tells_where_and_with_which_code_it_was_measured(files):
-    result = bench.project_efficiency("cartpole-16", files=files(SCALING, allreduces() | {"commit": "abc"}))
+    result = bench.measure(Solo(), "cartpole-16", 512, files=files(SCALING, allreduces() | {"commit": "abc"}))
     assert (result["machine"], result["measured_at"]) == (ORIGIN["machine"], ["0123456789", "abc"])
 
 
@@ -161,17 +160,9 @@ def test_one_core_cannot_measure_two_ranks(monkeypatch):
     monkeypatch.setattr(bench, "check_launcher", lambda: None)
     monkeypatch.setattr(bench, "cores", lambda: 1)
     with pytest.raises(InputError, match=r"two ranks with a core each.*give --files"):
-        bench.project_efficiency("cartpole-16")
-
-
-@pytest.mark.parametrize("arguments", [{"ranks": 1}, {"latency": 0.0}, {"bandwidth": -1.0}, {"rounds": 0}])
-def test_numbers_without_a_meaning_are_refused(arguments):
-    with pytest.raises(
-        InputError, match="--ranks must be at least 2, --rounds at least 1, and --latency and --bandwidth above 0"
-    ):
-        bench.project_efficiency("cartpole-16", **arguments)
+        bench.measure(Solo(), "cartpole-16", 512)
 
 
 def test_a_file_that_is_none_is_refused(tmp_path):
     with pytest.raises(InputError, match=r"--files takes what `bench loop`.*nothing.json: .*No such file"):
-        bench.project_efficiency("cartpole-16", files=[tmp_path / "nothing.json"])
+        bench.measure(Solo(), "cartpole-16", 512, files=[tmp_path / "nothing.json"])

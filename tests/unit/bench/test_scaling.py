@@ -14,6 +14,7 @@ from hvd_dqn.bench import jobs as bench_jobs
 from hvd_dqn.bench import scaling as bench
 from hvd_dqn.errors import InputError, JobError
 from hvd_dqn.ranks.placement import LAUNCHER_VARIABLES
+from hvd_dqn.ranks.world import Solo
 from tests.ranks import wait_until
 
 # Steps per second, by the number of ranks and what they average; one of as many independent processes.
@@ -49,7 +50,7 @@ def started(monkeypatch):
 
 
 def test_efficiency_is_the_jobs_rate_over_the_sum_of_independent_processes(started):
-    result = bench.measure_scaling("cartpole-16", (1, 2, 4), scalings=("weak",), rounds=3)
+    result = bench.measure(Solo(), "cartpole-16", (1, 2, 4), scaling="weak", rounds=3)
     rows = result["results"]
     found = [(row["ranks"], row["sync"], row["efficiency"]["median"], row["oversubscribed"]) for row in rows]
     assert found == [
@@ -59,7 +60,7 @@ def test_efficiency_is_the_jobs_rate_over_the_sum_of_independent_processes(start
         (4, "gradients", 0.625, True),  # 200 / (4 * 80)
         (4, "parameters", 0.9375, True),
     ]
-    assert bench.render_scaling(result).row_count == 5
+    assert bench.render(result).row_count == 5
     assert rows[3]["independent_steps_per_second"]["median"] == 320
     shares = {"act": 0.05, "env": 0.05, "sample": 0.05, "update": 0.5, "communicate": 0.25, "idle": 0.1}
     assert [row["shares"] for row in rows] == [{}, *[pytest.approx(shares)] * 4]
@@ -67,12 +68,12 @@ def test_efficiency_is_the_jobs_rate_over_the_sum_of_independent_processes(start
 
 
 def test_they_take_turns_and_neither_always_goes_first(started):
-    bench.measure_scaling("cartpole-16", (2,), scalings=("weak",), syncs=("gradients",), rounds=4)
+    bench.measure(Solo(), "cartpole-16", (2,), scaling="weak", sync="gradients", rounds=4)
     assert [what for _, what, _ in started] == ["job", "independent", "independent", "job"] * 2
 
 
 def test_weak_keeps_the_case_and_strong_divides_it_and_both_work_as_long(started):
-    bench.measure_scaling("cartpole-16", (2,), syncs=("gradients",), total_steps=6_000, rounds=1)
+    bench.measure(Solo(), "cartpole-16", (2,), sync="gradients", total_steps=6_000, rounds=1)
     weak_job, weak_baseline, strong_job, strong_baseline = (words for _, _, words in started)
     assert weak_job == ["loop", "cartpole-16", "--sync", "gradients", "--total-steps", "12000"]
     assert weak_baseline == ["loop", "cartpole-16", "--total-steps", "6000"]
@@ -82,7 +83,7 @@ def test_weak_keeps_the_case_and_strong_divides_it_and_both_work_as_long(started
 
 
 def test_what_does_not_divide_is_left_out_by_name(started):
-    result = bench.measure_scaling("cartpole-zoo", (1, 2, 4), rounds=1)
+    result = bench.measure(Solo(), "cartpole-zoo", (1, 2, 4), rounds=1)
     assert result["left_out"] == ["2 ranks, strong", "4 ranks, strong"]  # the zoo has one environment
     assert {row["scaling"] for row in result["results"]} == {"weak"}
 
@@ -90,14 +91,14 @@ def test_what_does_not_divide_is_left_out_by_name(started):
 @pytest.mark.parametrize(
     ("arguments", "line"),
     [
-        (("cartpole-15",), "no case 'cartpole-15'. Did you mean `cartpole-16`"),
+        (("cartpole-15", (1, 2)), "no case 'cartpole-15'. Did you mean `cartpole-16`"),
         (("pixels", (0, 2)), r"--ranks and --rounds must be at least 1. Received: \[0, 2\] and 5"),
         (("pixels", (1, 2), 0), r"--total-steps must be at least 608.* Received: 0"),
     ],
 )
 def test_what_cannot_be_measured_is_refused_before_anything_starts(arguments, line, started):
     with pytest.raises(InputError, match=line):
-        bench.measure_scaling(*arguments[:2], total_steps=(*arguments, None, None)[2])
+        bench.measure(Solo(), *arguments[:2], total_steps=(*arguments, None)[2])
     assert started == []
 
 

@@ -204,13 +204,3 @@ def test_settings_in_force_leave_out_what_launchers_tell_their_own():
         "PATH": "/bin",
     }
     assert doctor.steering_variables(set_by_people | internal) == set_by_people
-
-
-def test_every_launcher_says_how_many_it_started():
-    for environ, expected in [
-        ({}, 1),
-        ({"OMPI_COMM_WORLD_SIZE": "4", "SLURM_STEP_NUM_TASKS": "1"}, 4),  # mpirun inside an srun of its daemons
-        ({"HOROVOD_SIZE": "2"}, 2),
-        ({"SLURM_STEP_NUM_TASKS": "8"}, 8),
-    ]:
-        assert doctor.launched_ranks(environ) == expected

@@ -124,7 +124,7 @@ def chief_of(hands: int, ends, silence: float, stall: float):
     chief, *others = worlds(1 + hands)
     with ThreadPoolExecutor() as pool:
         joining = [pool.submit(join, world) for world in others]
-        dog = ends.enter_context(Watchdog(chief, silence, stall))
+        dog = ends.enter_context(contextlib.closing(Watchdog(chief, silence, stall)))
         joined = [future.result() for future in joining]
     for hand in joined:
         ends.callback(hand.hang_up)
@@ -137,7 +137,7 @@ def rank_of_a_chief(ends, silence: float, stall: float = NEVER):
     chief, world = worlds(2)
     with ThreadPoolExecutor() as pool:
         leading = pool.submit(lead, chief)
-        dog = ends.enter_context(Watchdog(world, silence, stall))
+        dog = ends.enter_context(contextlib.closing(Watchdog(world, silence, stall)))
         hand = leading.result()
     ends.callback(hand.hang_up)
     return world, dog, hand
@@ -147,7 +147,7 @@ def both(chiefs_part, ranks_part, silence: float = 20.0, stall: float = NEVER) -
     """Two watchdogs, each with a main thread that does its part and then closes."""
 
     def run(world, part):
-        with Watchdog(world, silence, stall) as dog:
+        with contextlib.closing(Watchdog(world, silence, stall)) as dog:
             part(dog)
 
     pair = worlds(2)
@@ -487,8 +487,8 @@ def test_the_last_resort_ends_the_process_by_itself(monkeypatch):
 def test_a_process_alone_and_a_silence_of_none_watch_nobody():
     for watcher in (open_watchdog(Solo(), 1.0, 1.0), open_watchdog(worlds(2)[1], None, 1.0)):
         assert isinstance(watcher, NullWatchdog)
-        with watcher:
-            watcher.beat("cycle 1")
+        watcher.beat("cycle 1")
+        watcher.close()
 
 
 def test_asking_where_the_main_thread_is_never_hangs_the_process():

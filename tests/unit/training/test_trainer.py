@@ -435,7 +435,7 @@ def test_weights_that_could_not_be_written_are_not_the_best(tmp_path):
 def test_a_run_that_was_filling_its_replay_goes_on_filling_it(tmp_path):
     settings = config(evaluation={"target_return": None})
     play(settings, Solo(), tmp_path)
-    snapshot = Checkpoints(tmp_path, Solo()).newest(print).without_parts()
+    snapshot = Checkpoints(tmp_path, Solo()).newest(print)._replace(complete=False)
     longer = settings.model_copy(update={"total_steps": 1_920})
     resumed = Trainer(longer, Solo(), snapshot)
     assert resumed.worker.plan.learns_from == 960 + 240
@@ -517,7 +517,7 @@ def test_a_smaller_replay_is_dealt_the_newest_of_what_was_stored(tmp_path):
     snapshot = Checkpoints(tmp_path, Solo()).newest(print)
     trainer = Trainer(smaller, Solo(), snapshot)
     trainer.close()
-    assert trainer.worker.replay.slots == trainer.worker.plan.slots_per_env < 80
+    assert trainer.worker.replay.state()["slots"] == trainer.worker.plan.slots_per_env < 80
     assert "dropped" in trainer.worker.messages[0]
 
 
@@ -832,6 +832,9 @@ def test_a_rank_with_other_settings_does_not_join(tmp_path, monkeypatch):
 
         def furthest(self, held, total_steps):
             return (theirs, config(seed=1).digest()), True
+
+        def recovers_from(self, error):
+            return False
 
         def abort(self, reason):
             raise RunError(reason)
