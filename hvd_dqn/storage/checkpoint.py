@@ -1,6 +1,7 @@
 """Saves and finds checkpoints. A checkpoint exists when its manifest does."""
 
 import contextlib
+import itertools
 import json
 import shutil
 from collections.abc import Callable, Mapping
@@ -63,12 +64,15 @@ def load(path: Path) -> Snapshot:
     try:
         manifest = json.loads((path / MANIFEST).read_text())
         ranks, complete = int(manifest["ranks"]), bool(manifest["complete"])
+        if ranks < 1:
+            raise Damaged(f"its manifest names {ranks} ranks")
         files = {str(name): Entry(int(e["bytes"]), str(e["sha256"])) for name, e in manifest["files"].items()}
         for name in files:
             if Path(name).name != name:
                 raise Damaged(f"its manifest names {name!r}, which lies outside of it")
-        parts = [f(r) for r in range(ranks) for f in (rank_file, lambda rank: replay_file(rank, ranks))]
-        for name in [MODEL, STATE, *(parts if complete else [])]:
+        # Not a list: a damaged manifest may claim more ranks than fit into memory.
+        parts = (name for rank in range(ranks) for name in (rank_file(rank), replay_file(rank, ranks)))
+        for name in itertools.chain([MODEL, STATE], parts if complete else []):
             if name not in files:
                 raise Damaged(f"its manifest does not name {name}")
             if (path / name).stat().st_size != files[name].bytes:

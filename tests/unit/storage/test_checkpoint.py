@@ -232,6 +232,15 @@ def test_a_manifest_of_any_json_is_damaged_or_sound(tmp_path_factory, name, valu
     Checkpoints(path.parent.parent, Solo()).newest(lambda text: None)
 
 
+@pytest.mark.parametrize(("ranks", "line"), [(2**60, "does not name replay-00000-of-"), (0, "0 ranks"), (-1, "-1 ranks")])
+def test_a_manifest_of_an_impossible_number_of_ranks_is_damaged_at_once(ranks, line, tmp_path):
+    path = save(tmp_path)
+    manifest = json.loads((path / MANIFEST).read_text())
+    (path / MANIFEST).write_text(json.dumps({**manifest, "ranks": ranks}))
+    with pytest.raises(Damaged, match=line):
+        load(path)
+
+
 @given(st.binary(max_size=200))
 def test_a_manifest_of_any_bytes_is_damaged(tmp_path_factory, content):
     path = save(tmp_path_factory.mktemp("fuzz"))
