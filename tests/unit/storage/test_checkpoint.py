@@ -232,7 +232,9 @@ def test_a_manifest_of_any_json_is_damaged_or_sound(tmp_path_factory, name, valu
     Checkpoints(path.parent.parent, Solo()).newest(lambda text: None)
 
 
-@pytest.mark.parametrize(("ranks", "line"), [(2**60, "does not name replay-00000-of-"), (0, "0 ranks"), (-1, "-1 ranks")])
+@pytest.mark.parametrize(
+    ("ranks", "line"), [(2**60, "does not name replay-00000-of-"), (0, "0 ranks"), (-1, "-1 ranks")]
+)
 def test_a_manifest_of_an_impossible_number_of_ranks_is_damaged_at_once(ranks, line, tmp_path):
     path = save(tmp_path)
     manifest = json.loads((path / MANIFEST).read_text())
