@@ -101,10 +101,9 @@ class Learner:
         self._world, self._passes = world, passes
         self._averages_parameters = sync == "parameters"
         self._max_gradient_norm = max_gradient_norm
-        optimizer = Adam(epsilon=adam_epsilon, jit_compile=False)
-        # Horovod: the wrapper makes a new optimizer, so wrap before `build`. Slots must exist before the broadcast.
-        self.optimizer = optimizer if self._averages_parameters else world.wrap(optimizer, compression)
-        self.optimizer.build(self.online.variables)
+        self.optimizer = Adam(self.online.variables, epsilon=adam_epsilon)
+        # Horovod: its `compute_gradients` averages over ranks.
+        self._averaging = self.optimizer if self._averages_parameters else world.wrap(self.optimizer, compression)
         if xla is None:
             parameters = sum(math.prod(variable.shape) for variable in self.online.variables)
             xla = isinstance(self.online, NumpyMlp) and parameters <= XLA_PARAMETERS and planned >= XLA_UPDATES
@@ -121,7 +120,7 @@ class Learner:
         parts = {
             "online": self.online.variables,
             "target": self.target.variables,
-            "optimizer": self.optimizer.variables,
+            "optimizer": self.optimizer.state,
         }
         if self.acting is not self.online:
             parts["acting"] = self.acting.variables
@@ -243,7 +242,7 @@ class Learner:
                 scalar = tf.add_n([tf.reduce_sum(g * v) for g, v in zip(means, variables, strict=True)])
         # These two calls are the body of `minimize`. Horovod: the first one averages. `tape.gradient` and
         # `apply_gradients` would silently skip the averaging.
-        averaged = self.optimizer.compute_gradients(scalar, variables, tape)
+        averaged = self._averaging.compute_gradients(scalar, variables, tape)
         gradients = [gradient for gradient, _ in averaged]
         # From this rank's gradient to the average of all.
         seconds = tf.cast(time_after(gradients) - tape.ready, tf.float32) if isinstance(tape, StampedTape) else 0.0
@@ -259,7 +258,7 @@ class Learner:
             return tf.stack(Sums(*(0.0,) * len(Sums._fields))._replace(allreduce_seconds=seconds, **values))
 
         def apply() -> tf.Tensor:
-            self.optimizer.apply_gradients(averaged)
+            self._averaging.apply_gradients(averaged)
             return sums(loss=loss, mean_q=mean_q, gradient_norm=norm)
 
         def skip() -> tf.Tensor:
@@ -322,8 +321,7 @@ class Learner:
 
     def _average_parameters(self, skipped: tf.Tensor) -> list[tf.Tensor]:
         """Averages the number `skipped` [] too, so that it needs no message of its own."""
-        slots = [v for v in self.optimizer.variables if v.dtype.is_floating]
-        variables = [*self.online.variables, *slots]
+        variables = [*self.online.variables, *(slot for slots in self.optimizer.slots for slot in slots)]
         mean_skipped, *means = self._world.average([skipped, *variables])
         for variable, mean in zip(variables, means, strict=True):
             variable.assign(mean)

@@ -4,6 +4,7 @@ import importlib
 import itertools
 import math
 import random
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -235,14 +236,12 @@ def build_network(
 def _keras_network(
     name: str, preprocess: Preprocess, actions: int, objective: Objective, rng: np.random.Generator
 ) -> Network:
-    # The weights follow from `rng`. The caller's own random generators stay as they were.
-    states = random.getstate(), np.random.get_state()  # noqa: NPY002
-    tf.keras.utils.set_random_seed(int(rng.integers(2**31)))
-    try:
-        model = _call_builder(name, preprocess.input_shape, actions)
-    finally:
-        random.setstate(states[0])
-        np.random.set_state(states[1])  # noqa: NPY002
+    """A network around the user's model, of Keras 3 on TensorFlow or of tf_keras."""
+    model = _call_builder(name, preprocess.input_shape, actions, int(rng.integers(2**31)))
+    # Keras 3 wraps TensorFlow's variables, or arrays of another backend.
+    variables = [v if isinstance(v, tf.Variable) else v.value for v in model.trainable_variables]
+    if not all(isinstance(variable, tf.Variable) for variable in variables):
+        raise InputError(f"The model of {name} runs on another backend than TensorFlow. Unset KERAS_BACKEND.")
     if model.non_trainable_variables:
         raise InputError(
             f"The model of {name} has variables that are not trained ({model.non_trainable_variables[0].name}, ...). "
@@ -252,10 +251,10 @@ def _keras_network(
         raise InputError(
             f"The model of {name} has losses of its own (a regularizer's). DQN's loss has none of them: leave them out."
         )
-    return Network(model.trainable_variables, model, preprocess, objective)
+    return Network(variables, model, preprocess, objective)
 
 
-def _call_builder(name: str, input_shape: Shape, actions: int) -> Any:
+def _call_builder(name: str, input_shape: Shape, actions: int, seed: int) -> Any:
     module, function = name.split(":", 1)
     try:
         builder = getattr(importlib.import_module(module), function)
@@ -263,8 +262,16 @@ def _call_builder(name: str, input_shape: Shape, actions: int) -> Any:
         raise InputError(
             f"--agent.network {name} cannot be imported: {error}. Expected: an importable module:function."
         ) from None
-    model = builder(input_shape, actions)
-    if not isinstance(model, tf.keras.Model):
+    # The weights follow from `seed`. The caller's own random generators stay as they were.
+    states = random.getstate(), np.random.get_state()  # noqa: NPY002
+    try:
+        for keras in _loaded_keras():
+            keras.utils.set_random_seed(seed)
+        model = builder(input_shape, actions)
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])  # noqa: NPY002
+    if not any(isinstance(model, keras.Model) for keras in _loaded_keras()):
         raise InputError(
             f"{name}(observation_shape, actions) must return a keras.Model. Received: {type(model).__name__}."
         )
@@ -275,6 +282,11 @@ def _call_builder(name: str, input_shape: Shape, actions: int) -> Any:
             f"action. Received: an output of shape {tuple(out.shape)} for B = 1."
         )
     return model
+
+
+def _loaded_keras() -> list[Any]:
+    """The Keras that TensorFlow itself uses, and tf_keras if the user's module has imported it."""
+    return [tf.keras, *filter(None, [sys.modules.get("keras"), sys.modules.get("tf_keras")])]
 
 
 def _initial(shapes: Sequence[Shape], rng: np.random.Generator) -> np.ndarray:

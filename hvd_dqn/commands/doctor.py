@@ -15,9 +15,11 @@ from rich.table import Table
 from rich.text import Text
 
 from hvd_dqn import __version__
+from hvd_dqn.agent.optimizer import Adam
 from hvd_dqn.bench.allreduce import time_allreduce
 from hvd_dqn.bench.results import count
 from hvd_dqn.commands.options import JsonOptions, parse
+from hvd_dqn.graphs import DenseTape, Graph
 from hvd_dqn.ranks.lockstep import in_step
 from hvd_dqn.ranks.placement import launched_ranks
 from hvd_dqn.ranks.world import World
@@ -63,6 +65,7 @@ def _describe_rank(world: World) -> dict[str, Any]:
         "versions": versions(),
         "horovod": world.describe(),
         "settings": steering_variables(os.environ),
+        "averaged": _step(world),
     }
 
 
@@ -91,6 +94,23 @@ def _time_allreduce(world: World, floats: int) -> dict[str, float]:
     return {"bytes": 4 * floats, **microseconds, "megabytes_per_second": found["bytes_per_second"] / 1e6}
 
 
+def _step(world: World) -> tuple[float, float]:
+    """One step of the optimizer on the gradient rank + 1: the averaged gradient, and the weight. A collective."""
+    weight = tf.Variable([0.0])
+    adam = Adam([weight], epsilon=1e-7)
+    averaging = world.wrap(adam, "none")
+
+    def step() -> list[tf.Tensor]:
+        with DenseTape() as tape:
+            loss = (world.rank + 1.0) * tf.reduce_sum(weight)
+        averaged = averaging.compute_gradients(loss, [weight], tape)
+        averaging.apply_gradients(averaged)
+        return [averaged[0][0][0], weight[0]]
+
+    gradient, stepped = Graph(step)()
+    return float(gradient), float(stepped)
+
+
 Ranks = Sequence[dict[str, Any]]
 
 
@@ -115,8 +135,17 @@ def _no_horovod(ranks: Ranks) -> Iterator[str]:
         yield f"A single process works, but several ranks need {' and '.join(missing)}: run launch/setup.sh."
     elif "horovod_error" in ranks[0]["horovod"]:
         yield (
-            "Horovod is installed but cannot be loaded. It must be built after TensorFlow and against it: "
-            f"run launch/setup.sh. The error: {ranks[0]['horovod']['horovod_error']}"
+            "Horovod is installed but cannot be used. It must be built after TensorFlow and against it: "
+            f"run launch/setup.sh. The reason: {ranks[0]['horovod']['horovod_error']}"
+        )
+
+
+def _no_averaging(ranks: Ranks) -> Iterator[str]:
+    expected = (ranks[0]["size"] + 1) / 2
+    if any(rank["averaged"][0] != expected for rank in ranks) or len({rank["averaged"][1] for rank in ranks}) > 1:
+        yield (
+            f"Horovod does not average gradients: the mean of 1 to {ranks[0]['size']} is {expected}, and the ranks received "
+            f"{', '.join(str(rank['averaged'][0]) for rank in ranks[:8])}. Weights would differ. Run launch/setup.sh again."
         )
 
 
@@ -172,6 +201,7 @@ def _different_versions(ranks: Ranks) -> Iterator[str]:
 CHECKS: tuple[Callable[[Ranks], Iterator[str]], ...] = (
     _unconnected_ranks,
     _no_horovod,
+    _no_averaging,
     _shared_cores,
     _shared_gpu,
     _no_nccl,

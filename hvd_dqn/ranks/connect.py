@@ -6,6 +6,7 @@ import sys
 from typing import NoReturn
 
 from hvd_dqn.errors import InputError
+from hvd_dqn.loading import load_tensorflow
 from hvd_dqn.ranks.placement import (
     check_restart,
     gpu_conflict,
@@ -14,7 +15,7 @@ from hvd_dqn.ranks.placement import (
     set_communication_defaults,
     srun_tasks,
 )
-from hvd_dqn.ranks.world import HorovodWorld, Solo, World, mpi_size
+from hvd_dqn.ranks.world import HorovodWorld, Solo, World, horovod_misfit, mpi_rank_and_size
 
 
 def connect() -> World:
@@ -25,17 +26,17 @@ def connect() -> World:
     set_communication_defaults()
     if is_elastic():
         check_restart()
+        _check_horovod(int(os.environ["HOROVOD_RANK"]))
         # Other ranks may be training already, and a collective would mix with theirs. So work alone until then.
         return Solo(int(os.environ["HOROVOD_RANK"]))
-    under_gloo = "HOROVOD_GLOO_RENDEZVOUS_ADDR" in os.environ
-    size = int(os.environ["HOROVOD_SIZE"]) if under_gloo else mpi_size()
+    if "HOROVOD_GLOO_RENDEZVOUS_ADDR" in os.environ:
+        rank, size = int(os.environ["HOROVOD_RANK"]), int(os.environ["HOROVOD_SIZE"])
+    else:
+        rank, size = mpi_rank_and_size()
     if size == 1:
         _refuse_unconnected_tasks()
         return Solo()
-    if importlib.util.find_spec("horovod") is None:
-        raise InputError(
-            f"{size} ranks need Horovod, which is not installed: run launch/setup.sh, or start one process."
-        )
+    _check_horovod(rank)
     world = HorovodWorld()
     # Every rank asks: hosts may have different builds of Horovod, but all ranks must decide alike.
     places = world.gather((world.describe()["nccl_built"], world.hostname, world.gpu))
@@ -44,6 +45,15 @@ def connect() -> World:
         if conflict:
             _refuse(conflict, world.rank)
     return world
+
+
+def _check_horovod(rank: int) -> None:
+    if importlib.util.find_spec("horovod") is None:
+        _refuse("Several ranks need Horovod, which is not installed: run launch/setup.sh, or start one process.", rank)
+    load_tensorflow()
+    misfit = horovod_misfit()
+    if misfit is not None:
+        _refuse(f"Horovod does not fit this TensorFlow: {misfit}. Run launch/setup.sh again.", rank)
 
 
 def _refuse_unconnected_tasks() -> None:

@@ -2,6 +2,7 @@
 
 import functools
 import importlib.util
+import json
 import os
 import socket
 import sys
@@ -33,7 +34,7 @@ class World(Protocol):
     changed: bool  # this rank knows that they will
 
     def wrap(self, optimizer: Any, compression: str) -> Any:
-        """A Keras optimizer whose `compute_gradients` averages over ranks. Wrap before `build`."""
+        """Returns the `tf.compat.v1.train.Optimizer` so that its `compute_gradients` averages over ranks."""
 
     def broadcast(self, variables: Sequence[Any]) -> None:
         """Overwrites the variables of all ranks with the chief's."""
@@ -176,11 +177,9 @@ class HorovodWorld:
         threading.excepthook = lambda args: die(args.exc_type, args.exc_value, args.exc_traceback)
 
     def wrap(self, optimizer: Any, compression: str) -> Any:
-        from horovod.tensorflow.keras import DistributedOptimizer
-
         kind = self._hvd.Compression.fp16 if compression == "fp16" else self._hvd.Compression.none
         # Horovod: `groups=1` sends all gradients of an update as one message.
-        wrapped = DistributedOptimizer(optimizer, groups=1, compression=kind, op=self._hvd.Average)
+        wrapped = self._hvd.DistributedOptimizer(optimizer, groups=1, compression=kind, op=self._hvd.Average)
         # Horovod: it makes a tf.function of the averaging, and autograph reads its source: seconds of every start.
         # Generic names: tensor names depend on how often a rank has traced, and ranks that join have traced less often.
         average = wrapped._allreduce_grads.python_function
@@ -259,20 +258,39 @@ class HorovodWorld:
 
 
 def _horovod_build() -> dict[str, Any]:
-    """What Horovod was built with; the error if it is installed but cannot be loaded."""
+    """How Horovod was built; the reason if it is installed but cannot be used."""
     if importlib.util.find_spec("horovod") is None:
         return {}
-    try:
-        import horovod.tensorflow as hvd
-    except Exception as error:  # a library that no longer fits may raise anything
-        return {"horovod_error": " ".join(str(error).split())}
+    misfit = horovod_misfit()
+    if misfit is not None:
+        return {"horovod_error": misfit}
+    import horovod.tensorflow as hvd
+
     return {name: bool(getattr(hvd, name)()) for name in ("mpi_built", "gloo_built", "nccl_built", "cuda_built")}
 
 
-def mpi_size() -> int:
-    """The number of ranks of the MPI job this process belongs to; starts MPI. Raises InputError without mpi4py."""
+def horovod_misfit() -> str | None:
+    """Why the installed Horovod cannot be used, in one line; None if it can. It fits only the TensorFlow it was built with."""
+    import tensorflow as tf
+
+    package = importlib.util.find_spec("horovod")
+    assert package is not None
+    assert package.submodule_search_locations
+    try:
+        about = json.loads((Path(package.submodule_search_locations[0]) / "metadata.json").read_text())
+        built = about["tensorflow"]
+        if built != tf.__version__:
+            return f"it was built with TensorFlow {built}, but TensorFlow {tf.__version__} is installed"
+        import horovod.tensorflow  # noqa: F401
+    except Exception as error:  # a library that no longer fits raises errors of any kind
+        return f"{type(error).__name__}: {' '.join(str(error).split())}"
+    return None
+
+
+def mpi_rank_and_size() -> tuple[int, int]:
+    """This process's place among the ranks of its MPI job; starts MPI. Raises InputError without mpi4py."""
     if importlib.util.find_spec("mpi4py") is None:
         raise InputError("A job of several ranks needs mpi4py, which is not installed: run launch/setup.sh.")
     from mpi4py import MPI
 
-    return MPI.COMM_WORLD.size
+    return MPI.COMM_WORLD.rank, MPI.COMM_WORLD.size

@@ -44,12 +44,12 @@ class Evaluator:
         played = [self._play(mine[i : i + self._envs.copies], round) for i in range(0, len(mine), self._envs.copies)]
         returns = np.concatenate([r for r, _ in played]) if played else np.zeros(0)
         lengths = np.concatenate([n for _, n in played]) if played else np.zeros(0)
-        count, total, length = self._world.sum(np.array([len(returns), returns.sum(), lengths.sum()]))
+        count, total, length = self._world.sum(np.array([len(returns), returns.sum(), lengths.sum()])).tolist()
         mean = total / max(count, 1)
-        (squares,) = self._world.sum(np.array([np.square(returns - mean).sum()]))
+        (squares,) = self._world.sum(np.array([np.square(returns - mean).sum()])).tolist()
         highest, lowest, stopped = self._world.max(
             np.array([returns.max(initial=-np.inf), (-returns).max(initial=-np.inf), float(self._stop())])
-        )
+        ).tolist()
         if stopped:
             return None
         return {

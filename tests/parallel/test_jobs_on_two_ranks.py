@@ -1,8 +1,10 @@
 """Whole jobs on two real ranks: they learn, refuse, stop and resume together."""
 
+import importlib.util
 import json
 import re
 import time
+from pathlib import Path
 
 import pytest
 
@@ -88,7 +90,7 @@ def test_the_timeline_tells_of_every_averaged_update_and_the_end_where_the_time_
         (["train", "identity", "--learner.batch_sise", "3"], r"Did you mean `--learner.batch-size`"),
         (
             ["train", "identity", "--ranks.scaling", "strong", "--env.envs_per_rank", "3"],
-            r"multiple of their number.*3 on 2",
+            r"multiple of the number of ranks.*3 on 2",
         ),
         (["train", "identity", "--run_dir", "/proc/no/run"], r"Cannot write the run directory"),
         (["evaluate", "nothing"], r"nothing is no run"),
@@ -110,6 +112,27 @@ def test_ranks_started_with_different_settings_are_refused(tmp_path):
     assert done.returncode == 2, done.stderr
     assert re.search(r"hvd-dqn: The ranks were started with different settings: ranks \[1\] differ", done.stderr)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("built", "module", "line"),
+    [
+        ("2.9.0", "", r"it was built with TensorFlow 2\.9\.0, but TensorFlow \S+ is installed\."),
+        (None, "raise ImportError('undefined symbol: _ZN10')", r"ImportError: undefined symbol: _ZN10\."),
+    ],
+)
+def test_a_horovod_that_does_not_fit_is_said_once_with_the_cure(built, module, line, tmp_path):
+    real = Path(importlib.util.find_spec("horovod").origin).with_name("metadata.json")
+    about = {"tensorflow": built or json.loads(real.read_text())["tensorflow"]}
+    (tmp_path / "horovod/tensorflow").mkdir(parents=True)
+    (tmp_path / "horovod/__init__.py").touch()
+    (tmp_path / "horovod/tensorflow/__init__.py").write_text(module)
+    (tmp_path / "horovod/metadata.json").write_text(json.dumps(about))
+    command = ["mpirun", "--allow-run-as-root", "-np", "2", "-x", "PYTHONPATH", "hvd-dqn", "train", "identity"]
+    done = run(command, PYTHONPATH=f"{tmp_path}:{ROOT}")
+    assert done.returncode == 2, done.stderr
+    (said,) = [text for text in done.stderr.splitlines() if "hvd-dqn: " in text]
+    assert re.search(f"hvd-dqn: Horovod does not fit this TensorFlow: {line} Run launch/setup.sh again", said)
 
 
 BREAKING = """

@@ -48,9 +48,10 @@ def keras_model_with_batch_statistics(observation_shape, actions):
 def keras_model_with_embedding(observation_shape, actions):
     layers = tf.keras.layers
     inputs = tf.keras.Input(observation_shape)
-    numbers = tf.cast(tf.clip_by_value(tf.abs(inputs) * 3, 0, 7), tf.int32)
-    features = layers.Flatten()(layers.Embedding(8, 3)(numbers))
-    return tf.keras.Model(inputs, layers.Dense(actions)(layers.Dense(5, "relu")(inputs) + layers.Dense(5)(features)))
+    numbers = layers.Lambda(lambda x: tf.cast(tf.clip_by_value(tf.abs(x) * 3, 0, 7), tf.int32))(inputs)
+    features = layers.Dense(5)(layers.Flatten()(layers.Embedding(8, 3)(numbers)))
+    both = layers.Add()([layers.Dense(5, "relu")(inputs), features])
+    return tf.keras.Model(inputs, layers.Dense(actions)(both))
 
 
 def keras_model_with_a_regularizer(observation_shape, actions):

@@ -28,6 +28,7 @@ def rank(number=0, size=2, **differs):
         "versions": VERSIONS,
         "horovod": {"mpi_built": True, "nccl_built": False},
         "settings": {},
+        "averaged": ((size + 1) / 2, -1e-3),
         **differs,
     }
 
@@ -64,6 +65,8 @@ def test_healthy_ranks_have_no_problem():
         ([rank(0, 1, versions=without("horovod"))], "several ranks need horovod", "launch/setup.sh"),
         ([rank(0, 1, versions=without("mpi4py"))], "several ranks need mpi4py", "launch/setup.sh"),
         ([rank(0, 1, horovod={"horovod_error": "undefined symbol"})], "undefined symbol", "launch/setup.sh"),
+        ([rank(0, averaged=(1, -1e-3)), rank(1, averaged=(2, -1e-3))], "does not average gradients", "launch/setup.sh"),
+        ([rank(0), rank(1, averaged=(1.5, 1e-3))], "does not average gradients", "launch/setup.sh"),
         ([rank(0, threads=2), rank(1, threads=2)], "2 ranks on one run 4 threads on 2 cores", "INTRAOP_THREADS to 1"),
         ([rank(0, cores=[1]), rank(1, cores=[1])], "run 2 threads on 1 core ", "start fewer ranks"),
         ([rank(0, threads=2), rank(1, threads=1)], "run 3 threads on 2 cores", "mpirun --bind-to none"),
@@ -100,7 +103,7 @@ def test_a_process_alone_is_examined_without_talking_to_anyone():
     (only,) = report["ranks"]
     assert (only["rank"], only["size"], only["launched"]) == (0, 1, 1)
     assert len(only["cores"]) >= 1
-    assert only["versions"]["tensorflow"].startswith("2.15.")
+    assert only["versions"]["tensorflow"].startswith("2.")
     assert report["allreduce"] == []
     text = shown(report)
     assert re.search(r"^0/1 .* CPU +none +none +none", text, re.MULTILINE)
@@ -125,6 +128,9 @@ def test_the_slowest_rank_counts_in_each_allreduce(monkeypatch):
 
         def gather(self, value):
             return [value, {**value, "rank": 1}]
+
+        def wrap(self, optimizer, compression):
+            return optimizer
 
         def max(self, values):
             return np.full(values.shape, 3e-4)
