@@ -242,9 +242,9 @@ def _keras_network(
     variables = [v if isinstance(v, tf.Variable) else v.value for v in model.trainable_variables]
     if not all(isinstance(variable, tf.Variable) for variable in variables):
         raise InputError(f"The model of {name} runs on another backend than TensorFlow. Unset KERAS_BACKEND.")
-    if model.non_trainable_variables:
+    if model.non_trainable_weights:  # unlike `non_trainable_variables`, without the states of random generators
         raise InputError(
-            f"The model of {name} has variables that are not trained ({model.non_trainable_variables[0].name}, ...). "
+            f"The model of {name} has variables that are not trained ({model.non_trainable_weights[0].name}, ...). "
             "Batch statistics would differ between ranks: use LayerNormalization instead of BatchNormalization."
         )
     if model.losses:

@@ -1,6 +1,7 @@
 """`hvd-dqn doctor`: checks that machine, libraries and ranks work together, and says how to fix what does not."""
 
 import json
+import math
 import os
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -98,6 +99,7 @@ def _step(world: World) -> tuple[float, float]:
     """One step of the optimizer on the gradient rank + 1: the averaged gradient, and the weight. A collective."""
     weight = tf.Variable([0.0])
     adam = Adam([weight], epsilon=1e-7)
+    adam.learning_rate.assign(1e-3)
     averaging = world.wrap(adam, "none")
 
     def step() -> list[tf.Tensor]:
@@ -142,10 +144,12 @@ def _no_horovod(ranks: Ranks) -> Iterator[str]:
 
 def _no_averaging(ranks: Ranks) -> Iterator[str]:
     expected = (ranks[0]["size"] + 1) / 2
-    if any(rank["averaged"][0] != expected for rank in ranks) or len({rank["averaged"][1] for rank in ranks}) > 1:
+    averages, weights = zip(*(rank["averaged"] for rank in ranks), strict=True)
+    # Horovod multiplies the sum by 1 / size, which is exact for some sizes only.
+    if not all(math.isclose(average, expected, rel_tol=1e-5) for average in averages) or len(set(weights)) > 1:
         yield (
             f"Horovod does not average gradients: the mean of 1 to {ranks[0]['size']} is {expected}, and the ranks received "
-            f"{', '.join(str(rank['averaged'][0]) for rank in ranks[:8])}. Weights would differ. Run launch/setup.sh again."
+            f"{', '.join(map(str, averages[:8]))}. Weights would differ. Delete .venv and run launch/setup.sh."
         )
 
 

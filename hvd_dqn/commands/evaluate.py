@@ -3,9 +3,9 @@
 import json
 from collections.abc import Sequence
 
+from hvd_dqn.commands.loading import loading
 from hvd_dqn.commands.options import EvaluateOptions, parse
 from hvd_dqn.errors import tell
-from hvd_dqn.loading import load_tensorflow, loading
 from hvd_dqn.ranks.lockstep import in_step
 from hvd_dqn.ranks.world import World
 from hvd_dqn.storage.run_directory import Run
@@ -16,7 +16,6 @@ def run(arguments: Sequence[str], world: World) -> None:
     directory = Run(options.run_dir)
     # Bad input should not have to wait for TensorFlow, which the job imports.
     config = world.gather(in_step(world, lambda: directory.config() if world.rank == 0 else None))[0]
-    load_tensorflow()
     with loading():
         from hvd_dqn import job
 

@@ -68,7 +68,7 @@ class NoOptions(Options):
 
 
 class JsonOptions(Options):
-    """Checks every rank: what it runs on, what is wrong and how to mend it, how long all-reduces take."""
+    """Checks every rank: what it runs on, what is wrong and how to fix it, how long all-reduces take."""
 
     as_json: bool = setting(False, "print one JSON object", alias="json")
 

@@ -2,11 +2,11 @@
 
 import importlib.util
 import os
+import socket
 import sys
 from typing import NoReturn
 
 from hvd_dqn.errors import InputError
-from hvd_dqn.loading import load_tensorflow
 from hvd_dqn.ranks.placement import (
     check_restart,
     gpu_conflict,
@@ -15,7 +15,7 @@ from hvd_dqn.ranks.placement import (
     set_communication_defaults,
     srun_tasks,
 )
-from hvd_dqn.ranks.world import HorovodWorld, Solo, World, horovod_misfit, mpi_rank_and_size
+from hvd_dqn.ranks.world import HorovodWorld, Solo, World, horovod_misfit, mpi_in_step, mpi_size
 
 
 def connect() -> World:
@@ -26,17 +26,18 @@ def connect() -> World:
     set_communication_defaults()
     if is_elastic():
         check_restart()
-        _check_horovod(int(os.environ["HOROVOD_RANK"]))
+        _check_horovod()
         # Other ranks may be training already, and a collective would mix with theirs. So work alone until then.
         return Solo(int(os.environ["HOROVOD_RANK"]))
-    if "HOROVOD_GLOO_RENDEZVOUS_ADDR" in os.environ:
-        rank, size = int(os.environ["HOROVOD_RANK"]), int(os.environ["HOROVOD_SIZE"])
-    else:
-        rank, size = mpi_rank_and_size()
+    under_gloo = "HOROVOD_GLOO_RENDEZVOUS_ADDR" in os.environ
+    size = int(os.environ["HOROVOD_SIZE"]) if under_gloo else mpi_size()
     if size == 1:
         _refuse_unconnected_tasks()
         return Solo()
-    _check_horovod(rank)
+    if under_gloo:
+        _check_horovod()
+    else:
+        mpi_in_step(_check_horovod)
     world = HorovodWorld()
     # Every rank asks: hosts may have different builds of Horovod, but all ranks must decide alike.
     places = world.gather((world.describe()["nccl_built"], world.hostname, world.gpu))
@@ -47,13 +48,17 @@ def connect() -> World:
     return world
 
 
-def _check_horovod(rank: int) -> None:
+def _check_horovod() -> None:
+    """Raises InputError if this rank cannot use Horovod: it may be installed differently on each host."""
     if importlib.util.find_spec("horovod") is None:
-        _refuse("Several ranks need Horovod, which is not installed: run launch/setup.sh, or start one process.", rank)
-    load_tensorflow()
+        raise InputError(
+            "Several ranks need Horovod, which is not installed: run launch/setup.sh, or start one process."
+        )
     misfit = horovod_misfit()
     if misfit is not None:
-        _refuse(f"Horovod does not fit this TensorFlow: {misfit}. Run launch/setup.sh again.", rank)
+        raise InputError(
+            f"Horovod on {socket.gethostname()} does not fit this TensorFlow: {misfit}. Delete .venv and run launch/setup.sh."
+        )
 
 
 def _refuse_unconnected_tasks() -> None:

@@ -101,7 +101,7 @@ def compute_concurrently() -> None:
 def _set_threads(kind: str, count: int) -> None:
     """Sets a number of threads, unless an environment variable was set when this process began.
 
-    Has no effect after TensorFlow has computed. Under Gloo it has, because Horovod gathers with TensorFlow there.
+    Has no effect after TensorFlow has computed. Under Gloo it has computed by then: Horovod gathers with TensorFlow there.
     """
     name = f"TF_NUM_{kind.upper()}OP_THREADS"
     if name in ORIGINAL_ENVIRONMENT:

@@ -8,7 +8,7 @@ import socket
 import sys
 import threading
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, NoReturn, Protocol
@@ -287,10 +287,26 @@ def horovod_misfit() -> str | None:
     return None
 
 
-def mpi_rank_and_size() -> tuple[int, int]:
-    """This process's place among the ranks of its MPI job; starts MPI. Raises InputError without mpi4py."""
+def mpi_size() -> int:
+    """The number of ranks of the MPI job this process belongs to; starts MPI. Raises InputError without mpi4py."""
     if importlib.util.find_spec("mpi4py") is None:
         raise InputError("A job of several ranks needs mpi4py, which is not installed: run launch/setup.sh.")
     from mpi4py import MPI
 
-    return MPI.COMM_WORLD.rank, MPI.COMM_WORLD.size
+    return MPI.COMM_WORLD.size
+
+
+def mpi_in_step(check: Callable[[], None]) -> None:
+    """Runs `check` on every rank before there is a world. If some raise InputError, all end; rank 0 says the first reason."""
+    from mpi4py import MPI
+
+    complaint = None
+    try:
+        check()
+    except InputError as error:
+        complaint = str(error)
+    complaints = [each for each in MPI.COMM_WORLD.allgather(complaint) if each is not None]
+    if complaints and MPI.COMM_WORLD.rank == 0:
+        raise InputError(complaints[0])
+    if complaints:
+        sys.exit(2)

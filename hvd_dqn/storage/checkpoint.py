@@ -81,6 +81,8 @@ def load(path: Path) -> Snapshot:
             verify(path / name, files[name])
         arrays = {name: rows.read() for name, rows in read_arrays(path / MODEL).items()}
         state = json.loads((path / STATE).read_text())
+        if not isinstance(state, dict):
+            raise Damaged(f"{STATE} holds no object")
         return Snapshot(path, int(manifest["total_steps"]), ranks, complete, state, arrays, files)
     except FileNotFoundError as error:
         raise Damaged(f"{Path(error.filename).name} is missing") from None

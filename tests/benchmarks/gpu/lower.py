@@ -51,7 +51,7 @@ def main(folder: Path) -> None:
         learner = Learner(
             partial(network, case, preprocess), preprocess, OBJECTIVE, Solo(), xla=True, max_gradient_norm=10.0
         )
-        function = tf.function(learner._take_updates, jit_compile=True, autograph=False)
+        function = tf.function(learner._run_phase, jit_compile=True, autograph=False)
         batch = [tf.constant(x) for x in arguments(case)]
         (folder / f"{name}.hlo").write_bytes(function.experimental_get_compiler_ir(*batch)(stage="hlo_serialized"))
         np.save(folder / f"{weights(name)}.npy", learner.online.variables[0].numpy())
