@@ -1,6 +1,7 @@
 """Collectives by Horovod and MPI, or no-ops in a single process. No other module calls either library."""
 
 import functools
+import importlib
 import importlib.util
 import json
 import os
@@ -270,19 +271,19 @@ def _horovod_build() -> dict[str, Any]:
 
 
 def horovod_misfit() -> str | None:
-    """Why the installed Horovod cannot be used, in one line; None if it can. It fits only the TensorFlow it was built with."""
-    import tensorflow as tf
-
+    """Why the installed Horovod cannot be used, in one line; None if it can. It fits the TensorFlow it was built with."""
     package = importlib.util.find_spec("horovod")
     assert package is not None
-    assert package.submodule_search_locations
+    assert package.origin
     try:
-        about = json.loads((Path(package.submodule_search_locations[0]) / "metadata.json").read_text())
-        built = about["tensorflow"]
-        if built != tf.__version__:
+        import tensorflow as tf
+
+        metadata = Path(package.origin).with_name("metadata.json")  # written by Horovod's own build
+        built = json.loads(metadata.read_text())["tensorflow"] if metadata.exists() else tf.__version__
+        if built.split(".")[:2] != tf.__version__.split(".")[:2]:
             return f"it was built with TensorFlow {built}, but TensorFlow {tf.__version__} is installed"
-        import horovod.tensorflow  # noqa: F401
-    except Exception as error:  # a library that no longer fits raises errors of any kind
+        importlib.import_module("horovod.tensorflow")
+    except Exception as error:  # a library that no longer fits raises errors of any kind, and no rank may leave alone
         return f"{type(error).__name__}: {' '.join(str(error).split())}"
     return None
 

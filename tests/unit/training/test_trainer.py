@@ -677,7 +677,10 @@ def test_environments_that_cannot_be_put_back_end_their_episodes_in_the_replay(t
     longer = settings.model_copy(update={"total_steps": 1_920})
     records, resumed = play(longer, Solo(), tmp_path, Checkpoints(tmp_path, Solo()).newest(print))
     assert "12 of 12 environments start new episodes" in records[0].text
-    count = lambda agent: int(np.count_nonzero(agent.replay.arrays()["step_types"] == TRUNCATED))  # noqa: E731
+
+    def count(worker):
+        return int(np.count_nonzero(worker.replay.arrays()["step_types"] == TRUNCATED))
+
     assert count(trainer.worker) == 0  # CartPole is never truncated so early
     assert count(resumed.worker) > 0
 
