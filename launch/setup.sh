@@ -7,7 +7,7 @@ set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)
 venv=$root/.venv
 logs=$venv/setup-logs
-supported="3.10 and 3.11"
+supported="3.10 to 3.13"
 gpu=${HVD_DQN_GPU:-$(cat "$venv/.gpu" 2>/dev/null || echo 0)} # what .venv was made for, unless said
 child=
 PATH=${PATH//"$venv/bin:"/} # an activated .venv must not be made from itself
@@ -20,7 +20,7 @@ version_of() { "$1" -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/de
 case "$*" in
     "") ;;
     --gpu) gpu=1 ;;
-    *) say "usage: [PYTHON=python3.11] $0 [--gpu]"; exit 2 ;;
+    *) say "usage: [PYTHON=python3.12] $0 [--gpu]"; exit 2 ;;
 esac
 
 # Without job control a child ignores Ctrl-C, so end it, and the compilers under it, by its process group.
@@ -72,14 +72,14 @@ run() {
 }
 
 find_python() {
-    local candidate candidates=(python3.11 python3.10 python3) version
+    local candidate candidates=(python3.12 python3.11 python3.13 python3.10 python3) version
     [ -z "${PYTHON:-}" ] || candidates=("$PYTHON")
     python="" seen=""
     for candidate in "${candidates[@]}"; do
         # Run it: pyenv puts shims on PATH for versions that are not active, and they fail.
         version=$(version_of "$candidate") || continue
         case $version in
-            3.10 | 3.11) python=$candidate python_version=$version; return ;;
+            3.1[0-3]) python=$candidate python_version=$version; return ;;
             *) seen+=" $candidate is $version." ;;
         esac
     done
@@ -87,12 +87,16 @@ find_python() {
 
 # What a ready .venv was made from; it is ready only as long as this stays the same.
 mpi_found() { command -v mpirun && mpirun --version 2>/dev/null; }
+compat=$root/launch/horovod-compat
 stamp() { { cat "$root"/launch/{setup.sh,constraints.txt} "$root/setup.cfg"; echo "$root $gpu"; mpi_found; } | sha256sum; }
-horovod_stamp() { { grep -E '^(horovod|tensorflow)' "$root/launch/constraints.txt"; echo "$python_version $gpu"; mpi_found; } | sha256sum; }
+horovod_stamp() {
+    { grep -E '^tensorflow' "$root/launch/constraints.txt"; cat "$root/launch/horovod.txt"; find "$compat" -type f -exec cat {} +
+        echo "$python_version $gpu ${CXX:-c++}"; mpi_found; "${CXX:-c++}" --version | sed -n 1p; } | sha256sum
+}
 
 venv_is_sound() {
     local version
-    version=$(version_of "$venv/bin/python") && [[ $version =~ ^3\.1[01]$ && ${gpu} == $(cat "$venv/.gpu" 2>/dev/null || echo 0) ]] \
+    version=$(version_of "$venv/bin/python") && [[ $version =~ ^3\.1[0-3]$ && ${gpu} == $(cat "$venv/.gpu" 2>/dev/null || echo 0) ]] \
         && [[ -z ${PYTHON:-} || $(version_of "$PYTHON") == "$version" ]] \
         && grep -qsF "$venv" "$venv/bin/activate" && "$venv/bin/python" -c 'import pip' 2>/dev/null # false where it was moved
 }
@@ -121,8 +125,8 @@ find_python
 if [ -z "$python" ] && [ -z "$seen${PYTHON:-}" ]; then
     packages+=(python3 python3-venv)
 elif [ -z "$python" ]; then
-    stop "Python $supported are supported (TensorFlow 2.15 has no later one, Gymnasium 1.4 no earlier one)." \
-        "Found: ${seen:-$PYTHON does not run.}" "Install one of the two, or name it: PYTHON=/path/to/python3.11 $0"
+    stop "Python $supported are supported (TensorFlow 2.21 has no later one, Gymnasium 1.4 no earlier one)." \
+        "Found: ${seen:-$PYTHON does not run.}" "Install one of them, or name it: PYTHON=/path/to/python3.12 $0"
 elif ! "$python" -c 'import ensurepip, venv' 2>/dev/null; then
     packages+=("python$python_version-venv")
 fi
@@ -150,8 +154,8 @@ if [ ${#packages[@]} -gt 0 ]; then
     logs=$venv/setup-logs
     hash -r
     find_python
-    [ -n "$python" ] || stop "Python $supported are supported, and this system's package manager has neither.$seen" \
-        "Install one of the two and name it: PYTHON=/path/to/python3.11 $0"
+    [ -n "$python" ] || stop "Python $supported are supported, and this system's package manager has none of them.$seen" \
+        "Install one of them and name it: PYTHON=/path/to/python3.12 $0"
 fi
 mpirun --version >/dev/null 2>&1 || stop "\`mpirun --version\` fails ($(command -v mpirun)): repair this MPI, or take it off PATH."
 say "      $(command -v "$python") $python_version, $(command -v mpirun): $(mpirun --version 2>/dev/null | sed -n 1p)"
@@ -197,12 +201,15 @@ else
     # pip would reuse a Horovod that was once built for another MPI or TensorFlow: keep one wheel cache per combination.
     cache=()
     if where=$(python -m pip cache dir 2>/dev/null); then cache=(--cache-dir "$where/hvd_dqn-${built:0:16}"); fi
-    # Made for the compilers of 2023: it asks for CMake 2.8, which CMake 4 refuses unless told otherwise, and leaves out headers
-    # that GCC 13 no longer includes by itself.
+    # Its source is from 2023 and stays as it is. It asks for CMake 2.8, which CMake 4 refuses unless told otherwise. It leaves
+    # out headers that GCC 13 no longer includes by itself, and includes headers of TensorFlow that later releases moved.
+    headers=$(echo "$venv"/lib/python3*/site-packages/tensorflow/include)/external
     run horovod env "MAKEFLAGS=${MAKEFLAGS:--j$(nproc)}" CMAKE_POLICY_VERSION_MINIMUM=3.5 \
-        "CXXFLAGS=${CXXFLAGS:-} -include cstdint -include stdexcept -include string" \
+        "CXXFLAGS=${CXXFLAGS:-} -include cstdint -include stdexcept -include string \
+-I$headers/highwayhash -I$headers/farmhash_archive/src -I$compat" \
         HOROVOD_WITH_TENSORFLOW=1 HOROVOD_WITH_MPI=1 HOROVOD_WITH_GLOO=1 HOROVOD_WITHOUT_PYTORCH=1 HOROVOD_WITHOUT_MXNET=1 \
-        "${install[@]}" -v --no-build-isolation --no-deps --force-reinstall ${cache[@]+"${cache[@]}"} horovod
+        python -m pip install -v --no-build-isolation --no-deps --force-reinstall ${cache[@]+"${cache[@]}"} \
+        --require-hashes -r launch/horovod.txt
 fi
 
 # ---- 5. Proof ----
