@@ -24,9 +24,12 @@ def __getattr__(name: str) -> Any:
     """Imports on first use: TensorFlow takes seconds, and NumPy's number of threads must be set before its import."""
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from hvd_dqn.loading import load_tensorflow
     from hvd_dqn.ranks.placement import thread_defaults
 
     with thread_defaults():
+        if _HOMES[name] in ("hvd_dqn.api", "hvd_dqn.job"):
+            load_tensorflow()
         module = importlib.import_module(_HOMES[name])
     globals()[name] = value = module if name in _MODULES else getattr(module, name)
     return value

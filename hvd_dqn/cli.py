@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from hvd_dqn import __version__
 from hvd_dqn.errors import InputError, JobError, RunError, nearest, tell
+from hvd_dqn.loading import load_tensorflow, loading
 from hvd_dqn.ranks.placement import is_elastic, set_thread_defaults
 
 if TYPE_CHECKING:  # it imports NumPy, whose number of threads must be set first
@@ -46,7 +47,6 @@ def main() -> None:
 
 def run_command(argv: Sequence[str]) -> None:
     """Runs the command in `argv`, given without the program's name. Raises SystemExit if the exit code is not 0."""
-    from hvd_dqn.commands.loading import loading
     from hvd_dqn.commands.train import stop_request
     from hvd_dqn.ranks.connect import connect
     from hvd_dqn.ranks.lockstep import in_step
@@ -79,6 +79,8 @@ def run_command(argv: Sequence[str]) -> None:
 
 
 def find_command(name: str) -> "Callable[[Sequence[str], World], None]":
+    if name == "doctor":  # the others import it after they have read their options
+        load_tensorflow()
     if name in COMMANDS:
         run: Callable[[Sequence[str], World], None] = importlib.import_module(f"hvd_dqn.commands.{name}").run
         return run

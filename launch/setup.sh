@@ -100,7 +100,12 @@ venv_is_sound() {
         && [[ -z ${PYTHON:-} || $(version_of "$PYTHON") == "$version" ]] \
         && grep -qsF "$venv" "$venv/bin/activate" && "$venv/bin/python" -c 'import pip' 2>/dev/null # false where it was moved
 }
-ready() { [ -f "$venv/.ready" ] && venv_is_sound && [ "$(cat "$venv/.ready")" = "$(stamp)" ]; }
+# Another TensorFlow that somebody has installed since: Horovod works with the pinned one alone.
+other_tensorflow() {
+    find "$venv"/lib -maxdepth 3 \( -name 'tensorflow-*.dist-info' -o -name 'tensorflow_cpu-*.dist-info' \) \
+        ! -name "*-$(sed -n 's/^tensorflow==//p' "$root/launch/constraints.txt").dist-info" 2>/dev/null
+}
+ready() { [ -f "$venv/.ready" ] && venv_is_sound && [ "$(cat "$venv/.ready")" = "$(stamp)" ] && [ -z "$(other_tensorflow)" ]; }
 done_already() { say "set-up: nothing to do, .venv is ready"; exit 0; }
 
 ! ready || done_already
@@ -187,6 +192,7 @@ cd "$root"
 # A package whose installation was cut off has no INSTALLER yet, but pip would take it for installed.
 find "$venv"/lib -maxdepth 4 -name '*.dist-info' ! -exec test -e '{}/INSTALLER' ';' -prune -exec rm -r {} +
 run build-tools "${install[@]}" setuptools wheel
+[ -z "$(other_tensorflow)" ] || run other-tensorflow python -m pip uninstall -y tensorflow tensorflow-cpu
 [ "$gpu" = 0 ] && kind=cpu || kind=gpu
 # The second line is what Horovod and its build import.
 run packages "${install[@]}" --no-build-isolation -e ".[$kind,box2d,dev]" mpi4py \

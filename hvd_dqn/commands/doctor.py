@@ -149,7 +149,7 @@ def _no_averaging(ranks: Ranks) -> Iterator[str]:
     if not all(math.isclose(average, expected, rel_tol=1e-5) for average in averages) or len(set(weights)) > 1:
         yield (
             f"Horovod does not average gradients: the mean of 1 to {ranks[0]['size']} is {expected}, and the ranks received "
-            f"{', '.join(map(str, averages[:8]))}. Weights would differ. Delete .venv and run launch/setup.sh."
+            f"{', '.join(map(str, averages[:8]))}. Weights would differ. Run launch/setup.sh again."
         )
 
 

@@ -3,9 +3,9 @@
 import json
 from collections.abc import Sequence
 
-from hvd_dqn.commands.loading import loading
 from hvd_dqn.commands.options import EvaluateOptions, parse
 from hvd_dqn.errors import tell
+from hvd_dqn.loading import load_tensorflow, loading
 from hvd_dqn.ranks.lockstep import in_step
 from hvd_dqn.ranks.world import World
 from hvd_dqn.storage.run_directory import Run
@@ -17,6 +17,7 @@ def run(arguments: Sequence[str], world: World) -> None:
     # Bad input should not have to wait for TensorFlow, which the job imports.
     config = world.gather(in_step(world, lambda: directory.config() if world.rank == 0 else None))[0]
     with loading():
+        load_tensorflow()
         from hvd_dqn import job
 
     config = in_step(world, lambda: job.evaluation_settings(config, options.episodes, options.seed, options.epsilon))

@@ -5,10 +5,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from hvd_dqn.commands.loading import loading
 from hvd_dqn.commands.options import TrainOptions, read_settings
 from hvd_dqn.config import Config
 from hvd_dqn.errors import InputError
+from hvd_dqn.loading import load_tensorflow, loading
 from hvd_dqn.ranks.lockstep import in_step
 from hvd_dqn.ranks.placement import is_elastic
 from hvd_dqn.ranks.signals import StopRequest
@@ -27,6 +27,7 @@ def run(arguments: Sequence[str], world: World) -> None:
     in_step(world, lambda: _check_timeline(options, world))
 
     with loading():
+        load_tensorflow()
         from hvd_dqn import job  # imports TensorFlow; bad input is reported before
 
     if options.elastic:

@@ -7,6 +7,7 @@ import sys
 from typing import NoReturn
 
 from hvd_dqn.errors import InputError
+from hvd_dqn.loading import load_tensorflow
 from hvd_dqn.ranks.placement import (
     check_restart,
     gpu_conflict,
@@ -54,10 +55,11 @@ def _check_horovod() -> None:
         raise InputError(
             "Several ranks need Horovod, which is not installed: run launch/setup.sh, or start one process."
         )
+    load_tensorflow()
     misfit = horovod_misfit()
     if misfit is not None:
         raise InputError(
-            f"Horovod on {socket.gethostname()} does not fit this TensorFlow: {misfit}. Delete .venv and run launch/setup.sh."
+            f"Horovod on {socket.gethostname()} does not fit this TensorFlow: {misfit}. Run launch/setup.sh again."
         )
 
 

@@ -103,7 +103,13 @@ def take(step: Step) -> dict[str, Any]:
         about = step.read(said) if passed else " / ".join((said + done.stderr).strip().splitlines()[-3:])
     except Exception as error:  # of whatever kind: the other steps still tell something
         said, passed, about = "", False, f"{type(error).__name__}: {error}"
-    row = {"step": step.name, "command": " ".join(step.command), "passed": passed, "result": about, "output": said[-4_000:]}
+    row = {
+        "step": step.name,
+        "command": " ".join(step.command),
+        "passed": passed,
+        "result": about,
+        "output": said[-4_000:],
+    }
     print(f"| {step.name} | {'yes' if passed else 'NO'} | {time.monotonic() - began:.0f} s | {about} |", flush=True)
     return row | {"seconds": time.monotonic() - began}
 
@@ -125,7 +131,9 @@ def main() -> None:
     names = gpus()
     # One GPU is one rank's; without any, two ranks share the cores.
     ranks = len(names) or 2
-    print(f"{', '.join(names) or 'no GPU'}; {platform.processor() or platform.machine()}, Python {platform.python_version()}\n")
+    print(
+        f"{', '.join(names) or 'no GPU'}; {platform.processor() or platform.machine()}, Python {platform.python_version()}\n"
+    )
     print("| check | passed | time | result |\n|---|---|---|---|", flush=True)
     with tempfile.TemporaryDirectory() as folder:
         rows = [take(step) for step in steps(ranks, Path(folder)) if ranks > 1 or "ranks" not in step.name]

@@ -132,7 +132,7 @@ def test_a_horovod_that_does_not_fit_is_said_once_with_the_cure(built, module, l
     done = run(command, PYTHONPATH=f"{tmp_path}:{ROOT}")
     assert done.returncode == 2, done.stderr
     (said,) = [text for text in done.stderr.splitlines() if "hvd-dqn: " in text]
-    assert re.search(f"hvd-dqn: Horovod on \\S+ does not fit this TensorFlow: {line} Delete .venv and run", said)
+    assert re.search(f"hvd-dqn: Horovod on \\S+ does not fit this TensorFlow: {line} Run launch/setup.sh again", said)
 
 
 BREAKING = """

@@ -8,7 +8,7 @@ import re
 import pytest
 import yaml
 
-from hvd_dqn.commands.loading import loading
+from hvd_dqn.loading import loading
 from hvd_dqn.reporting.plots import read_run
 from tests.ranks import run
 
