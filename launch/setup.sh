@@ -100,12 +100,15 @@ venv_is_sound() {
         && [[ -z ${PYTHON:-} || $(version_of "$PYTHON") == "$version" ]] \
         && grep -qsF "$venv" "$venv/bin/activate" && "$venv/bin/python" -c 'import pip' 2>/dev/null # false where it was moved
 }
-# Another TensorFlow that somebody has installed since: Horovod works with the pinned one alone.
-other_tensorflow() {
-    find "$venv"/lib -maxdepth 3 \( -name 'tensorflow-*.dist-info' -o -name 'tensorflow_cpu-*.dist-info' \) \
-        ! -name "*-$(sed -n 's/^tensorflow==//p' "$root/launch/constraints.txt").dist-info" 2>/dev/null
+# Packages of another version than the pinned one: somebody installed them since.
+replaced() {
+    find "$venv"/lib -maxdepth 3 -name '*.dist-info' -printf '%f\n' 2>/dev/null | awk -F- '
+        function same(name) { gsub(/[.-]/, "_", name); return tolower(name) }
+        NR == FNR { if (split($0, pin, "==") == 2) pinned[same(pin[1])] = pin[2]; next }
+        { sub(/[.]dist-info$/, "") }
+        same($1) in pinned && $2 != pinned[same($1)] { print $1 " " $2 " for " pinned[same($1)] }' "$root/launch/constraints.txt" -
 }
-ready() { [ -f "$venv/.ready" ] && venv_is_sound && [ "$(cat "$venv/.ready")" = "$(stamp)" ] && [ -z "$(other_tensorflow)" ]; }
+ready() { [ -f "$venv/.ready" ] && venv_is_sound && [ "$(cat "$venv/.ready")" = "$(stamp)" ] && [ -z "$(replaced)" ]; }
 done_already() { say "set-up: nothing to do, .venv is ready"; exit 0; }
 
 ! ready || done_already
@@ -192,7 +195,11 @@ cd "$root"
 # A package whose installation was cut off has no INSTALLER yet, but pip would take it for installed.
 find "$venv"/lib -maxdepth 4 -name '*.dist-info' ! -exec test -e '{}/INSTALLER' ';' -prune -exec rm -r {} +
 run build-tools "${install[@]}" setuptools wheel
-[ -z "$(other_tensorflow)" ] || run other-tensorflow python -m pip uninstall -y tensorflow tensorflow-cpu
+# Whatever pip installs here later keeps to the pins, too. An address, since pip takes a path with blanks for two.
+python -c 'import pathlib, sys; print("[install]\nconstraint =", pathlib.Path(sys.argv[1]).resolve().as_uri())' launch/constraints.txt >"$venv/pip.conf"
+replaced | sed 's/^/      replaced since: /' >&2
+# tensorflow and tensorflow-cpu have the same files: one beside the other must go before either is installed again.
+case $(replaced) in *tensorflow*) run other-tensorflow python -m pip uninstall -y tensorflow tensorflow-cpu ;; esac
 [ "$gpu" = 0 ] && kind=cpu || kind=gpu
 # The second line is what Horovod and its build import.
 run packages "${install[@]}" --no-build-isolation -e ".[$kind,box2d,dev]" mpi4py \
@@ -208,10 +215,11 @@ else
     cache=()
     if where=$(python -m pip cache dir 2>/dev/null); then cache=(--cache-dir "$where/hvd_dqn-${built:0:16}"); fi
     # Its source is from 2023 and stays as it is. It asks for CMake 2.8, which CMake 4 refuses unless told otherwise. It leaves
-    # out headers that GCC 13 no longer includes by itself, and includes headers of TensorFlow that later releases moved.
+    # out headers that GCC 13 no longer includes by itself, includes headers of TensorFlow that later releases moved, and brings
+    # a span that GCC 14 and clang refuse: horovod-compat/ has what is missing.
     headers=$(echo "$venv"/lib/python3*/site-packages/tensorflow/include)/external
     run horovod env "MAKEFLAGS=${MAKEFLAGS:--j$(nproc)}" CMAKE_POLICY_VERSION_MINIMUM=3.5 \
-        "CXXFLAGS=${CXXFLAGS:-} -include cstdint -include stdexcept -include string \
+        "CXXFLAGS=${CXXFLAGS:-} -include cstdint -include stdexcept -include string -DFLATBUFFERS_USE_STD_SPAN \
 -I$headers/highwayhash -I$headers/farmhash_archive/src -I$compat" \
         HOROVOD_WITH_TENSORFLOW=1 HOROVOD_WITH_MPI=1 HOROVOD_WITH_GLOO=1 HOROVOD_WITHOUT_PYTORCH=1 HOROVOD_WITHOUT_MXNET=1 \
         python -m pip install -v --no-build-isolation --no-deps --force-reinstall ${cache[@]+"${cache[@]}"} \
@@ -237,8 +245,15 @@ hvd.init(comm=MPI.COMM_WORLD)
 library = MPI.Get_library_version().strip().split(',')[0]
 assert '$mpi_version' in library, f'mpi4py runs on {library}, mpirun is $mpi_version'
 assert MPI.COMM_WORLD.size == hvd.size() == 2, f'size is {MPI.COMM_WORLD.size} in mpi4py, {hvd.size()} in Horovod, expected 2'
-total = float(hvd.allreduce(tf.constant(hvd.rank() + 1.0), op=hvd.Sum))
-assert total == 3, f'1 + 2 = {total}'
+# Averaging has been known to do nothing, without a word: gradients of 2 and 4 take 3 from both ranks' weight.
+weight = tf.Variable(10.0)
+optimizer = hvd.DistributedOptimizer(tf.compat.v1.train.GradientDescentOptimizer(1.0))
+@tf.function
+def step():
+    loss = lambda: weight * (2.0 * hvd.rank() + 2.0)
+    optimizer.apply_gradients(optimizer.compute_gradients(loss, [weight]))
+step()
+assert weight.numpy() == 7, f'an averaged step gave {weight.numpy()}, expected 7'
 print(f'rank {hvd.rank()} of {hvd.size()}: mpi4py and Horovod agree on {library}')
 "
 horovod_stamp >"$venv/.horovod"

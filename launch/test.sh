@@ -6,6 +6,9 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 ./launch/setup.sh
 export PATH=$PWD/.venv/bin:$PATH
+# Environments that tests/fields trains on, and whoever only trains does not need.
+python -c 'import ale_py, highway_env, icu_sepsis, minatar, minigrid, mujoco' 2>/dev/null \
+    || python -m pip install --quiet --no-build-isolation -e '.[envs]'
 export TF_CPP_MIN_LOG_LEVEL=${TF_CPP_MIN_LOG_LEVEL:-2}
 
 set -x

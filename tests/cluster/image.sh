@@ -12,7 +12,8 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 # What the image is made from, and how it is joined to others. All other code has tests of its own.
 parts=(.dockerignore docker/{Dockerfile,cluster.sh,compose.yaml,entrypoint.sh,ssh_config,sshd_config}
-    launch/{constraints.txt,horovod.txt,setup.sh} pyproject.toml setup.cfg)
+    launch/{constraints.txt,horovod.txt,setup.sh} launch/horovod-compat/{span,tensorflow/compiler/xla/client/xla_builder.h}
+    pyproject.toml setup.cfg)
 passed=docker/PASSED
 image=localhost/hvd-dqn
 base='' cold='' dry_run=''
