@@ -53,20 +53,25 @@ def test_every_requirement_is_pinned_once():
 
 
 def test_unsupported_python_is_answered_with_the_supported_ones(project, tmp_path):
-    for name in ["python3.10", "python3.11"]:  # as pyenv's shims do for versions that are not active
+    for name in [
+        "python3.10",
+        "python3.11",
+        "python3.12",
+        "python3.13",
+    ]:  # as pyenv's shims do for versions that are not active
         write_script(tmp_path / "bin" / name, f"echo '{name}: command not found' >&2; exit 127")
-    write_script(tmp_path / "bin" / "python3", "echo 3.12")
+    write_script(tmp_path / "bin" / "python3", "echo 3.14")
     done = run(project / "launch" / "setup.sh", env={"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}"})
     assert done.returncode == 1
-    assert "Python 3.10 and 3.11 are supported" in done.stderr
-    assert "python3 is 3.12" in done.stderr
+    assert "Python 3.10 to 3.13 are supported" in done.stderr
+    assert "python3 is 3.14" in done.stderr
     assert not (project / ".venv").exists()
 
 
 def test_a_chosen_python_that_does_not_run_is_named(project):
     done = run(project / "launch" / "setup.sh", env={"PYTHON": "/nowhere/python3.11"})
     assert done.returncode == 1
-    assert "Python 3.10 and 3.11 are supported" in done.stderr
+    assert "Python 3.10 to 3.13 are supported" in done.stderr
     assert "/nowhere/python3.11 does not run" in done.stderr
 
 
@@ -131,3 +136,26 @@ def test_setup_of_a_ready_venv_does_nothing():
     done = run(ROOT / "launch" / "setup.sh")
     assert (done.returncode, done.stderr) == (0, "set-up: nothing to do, .venv is ready\n")
     assert (ROOT / ".venv" / ".ready").stat().st_mtime_ns == before
+
+
+@pytest.mark.skipif(not (ROOT / ".venv" / ".ready").exists(), reason="no .venv made by launch/setup.sh")
+def test_pip_in_the_venv_keeps_to_the_pins():
+    done = run(ROOT / ".venv" / "bin" / "pip", "install", "--dry-run", "numpy==1.26.4")
+    assert done.returncode != 0 and "numpy==1.26.4" in done.stderr
+
+
+def test_a_package_that_was_replaced_is_told_and_the_setup_repeated(project, tmp_path):
+    fake = write_script(
+        tmp_path / "python",
+        'case "$*" in *print\\(*sys*) echo 3.12 ;; *" -e "*) exit 1 ;; esac',
+    )
+    venv = project / ".venv"
+    (venv / "bin").mkdir(parents=True)
+    (venv / "bin" / "activate").write_text(str(venv))
+    (venv / "bin" / "python").symlink_to(fake)
+    for name in ["numpy-2.5.5", "PyYAML-6.0.3", "ml_dtypes-0.6.0", "unknown-1.0"]:
+        folder = venv / "lib" / "python3.12" / "site-packages" / f"{name}.dist-info"
+        folder.mkdir(parents=True)
+        (folder / "INSTALLER").touch()
+    done = run(project / "launch" / "setup.sh", env={"PYTHON": str(fake)})
+    assert re.findall("replaced since: .*", done.stderr) == ["replaced since: numpy 2.5.5 for 2.2.6"]
