@@ -7,7 +7,8 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 ./launch/setup.sh
 export PATH=$PWD/.venv/bin:$PATH
 # Environments that tests/fields trains on, and whoever only trains does not need.
-python -c 'import ale_py, highway_env, icu_sepsis, minatar, minigrid, mujoco' 2>/dev/null \
+python -c 'from importlib.util import find_spec
+exit(not all(map(find_spec, ["ale_py", "highway_env", "icu_sepsis", "minatar", "minigrid", "mujoco"])))' \
     || python -m pip install --quiet --no-build-isolation -e '.[envs]'
 export TF_CPP_MIN_LOG_LEVEL=${TF_CPP_MIN_LOG_LEVEL:-2}
 
@@ -16,4 +17,8 @@ ruff check .
 ruff format --check .
 mypy
 if command -v shellcheck >/dev/null; then shellcheck launch/*.sh launch/*/train* docker/*.sh .ci/run; fi
-exec pytest "$@"
+[ $# = 0 ] || exec pytest "$@"
+failed=0
+pytest -n auto --maxprocesses 8 --dist loadfile tests/unit || failed=$? # these use one process each: several at a time
+pytest --ignore tests/unit || failed=$?
+exit $failed
