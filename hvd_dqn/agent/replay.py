@@ -166,10 +166,10 @@ class Replay:
         Raises ValueError if there is no start.
         """
         start, generation = self._draw(updates * batch_size)  # [K * B], as everything below
-        end = start
+        end: np.ndarray = start
         step_types, rewards = self._step_types.reshape(-1), self._rewards.reshape(-1)
         reward = rewards[start].astype(np.float64)
-        discount = np.full(len(start), self._gamma)
+        discount: np.ndarray = np.full(len(start), self._gamma)
         for _ in range(1, self._n_step):
             goes_on = step_types[end] == GOES_ON
             end = np.where(goes_on, self._moved(end, 1), end)

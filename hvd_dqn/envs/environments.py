@@ -119,7 +119,7 @@ class Environments:
         self.observation = self.frames.begin(frame)
         self.returns = np.zeros(self.copies, dtype=np.float64)
         self._lengths = np.zeros(self.copies, dtype=np.int64)
-        self._ended = np.zeros(self.copies, dtype=np.bool_)  # [E]: in the last step
+        self._ended: np.ndarray = np.zeros(self.copies, dtype=np.bool_)  # [E]: in the last step
         self._any_ended = False
 
     def step(self, action: np.ndarray) -> tuple[Transition, Episodes]:

@@ -110,7 +110,8 @@ def deal(
 
 def _episodes(shards: Iterable[Mapping[str, Any]], frame_stack: int) -> tuple[np.ndarray, int]:
     """[P] the episodes of all streams, or what the old rings still hold of them, and the number of old ranks."""
-    found, ranks = [np.empty(0, PIECE)], 0
+    found: list[np.ndarray] = [np.empty(0, PIECE)]
+    ranks = 0
     for shard in shards:
         slots = int(shard["slots"])
         arrays = (shard["write_positions"], shard["step_types"], shard["episode_steps"])

@@ -53,9 +53,9 @@ class Ledger:
 
     def _start_window(self) -> None:
         self._window_began = perf_counter()
-        self._episodes = np.zeros(3)  # count, sum of returns, sum of lengths
+        self._episodes: np.ndarray = np.zeros(3)  # count, sum of returns, sum of lengths
         self._return_max = -math.inf
-        self._phases = np.zeros(4)  # updates, sum of losses, of mean q, of gradient norms
+        self._phases: np.ndarray = np.zeros(4)  # updates, sum of losses, of mean q, of gradient norms
         self._skipped = 0
         for timer in self._timers.values():
             timer.seconds = 0.0

@@ -237,9 +237,13 @@ def test_an_interrupt_leaves_a_run_that_goes_on_where_it_stood(identity, tmp_pat
             time.sleep(0.01)
         os.kill(os.getpid(), signal.SIGINT)
 
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs of a shell ignore it
     threading.Thread(target=interrupt).start()
-    with pytest.raises(KeyboardInterrupt):
-        hvd_dqn.train("identity", run_dir=tmp_path / "run", **settings)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            hvd_dqn.train("identity", run_dir=tmp_path / "run", **settings)
+    finally:
+        signal.signal(signal.SIGINT, before)
     about = Run(tmp_path / "run").about()
     assert about["ended"] == "stopped"
     done = hvd_dqn.train(run_dir=tmp_path / "run", resume=True, total_steps=about["stopped_at"] + 500)
