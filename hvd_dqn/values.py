@@ -30,7 +30,8 @@ def read_value(written: Any, annotation: Any) -> Any:
     if get_origin(kind) is tuple:
         return tuple(read_value(item, get_args(kind)[0]) for item in _items(written, get_args(kind)[0]))
     if get_origin(kind) is dict:
-        return plain(_mapping(written) if isinstance(written, str | list) else written)
+        is_text = isinstance(written, str) or (isinstance(written, list) and all(isinstance(w, str) for w in written))
+        return plain(_mapping(written) if is_text else written)
     if kind in (int, float):
         if isinstance(written, bool):
             raise ValueError("no number")
@@ -138,7 +139,7 @@ def _call(written: Any) -> Call:
 
 def _mapping(written: str | list[str]) -> Any:
     """`{name: value}` as YAML or JSON, or `name=value` in one word or several."""
-    text = written if isinstance(written, str) else " ".join(str(word) for word in written)
+    text = written if isinstance(written, str) else " ".join(written)
     try:
         if re.match(r"\s*[A-Za-z_]\w*=", text):
             _, *parts = re.split(r"(?:^|\s+)([A-Za-z_]\w*)=", text)

@@ -102,7 +102,11 @@ def _import(module: str, id: str) -> ModuleType:
     except Exception as error:
         if isinstance(error, ModuleNotFoundError) and f"{module}.".startswith(f"{error.name}."):
             package = next((p for p in PACKAGES if p.module == module.partition(".")[0]), None)
-            install = f"pip install {package.install}" if package else "Install it, or put its folder on PYTHONPATH"
+            install = (
+                f"Install it: pip install {package.install}"
+                if package
+                else "Install it, or put its folder on PYTHONPATH"
+            )
             raise InputError(
                 f"There is no module `{error.name}` to import for the environment `{id}`. {install}."
             ) from error

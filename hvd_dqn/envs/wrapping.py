@@ -60,9 +60,9 @@ def _wrap(env: gymnasium.Env, name: str, kwargs: dict[str, Any]) -> gymnasium.En
     try:
         wrapped = found(env, **values)
     except Exception as error:
-        text = " ".join(str(error).split())
+        text = " ".join([f"{type(error).__name__}:", *str(error).split()]).removesuffix(":")
         raise InputError(
-            f"--env.wrappers: `{described({name: kwargs})}` cannot wrap this environment: {type(error).__name__}: {text} "
+            f"--env.wrappers: `{described({name: kwargs})}` cannot wrap this environment: {text} "
             f"(observations: {_short(env.observation_space)}; actions: {_short(env.action_space)})."
         ) from error
     if not isinstance(wrapped, gymnasium.Env):
@@ -89,8 +89,8 @@ def _class(name: str) -> Any:
         found = getattr(module, inner)  # Gymnasium's old names raise an error of their own, which names the new ones
     except Exception as error:
         raise InputError(
-            f"--env.wrappers: there is no wrapper `{inner}` in {module.__name__}.{nearest(inner, wrappers)} "
-            + ("" if module_name else "One of another module is written `module:Class`.")
+            f"--env.wrappers: there is no wrapper `{inner}` in {module.__name__}.{nearest(inner, wrappers)}"
+            + ("" if module_name else " One of another module is written `module:Class`.")
             + ("" if type(error) is AttributeError and "has no attribute" in str(error) else f" {error}")
         ) from error
     if not _is_wrapper(found):
