@@ -38,7 +38,7 @@ def fault_of_reset(result: Any) -> Fault | None:
         return None
     received = f"{len(result)} values" if isinstance(result, tuple) else f"only {_kind(result)}"
     if isinstance(result, tuple) and len(result) == 2:
-        received = f"({_kind(result[0])}, {_kind(result[1])})"
+        received = f"no dictionary as info, but {_kind(result[1])}"
     return Fault("broke Gymnasium's interface", f"reset must return (observation, info), received {received}", OLD_GYM)
 
 
@@ -63,6 +63,10 @@ def fault_of_error(error: Exception, by_wrapper: bool) -> Fault | None:
             f"reset must take seed and options by keyword, and takes no `{unknown[1]}`",
             OLD_GYM,
         )
+    if isinstance(error, AssertionError) and re.search(
+        r"`env.reset\(\)` was not a dictionary", text
+    ):  # Gymnasium's checker
+        return fault_of_reset((None, None))
     if by_wrapper and "unpack" in text and (wanted := re.search(r"expected ([25])\b", text)):
         received = re.search(r"got (\d+)", text)
         what = f"{received[1]} values" if received else "another number of values"

@@ -21,7 +21,8 @@ from hvd_dqn.errors import InputError, RunError, tell
 CLOSING_SECONDS = 5.0
 # Streams of new seeds, derived from the seeds of the last reset.
 RESTARTED, RESUMED = range(2)
-BOUNDS_PERIOD = 100  # steps between two looks for values outside the declared space: each costs some microseconds
+# Steps between two looks for values outside the declared space, after as many with one each: one takes microseconds.
+BOUNDS_PERIOD = 100
 
 
 class Episodes(NamedTuple):
@@ -155,7 +156,7 @@ class Environments:
 
     def _step(self, action: np.ndarray) -> tuple[Transition, Episodes]:
         raw, raw_reward, raw_terminated, raw_truncated, info = self._call("step", action + self._first_action)
-        if self._steps % BOUNDS_PERIOD == 1 and self._seeks_outside:
+        if self._seeks_outside and (self._steps < BOUNDS_PERIOD or self._steps % BOUNDS_PERIOD == 0):
             self._look_outside(raw)
         frame = self.frames.read(raw)
         reward = np.array(raw_reward, dtype=np.float64)
