@@ -19,14 +19,17 @@ def findings(id: str, kwargs: Mapping[str, Any]) -> list[str]:
 
     The environment itself is checked, without wrappers. Raises whatever the environment raises when it is made.
     """
-    with contextlib.closing(make(find_spec(id), dict(kwargs), number=1)) as env:
-        with warnings.catch_warnings(record=True) as warned, preserved_global_generators():
-            warnings.simplefilter("always")
-            gave_up = list[str]()
-            try:
-                check_env(env.unwrapped, skip_render_check=True)
-            except Exception as failed:
-                gave_up.append(f"it gave up: {type(failed).__name__}: {one_line(failed)}")
+    gave_up = list[str]()
+    with (
+        contextlib.closing(make(find_spec(id), dict(kwargs), number=1)) as env,
+        warnings.catch_warnings(record=True) as warned,
+        preserved_global_generators(),
+    ):
+        warnings.simplefilter("always")
+        try:
+            check_env(env.unwrapped, skip_render_check=True)
+        except Exception as failed:
+            gave_up.append(f"it gave up: {type(failed).__name__}: {one_line(failed)}")
     said = [_plain(str(each.message)) for each in warned if "gymnasium" in each.filename]
     return list(dict.fromkeys(said + gave_up))
 
