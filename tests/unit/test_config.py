@@ -56,7 +56,7 @@ def test_arguments_and_wrappers_of_an_environment_are_written_and_read_back_what
     assert config.env.kwargs == {"a": [1, {"b": None}], "c": [0, 1], "d": [1.5, "x: y"], "e": np.inf}
     assert from_yaml(config.to_yaml(), "copy") == config
     for bad in (object(), {1, 2}, print):
-        with pytest.raises(InputError, match="`env.kwargs`: expected what YAML can write.* Received: a "):
+        with pytest.raises(InputError, match=r"`env.kwargs`: expected what YAML can write.* Received: a "):
             configure(Config(), {"env.kwargs": {"a": bad}})
 
 

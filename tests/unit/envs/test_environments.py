@@ -426,7 +426,7 @@ def test_a_vector_class_that_does_not_say_how_it_resets_is_not_used():
         )
     for mode in (None, "Disabled"):
         with pytest.raises(
-            InputError, match="`OwnVector-v0` cannot be used: it must reset by itself.*vectorization sync"
+            InputError, match=r"`OwnVector-v0` cannot be used: it must reset by itself.*vectorization sync"
         ):
             Environments("OwnVector-v0", 2, kwargs={"mode": mode} if mode else {}, vectorization="native")
     with made("OwnVector-v0", 2, kwargs={"mode": "NextStep"}, vectorization="native") as envs:

@@ -1,6 +1,7 @@
 """Wrappers by setting: every copy is in them, in the given order, and whatever cannot be had is one line."""
 
 from contextlib import closing
+from typing import ClassVar
 
 import gymnasium
 import numpy as np
@@ -51,7 +52,7 @@ class Fails(gymnasium.Wrapper):
 
 class Ones(gymnasium.Env):
     observation_space, action_space = spaces.Box(-99, 99, (2,), np.float32), spaces.Discrete(2)
-    made = []
+    made: ClassVar[list] = []
 
     def __init__(self, names=None):
         Ones.made.append(names)
