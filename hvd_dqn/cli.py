@@ -29,7 +29,7 @@ usage: hvd-dqn COMMAND ...
   bench loop CASE               [--total-steps N] [--batch B] [--envs E] [--sync gradients | parameters] [--overlap] [--json]
   bench scaling                 [--case CASE] [--ranks 1,2,4,8] [--scaling weak | strong | both] [--rounds 5] [--json]
   bench project                 [--case CASE] [--ranks 512] [--files FILE ...] [--json]
-  doctor                        [--json]
+  doctor                        [--env ID | --config FILE] [--env.setting VALUE ...] [--json]
   presets
 
 Started by horovodrun, mpirun or srun, the same command is one rank of many.

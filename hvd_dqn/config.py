@@ -1,12 +1,13 @@
 """Every setting with its meaning, unit, default, limits and source."""
 
 import hashlib
+import json
 from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
-from hvd_dqn.values import read_value
+from hvd_dqn.values import Call, plain, read_value
 
 
 def setting(default: Any, meaning: str, *, unit: str = "", source: str = "", **limits: Any) -> Any:
@@ -41,8 +42,21 @@ class Env(Section):
     id: str = setting(
         "CartPole-v1", "Gymnasium id of the environment; `module:EnvId-v0` imports `module` first", source="Gymnasium"
     )
-    kwargs: dict[str, int | float | bool | str] = setting(
-        {}, "keyword arguments with which the environment is made", source="Gymnasium"
+    kwargs: dict[str, Any] = setting(
+        {}, "keyword arguments with which the environment is made; any value of YAML", source="Gymnasium"
+    )
+    wrappers: tuple[Call, ...] = setting(
+        (),
+        "wrappers around every copy, in training, evaluation and wherever else it is made, the first innermost; a class "
+        "without a module is one of gymnasium.wrappers",
+        source="Gymnasium",
+    )
+    max_episode_steps: int | None = setting(
+        None,
+        "an episode is truncated after this many, instead of the environment's own time limit; none keeps that",
+        unit="steps",
+        source="Gymnasium",
+        ge=1,
     )
     envs_per_rank: int = setting(
         8,
@@ -50,10 +64,11 @@ class Env(Section):
         source=OURS,
         ge=1,
     )
-    vectorization: Literal["auto", "sync", "async"] = setting(
+    vectorization: Literal["auto", "sync", "async", "native"] = setting(
         "auto",
-        "how the copies are stepped: `sync` in this process, `async` in one process each; `auto` takes the environment's own "
-        "vector class if it has one and there are several copies, else `sync`",
+        "how the copies are stepped: `sync` in this process, `async` in one process each, `native` by the environment's own "
+        "vector class, in evaluation too; `auto` takes that class for several copies in training if it has the spaces of the "
+        "environment itself, else `sync`",
         source="Gymnasium",
     )
     frame_stack: int = setting(
@@ -360,10 +375,10 @@ class Config(Section):
 
     def digest(self) -> str:
         """A short hash. Ranks that were started with equal settings have equal hashes."""
-        return hashlib.sha256(self.model_dump_json().encode()).hexdigest()[:12]
+        return hashlib.sha256(json.dumps(plain(self.model_dump()), sort_keys=True).encode()).hexdigest()[:12]
 
     def to_yaml(self) -> str:
-        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+        return yaml.safe_dump(plain(self.model_dump()), sort_keys=False)
 
 
 def sections() -> dict[str, type[Section]]:

@@ -22,7 +22,7 @@ from hvd_dqn.ranks.world import Solo, World
 from hvd_dqn.reporting.session import Session, open_session
 from hvd_dqn.storage.checkpoint import Checkpoints, Snapshot
 from hvd_dqn.storage.run_directory import Run
-from hvd_dqn.training.build import make_environments, make_evaluator, make_policy, trained_network
+from hvd_dqn.training.build import make_evaluator, make_one, make_policy, trained_network
 from hvd_dqn.training.evaluation import Evaluator
 from hvd_dqn.training.trainer import Trainer
 
@@ -254,7 +254,7 @@ def evaluate_in_world(config: Config, world: World, snapshot: Snapshot) -> Evalu
     """Runs the evaluation that `config` describes, with the weights of a checkpoint. A collective."""
 
     def build() -> tuple[Network, Evaluator]:
-        with contextlib.closing(make_environments(config, world, 1, "sync")) as envs:
+        with contextlib.closing(make_one(config, world)) as envs:
             network = trained_network(config, envs, world, snapshot)
         return network, make_evaluator(config, world, network.q_values)
 
@@ -270,7 +270,7 @@ def evaluate_in_world(config: Config, world: World, snapshot: Snapshot) -> Evalu
 def policy_of_run(run: Run, *, best: bool, seed: int | None = None) -> Policy:
     """The policy of a run's best evaluation or newest checkpoint. Makes one environment, to read its spaces."""
     config, snapshot = run.config(), weights_of_run(run, Solo(), best=best, say=warn)
-    with contextlib.closing(make_environments(config, Solo(), 1, "sync")) as envs:
+    with contextlib.closing(make_one(config, Solo())) as envs:
         network = trained_network(config, envs, Solo(), snapshot)
         policy = make_policy(envs, network.q_values, seed)
         policy.choose(envs.observation)  # traces the graph, if the network has one

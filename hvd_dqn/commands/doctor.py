@@ -1,4 +1,4 @@
-"""`hvd-dqn doctor`: checks that machine, libraries and ranks work together, and says how to fix what does not."""
+"""`hvd-dqn doctor`: checks that machine, libraries and ranks work together, or an environment, and says how to fix it."""
 
 import json
 import math
@@ -19,12 +19,13 @@ from hvd_dqn import __version__
 from hvd_dqn.agent.optimizer import Adam
 from hvd_dqn.bench.allreduce import time_allreduce
 from hvd_dqn.bench.results import count
-from hvd_dqn.commands.options import JsonOptions, parse
+from hvd_dqn.commands.options import read_doctor
 from hvd_dqn.graphs import DenseTape, Graph
 from hvd_dqn.ranks.lockstep import in_step
 from hvd_dqn.ranks.placement import launched_ranks
 from hvd_dqn.ranks.world import World
 from hvd_dqn.storage.run_directory import versions
+from hvd_dqn.training.examination import examine_environment
 
 SETTINGS = ("HOROVOD_", "OMPI_MCA_", "OMP_", "TF_", "MALLOC_", "CUDA_VISIBLE_DEVICES", "SLURM_CPUS_PER_TASK")
 # Variables that launchers set for their own processes, such as addresses and keys. Users never set them.
@@ -35,9 +36,15 @@ ROUNDS = 5  # of all-reduces: few, so that the command is quick
 
 
 def run(arguments: Sequence[str], world: World) -> None:
-    options = in_step(world, lambda: parse(JsonOptions, arguments, "hvd-dqn doctor"))
-    result = examine(world)
-    print(json.dumps(result)) if options.as_json else show(render(result))
+    options, config = in_step(world, lambda: read_doctor(arguments))
+    if config is None:
+        result = examine(world)
+        print(json.dumps(result)) if options.as_json else show(render(result))
+        return
+    # The chief alone: the others wait for it here, so that its speed is that of a rank which has the machine to itself.
+    found = in_step(world, lambda: examine_environment(config) if world.rank == 0 else None)
+    if found is not None:
+        print(json.dumps(found)) if options.as_json else show(render_environment(found))
 
 
 def examine(world: World) -> dict[str, Any]:
@@ -252,6 +259,60 @@ def render(report: dict[str, Any]) -> RenderableType:
     for complaint in report["problems"]:
         complaints.add_row("!", Text(complaint, overflow="fold"))
     return Group(about, ranks, complaints if report["problems"] else "No problem found.")
+
+
+def render_environment(report: dict[str, Any]) -> RenderableType:
+    """The report on an environment for display."""
+    rows = {"environment": report["id"]}
+    if report["kwargs"]:
+        rows["arguments"] = json.dumps(report["kwargs"])
+    if report["wrappers"]:
+        rows["wrappers"] = ", ".join(report["wrappers"])
+    rows |= {"observations": report["spaces"]["observation"], "actions": report["spaces"]["action"]}
+    if "network" in report:
+        network, replay, play = report["network"], report["replay"], report["random_play"]
+        rows["network sees"] = (
+            f"{_shape(network['shape'])} {network['dtype']} from {network['low']:.4g} to {network['high']:.4g}, and chooses "
+            f"among {count(network['actions'], 'action')}"
+        )
+        rows["replay keeps"] = (
+            f"{_shape(replay['shape'])} {replay['dtype']}, {replay['bytes_per_transition']:,} bytes per transition"
+        )
+        rows["random play"] = (
+            f"{count(play['episodes'], 'episode')} in {play['steps']} steps, "
+            + (
+                f"mean return {play['return_mean']:.4g}, mean length {play['length_mean']:.4g}, "
+                if play["episodes"]
+                else ""
+            )
+            + count(play["rewards"], "different reward")
+        )
+        rows["action mask"] = report["action_mask"] or "none"
+        rows["after a resume"] = (
+            "the run continues exactly"
+            if report["resumes_exactly"]
+            else "new episodes begin: its state cannot be saved"
+        )
+    for speed in report.get("steps_per_second", []):
+        copies = "1 copy" if speed["copies"] == 1 else f"{speed['copies']} copies"
+        rows[f"speed of {copies}"] = f"{speed['steps']:,.0f} steps/s on one rank"
+    about = Table.grid(padding=(0, 2))
+    for name, value in rows.items():
+        about.add_row(name, Text(value, overflow="fold"))
+    said = Table.grid(padding=(0, 1))
+    for text in report.get("checker", []):
+        said.add_row("-", Text(text, overflow="fold"))
+    complaints = Table.grid(padding=(0, 1))
+    for text in report["problems"]:
+        complaints.add_row("!", Text(text, overflow="fold"))
+    checked = ["\nGymnasium's checker:", said] if report.get("checker") else ["\nGymnasium's checker finds nothing."]
+    return Group(
+        about, *(checked if "checker" in report else []), complaints if report["problems"] else "No problem found."
+    )
+
+
+def _shape(shape: Sequence[int]) -> str:
+    return " x ".join(map(str, shape))
 
 
 def _pairs(values: Mapping[str, Any], between: str = " ") -> Text:

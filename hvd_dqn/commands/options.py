@@ -68,9 +68,20 @@ class NoOptions(Options):
 
 
 class JsonOptions(Options):
-    """Checks every rank: what it runs on, what is wrong and how to fix it, how long all-reduces take."""
+    """A command whose result can be JSON."""
 
     as_json: bool = setting(False, "print one JSON object", alias="json")
+
+
+class DoctorOptions(JsonOptions):
+    """Checks every rank: what it runs on, what is wrong and how to fix it, how long all-reduces take.
+
+    With --env, or --config and settings, it checks an environment instead: Gymnasium's own checker, spaces, what the
+    network will see, speed, and whether a run of it can be resumed exactly.
+    """
+
+    env: str | None = setting(None, "the id of an environment to check, as of --env.id")
+    config: Path | None = setting(None, "a YAML file of settings, whose environment is checked")
 
 
 def parse(kind: type[O], arguments: Sequence[str], prog: str) -> O:
@@ -108,6 +119,34 @@ def read_settings(arguments: Sequence[str]) -> tuple[TrainOptions, str, Config]:
     if where.resume and where.run_dir:
         name = Run(where.run_dir).name(otherwise=name)
     return where, name, configure(base, settings)
+
+
+def read_doctor(arguments: Sequence[str]) -> tuple[DoctorOptions, Config | None]:
+    """The options, and the settings of the environment to check, if one is named."""
+    prog, options = "hvd-dqn doctor", fields_of(DoctorOptions)
+    if asks_for_help(arguments):
+        inside = {name: field for name, field in setting_names().items() if name.startswith("env.")}
+        defaults = {name: field.default for name, field in inside.items()}
+        show(
+            f"usage: {prog} [--env ID | --config FILE] [--env.setting VALUE ...] [--option VALUE ...]",
+            str(DoctorOptions.__doc__),
+            explain(options, {name: field.default for name, field in options.items()}),
+            f"SETTINGS of the environment\n{explain(inside, defaults)}",
+        )
+    given, others = split(arguments, {**options, **setting_names()}, prog, advice)
+    if others:
+        raise InputError(f"To check an environment, write --env {others[0]}. Received: {' '.join(others)}.")
+    doctor = validated(DoctorOptions, {name: value for name, value in given.items() if name in options}, spelled)
+    settings = {name: value for name, value in given.items() if name not in options}
+    if doctor.env is not None:
+        if "env.id" in settings:
+            raise InputError("`--env` and `--env.id` are the same. Keep one of them.")
+        settings["env.id"] = doctor.env
+    if doctor.config is None and "env.id" not in settings:
+        if settings:
+            raise InputError("Which environment shall be checked? Add --env ID, or --config FILE.")
+        return doctor, None
+    return doctor, configure(load_file(doctor.config) if doctor.config else Config(), settings)
 
 
 def _base(where: TrainOptions, preset: str | None, env_id: str | None) -> tuple[str, Config]:

@@ -6,19 +6,23 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from gymnasium import spaces
-from gymnasium.vector import AutoresetMode, VectorEnv
+from gymnasium.vector import AutoresetMode
 
 from hvd_dqn.agent.transition import Transition
+from hvd_dqn.envs.conformity import outside
 from hvd_dqn.envs.frames import Frames
 from hvd_dqn.envs.restore import restorer_for
-from hvd_dqn.envs.vector import build, call, close_vector, is_native
+from hvd_dqn.envs.vector import Built, build, call, close_vector, is_native
 from hvd_dqn.envs.wrappers import EnvFailure, one_line
+from hvd_dqn.envs.wrapping import Wrapper, described
 from hvd_dqn.errors import InputError, RunError, tell
 
 # How long environments and their processes may take to close. After that they are abandoned or killed.
 CLOSING_SECONDS = 5.0
 # Streams of new seeds, derived from the seeds of the last reset.
 RESTARTED, RESUMED = range(2)
+# Steps between two looks for values outside the declared space, after as many with one each: one takes microseconds.
+BOUNDS_PERIOD = 100
 
 
 class Episodes(NamedTuple):
@@ -48,6 +52,8 @@ class Environments:
     returns: np.ndarray  # [E] float64: of the current episodes, as in Episodes
     restorable: bool  # whether `load_state` can restore unfinished episodes; False until `probe`
     restarted: int  # how often the copies were made again, also before a resume
+    notes: list[str]  # how the copies came about, where a person should know it
+    warnings: list[str]  # what a person should know, each once; whoever tells it takes it out
 
     def __init__(
         self,
@@ -55,6 +61,8 @@ class Environments:
         copies: int,
         *,
         kwargs: Mapping[str, Any] | None = None,
+        wrappers: Sequence[Wrapper] = (),
+        max_episode_steps: int | None = None,
         vectorization: str = "auto",
         frame_stack: int = 1,
         reward_scale: float = 1.0,
@@ -71,8 +79,17 @@ class Environments:
         self._rank = rank
         self._restarts = restarts
         kwargs = dict(kwargs or {})
+        if max_episode_steps is not None:
+            if "max_episode_steps" in kwargs:
+                raise InputError("--env.max_episode_steps is given again in --env.kwargs. Keep one of them.")
+            kwargs["max_episode_steps"] = max_episode_steps
         self._settings = f"{id}, {copies} copies of {sorted(kwargs.items())} in stacks of {frame_stack}"
-        self._build: Callable[[], VectorEnv] = functools.partial(build, id, copies, kwargs, vectorization, first_index)
+        self._settings += "".join(f", {described(wrapper)}" for wrapper in wrappers)
+        self._build: Callable[[], Built] = functools.partial(
+            build, id, copies, kwargs, vectorization, first_index, wrappers
+        )
+        self.warnings = []
+        self._seeks_outside = True  # until a value is found
         self._make()
 
         self.observation_space = self._vector.single_observation_space
@@ -95,7 +112,7 @@ class Environments:
         self._start(np.zeros((copies, *self.frames.shape), self.frames.dtype))
 
     def _make(self) -> None:
-        self._vector = self._build()
+        self._vector, self.notes = self._build()
         self._call = functools.partial(call, self._vector, self._first_index)
         self._restorer = restorer_for(self._vector, self._first_index)
 
@@ -139,6 +156,8 @@ class Environments:
 
     def _step(self, action: np.ndarray) -> tuple[Transition, Episodes]:
         raw, raw_reward, raw_terminated, raw_truncated, info = self._call("step", action + self._first_action)
+        if self._seeks_outside and (self._steps < BOUNDS_PERIOD or self._steps % BOUNDS_PERIOD == 0):
+            self._look_outside(raw)
         frame = self.frames.read(raw)
         reward = np.array(raw_reward, dtype=np.float64)
         terminated = np.array(raw_terminated, dtype=np.bool_)
@@ -182,6 +201,30 @@ class Environments:
         self.observation = self.frames.push(self.observation, frame, ~valid if self._resets_late else ended)
         self._ended, self._any_ended = ended, any_ended
         return transition, episodes
+
+    def _look_outside(self, raw: Any) -> None:
+        if found := outside(self.observation_space, raw):
+            self._seeks_outside = False
+            self.warnings.append(
+                f"The {found} of {self.id}, in step {self._steps}: correct its observation_space. Preprocessing goes by it."
+            )
+
+    def try_out(self) -> None:
+        """Raises InputError if the first copy breaks Gymnasium's interface or its own space, which no restart can mend.
+
+        Takes a reset and a few steps. Call it before `reset`, which then starts as if there had been no trial.
+        """
+        if self._native:
+            return
+        try:
+            faults = [fault for fault in self._call("call", "try_out", self._first_index) if fault]
+        except EnvFailure:  # its process died: the run will name rank and step
+            close_vector(self._vector, CLOSING_SECONDS)
+            self._make()
+            return
+        if faults:
+            did, why, cure = faults[0]
+            raise InputError(f"The environment `{self.id}` {did}: {why}. {cure}")
 
     def probe(self) -> bool:
         """Finds out whether the copies are `restorable`, with about a hundred steps and some resets of the first copy.
@@ -297,6 +340,8 @@ class Environments:
             told = f"Environment {which} ({self.id}) on rank {self._rank} {failure.did} {when}: {failure.why}"
             trace = f"\n{failure.trace}" if failure.trace else ""
             close_vector(self._vector, CLOSING_SECONDS)
+            if failure.cure:
+                raise RunError(f"{told}. {failure.cure}") from failure
             if self.restarted >= self._restarts:
                 raise RunError(
                     f"{told}. Fix it, or let ranks make their training environments again after a failure: "

@@ -1,72 +1,160 @@
 """Makes, calls and closes Gymnasium's vector environments."""
 
 import contextlib
-import difflib
 import functools
-import importlib
 import re
 import threading
 import traceback
 import warnings
-from typing import Any
+from collections.abc import Sequence
+from copy import deepcopy
+from typing import Any, NamedTuple
 
 import gymnasium
 from gymnasium.envs.registration import EnvSpec
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, VectorEnv
 
 from hvd_dqn.envs import worker_processes
+from hvd_dqn.envs.conformity import DISPLAY, NO_DISPLAY, OLD_GYM
+from hvd_dqn.envs.registry import find_spec, hush_old_gym, newest
 from hvd_dqn.envs.spaces import check_spaces
 from hvd_dqn.envs.wrappers import EnvFailure, make, one_line
+from hvd_dqn.envs.wrapping import Wrapper
 from hvd_dqn.errors import InputError
 
+# What Gymnasium's own environments need, and the extra that installs it.
+EXTRAS = {"Box2D": "box2d", "MuJoCo": "mujoco", "pygame": "classic-control", "jax": "jax"}
 
-def build(id: str, copies: int, kwargs: dict[str, Any], vectorization: str, first_index: int) -> VectorEnv:
-    """A vector of `copies` environments. Raises InputError if it cannot be made, or if DQN cannot learn its spaces."""
+
+class Built(NamedTuple):
+    """A vector of copies, and what a person should know of how it came about."""
+
+    vector: VectorEnv
+    notes: list[str]
+
+
+def build(
+    id: str,
+    copies: int,
+    kwargs: dict[str, Any],
+    vectorization: str,
+    first_index: int,
+    wrappers: Sequence[Wrapper] = (),
+) -> Built:
+    """A vector of `copies` environments. Raises InputError if it cannot be made, or if DQN cannot learn its spaces.
+
+    The environment's own vector class is taken if it is asked for by name ("native"), or under "auto" if it shows the
+    same spaces as the environment itself: otherwise training and evaluation would see two environments.
+    """
     spec = find_spec(id)
+    newer = newest(spec)
+    notes = [f"`{spec.id}` is an old version: the newest is `{newer}`."] if newer else []
     try:
-        native, own = None, spec.vector_entry_point is not None and not spec.additional_wrappers
-        if own and vectorization == "auto" and copies > 1:  # a single copy is faster without a vector class
-            native = _native(id, spec, copies, kwargs)
-        if native is not None:
-            check_spaces(id, native.single_observation_space, native.single_action_space)
-            return native
-        makers = [functools.partial(make, spec, kwargs, first_index + i) for i in range(copies)]
-        with contextlib.ExitStack() as failing:
-            made = []
-            for maker in makers[:1] if vectorization == "async" else makers:
-                made.append(maker())
-                failing.callback(made[-1].close)
-                if len(made) == 1:
-                    check_spaces(id, made[0].observation_space, made[0].action_space)
-            if vectorization == "async":
-                failing.close()
-                return worker_processes.start(makers)
-            # copy=False avoids a deep copy: `Frames` copies or converts every array anyway.
-            vector = SyncVectorEnv(
-                [functools.partial(_identity, copy) for copy in made],
-                copy=False,
-                autoreset_mode=AutoresetMode.SAME_STEP,
-            )
-            failing.pop_all()
-            return vector
+        if vectorization == "native":
+            vector = _native_by_name(id, spec, copies, kwargs, wrappers)
+            check_spaces(id, vector.single_observation_space, vector.single_action_space)
+            return Built(vector, notes)
+        # A single copy is faster without a vector class.
+        if vectorization == "auto" and copies > 1 and spec.vector_entry_point is not None:
+            native, why_not = _native_if_alike(id, spec, copies, kwargs, wrappers)
+            if native is not None:
+                return Built(native, notes)
+            notes.append(f"The vector class of `{id}` is not used: {why_not}.")
+        return Built(_one_by_one(id, spec, copies, kwargs, vectorization, first_index, wrappers), notes)
     except InputError:
         raise
     except Exception as error:
-        raise refusal(id, kwargs, error) from error
+        raise refusal(id, kwargs, error, newer) from error
+
+
+def _one_by_one(
+    id: str,
+    spec: EnvSpec,
+    copies: int,
+    kwargs: dict[str, Any],
+    vectorization: str,
+    first_index: int,
+    wrappers: Sequence[Wrapper],
+) -> VectorEnv:
+    makers = [functools.partial(make, spec, kwargs, first_index + i, wrappers) for i in range(copies)]
+    with contextlib.ExitStack() as failing:
+        made = []
+        for maker in makers[:1] if vectorization == "async" else makers:
+            made.append(maker())
+            failing.callback(made[-1].close)
+            if len(made) == 1:
+                check_spaces(id, made[0].observation_space, made[0].action_space)
+        if vectorization == "async":
+            failing.close()
+            return worker_processes.start(makers)
+        # copy=False avoids a deep copy: `Frames` copies or converts every array anyway.
+        vector = SyncVectorEnv(
+            [functools.partial(_identity, copy) for copy in made],
+            copy=False,
+            autoreset_mode=AutoresetMode.SAME_STEP,
+        )
+        failing.pop_all()
+        return vector
 
 
 def _identity(copy: gymnasium.Env) -> gymnasium.Env:
     return copy
 
 
-def _native(id: str, spec: EnvSpec, copies: int, kwargs: dict[str, Any]) -> VectorEnv | None:
-    """The environment's own vector class; None if it cannot take `kwargs` or does not declare how it resets."""
+def _native_if_alike(
+    id: str, spec: EnvSpec, copies: int, kwargs: dict[str, Any], wrappers: Sequence[Wrapper]
+) -> tuple[VectorEnv | None, str]:
+    """The environment's own vector class, or None and the reason why it cannot stand for the environment itself."""
+    if wrappers or spec.additional_wrappers:
+        return None, "it takes no wrappers"
+    native, why_not = _native(id, spec, copies, kwargs)
+    if native is None:
+        return None, why_not
+    try:
+        with contextlib.closing(make(spec, kwargs, number=1)) as plain:
+            check_spaces(id, plain.observation_space, plain.action_space)
+            for what, shown, expected in (
+                ("observations", native.single_observation_space, plain.observation_space),
+                ("actions", native.single_action_space, plain.action_space),
+            ):
+                if shown != expected:
+                    native.close()
+                    return None, (
+                        f"it has other {what}, {short(shown)} instead of {short(expected)}, and would train and evaluate "
+                        "on two environments. --env.vectorization native takes it for both"
+                    )
+    except BaseException:
+        native.close()
+        raise
+    return native, ""
+
+
+def _native_by_name(
+    id: str, spec: EnvSpec, copies: int, kwargs: dict[str, Any], wrappers: Sequence[Wrapper]
+) -> VectorEnv:
+    if spec.vector_entry_point is None:
+        raise InputError(
+            f"--env.vectorization native needs a vector class, and `{id}` has none of its own. Use auto, sync or async."
+        )
+    if wrappers or spec.additional_wrappers:
+        raise InputError(
+            f"The vector class of `{id}` takes no wrappers. Leave out --env.wrappers, or use --env.vectorization sync."
+        )
+    native, why_not = _native(id, spec, copies, kwargs)
+    if native is None:
+        raise InputError(f"The vector class of `{id}` cannot be used: {why_not}. Use --env.vectorization sync.")
+    return native
+
+
+def _native(id: str, spec: EnvSpec, copies: int, kwargs: dict[str, Any]) -> tuple[VectorEnv | None, str]:
+    """The environment's own vector class, or None and the reason: it refuses `kwargs`, or hides how it resets."""
+    hush_old_gym()
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Gymnasium warns of a missing autoreset mode, checked below
-            vector = gymnasium.make_vec(spec, copies, vectorization_mode="vector_entry_point", **kwargs)
-    except TypeError:
-        return None
+            vector = gymnasium.make_vec(spec, copies, vectorization_mode="vector_entry_point", **deepcopy(kwargs))
+    except TypeError as error:
+        return None, f"it cannot be made with {kwargs} ({one_line(error)})"
     except (ImportError, gymnasium.error.DependencyNotInstalled) as error:
         package = getattr(error, "name", None)
         missing = (
@@ -78,9 +166,9 @@ def _native(id: str, spec: EnvSpec, copies: int, kwargs: dict[str, Any]) -> Vect
         ) from error
     mode = vector.metadata.get("autoreset_mode")
     if mode in (AutoresetMode.NEXT_STEP, AutoresetMode.SAME_STEP, "NextStep", "SameStep"):
-        return vector
+        return vector, ""
     vector.close()
-    return None
+    return None, f"it must reset by itself, in the same step or the next. Its autoreset_mode is {mode}"
 
 
 def is_native(vector: VectorEnv) -> bool:
@@ -122,45 +210,34 @@ def close_vector(vector: VectorEnv, seconds: float) -> None:
         vector.closed = True
 
 
-def find_spec(id: str) -> EnvSpec:
-    """Gymnasium's specification of `id`; `module:EnvId-v0` imports `module` first."""
-    module, _, name = id.rpartition(":")
-    if module:
-        try:
-            importlib.import_module(module)
-        except Exception as error:
-            if isinstance(error, ModuleNotFoundError) and f"{module}.".startswith(f"{error.name}."):
-                raise InputError(
-                    f"There is no module `{error.name}` to import for the environment `{id}`. "
-                    "Install it, or put its folder on PYTHONPATH."
-                ) from error
-            raise InputError(
-                f"The module `{module}` of the environment `{id}` cannot be imported: "
-                f"{type(error).__name__}: {one_line(error)}"
-            ) from error
-    try:
-        return gymnasium.spec(name)
-    except (gymnasium.error.VersionNotFound, gymnasium.error.DeprecatedEnv) as error:
-        raise InputError(f"There is no environment `{id}`. {one_line(error)}") from error
-    except gymnasium.error.Error as error:
-        known = {key.lower(): key for key in gymnasium.registry}
-        close = [known[key] for key in difflib.get_close_matches(name.lower(), known, n=3, cutoff=0.6)]
-        prefix = f"{module}:" if module else ""
-        nearest = f" Nearest: {', '.join(f'`{prefix}{key}`' for key in close)}." if close else ""
-        other = "" if module else " If another package registers it, write `package:EnvId-v0`."
-        raise InputError(f"There is no environment `{id}`.{nearest}{other}") from error
-
-
-def refusal(id: str, kwargs: dict[str, Any], error: Exception) -> InputError:
+def refusal(id: str, kwargs: dict[str, Any], error: Exception, newer: str | None = None) -> InputError:
     """The error for an environment that could not be made: the reason and the way out, in one line."""
     text = one_line(error)
     unknown = re.search(r"unexpected keyword argument '(\w+)'", text)
     if isinstance(error, ImportError | gymnasium.error.DependencyNotInstalled):
-        if "box2d" in text.lower():
-            return InputError(f"The environment `{id}` needs Box2D: pip install 'gymnasium[box2d]'")
-        if isinstance(error, ModuleNotFoundError):
+        if newer:
+            return InputError(f"The environment `{id}` is an old version, which cannot be made here: use `{newer}`.")
+        for name, extra in EXTRAS.items():
+            if name.lower() in text.lower():
+                return InputError(f"The environment `{id}` needs {name}: pip install 'gymnasium[{extra}]'")
+        if isinstance(error, ModuleNotFoundError) and error.name:
             return InputError(f"The environment `{id}` needs the package `{error.name}`, which is not installed.")
-        return InputError(f"The environment `{id}` needs a package that is not installed: {text}")
+        if not DISPLAY.search(text):
+            return InputError(f"The environment `{id}` needs a package that is not installed: {text}")
     if unknown and unknown[1] in kwargs:
         return InputError(f"The environment `{id}` takes no argument `{unknown[1]}`. Received: --env.kwargs {kwargs}.")
-    return InputError(f"The environment `{id}` cannot be made with arguments {kwargs}: {type(error).__name__}: {text}")
+    if isinstance(error, TypeError) and "Gym is incompatible with Gymnasium" in text:
+        return InputError(f"The environment `{id}` is one of old Gym: its class must be a gymnasium.Env. {OLD_GYM}")
+    cure = f" {NO_DISPLAY}" if DISPLAY.search(text) else ""
+    return InputError(
+        f"The environment `{id}` cannot be made with arguments {kwargs}: {type(error).__name__}: {text}"
+        + (f".{cure}" if cure and not text.endswith(".") else cure)
+    )
+
+
+def short(space: gymnasium.Space) -> str:
+    """A space in a few words; a box by its shape and type."""
+    if isinstance(space, gymnasium.spaces.Box):
+        return f"{space.shape} {space.dtype} from {space.low.min():g} to {space.high.max():g}"
+    text = " ".join(str(space).split())
+    return text if len(text) <= 80 else f"{text[:77]}..."

@@ -1,16 +1,23 @@
 """Wraps one copy of an environment: records its episode, so that it can be restored later, and names its failures."""
 
 import contextlib
+import copy
 import json
 import random
 import time
 import traceback
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import gymnasium
 import numpy as np
+from gymnasium import spaces
 from gymnasium.envs.registration import EnvSpec
+
+from hvd_dqn.envs.conformity import Fault, fault_of_error, fault_of_observation, fault_of_reset, fault_of_step
+from hvd_dqn.envs.registry import hush_old_gym
+from hvd_dqn.envs.wrapping import Wrapper, wrap
 
 # The most actions that are recorded of an episode, 40 B each in a list; an array of 8 B each is half as fast. Longer
 # episodes are not restored, which would also take long. Atari's longest has 27,000 steps.
@@ -18,21 +25,28 @@ MOST_ACTIONS = 250_000
 PROBE_STEPS = 10
 # The probe ends if an environment takes longer for a reset and PROBE_STEPS steps.
 PROBE_SECONDS = 5.0
+TRIAL_STEPS = 3  # before training; the interface shows in the first, and a wrong array often in the second
 
 
 class EnvFailure(Exception):
-    """Copies that can no longer be stepped: their numbers, what happened and why, and the traceback, maybe empty."""
+    """Copies that can no longer be stepped: their numbers, what happened and why, and the traceback, maybe empty.
+
+    `cure` is what to do where a restart cannot help; without it, a restart may.
+    """
 
     numbers: Sequence[int]
     did: str
     why: str
     trace: str
+    cure: str
 
-    def __init__(self, numbers: "Sequence[int] | EnvFailure", did: str = "", why: str = "", trace: str = "") -> None:
+    def __init__(
+        self, numbers: "Sequence[int] | EnvFailure", did: str = "", why: str = "", trace: str = "", cure: str = ""
+    ) -> None:
         # AsyncVectorEnv raises a worker's error as the only argument of a new error of the same class.
-        told: tuple[Any, ...] = numbers.args if isinstance(numbers, EnvFailure) else (numbers, did, why, trace)
+        told: tuple[Any, ...] = numbers.args if isinstance(numbers, EnvFailure) else (numbers, did, why, trace, cure)
         super().__init__(*told)
-        self.numbers, self.did, self.why, self.trace = told
+        self.numbers, self.did, self.why, self.trace, self.cure = told
 
 
 class RecordedEnv(gymnasium.Wrapper[Any, Any, Any, Any]):
@@ -54,6 +68,8 @@ class RecordedEnv(gymnasium.Wrapper[Any, Any, Any, Any]):
         self._actions: list[Any] = []
         self._room = 0  # for actions; without room left the trace is incomplete
         self._base = env.unwrapped
+        # A changed shape would be broadcast without a word, or be an error of NumPy in which no copy is named.
+        self._shape = env.observation_space.shape if isinstance(env.observation_space, spaces.Box) else None
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
         self._actions = []
@@ -63,15 +79,23 @@ class RecordedEnv(gymnasium.Wrapper[Any, Any, Any, Any]):
         elif self.records:
             self._before = self._generator_state()
         try:
-            return self.env.reset(seed=seed, options=options or None)  # a vector's partial reset leaves {}
+            result = self.env.reset(seed=seed, options=options or None)  # a vector's partial reset leaves {}
         except Exception as error:
             raise self._failure(error) from error
+        if fault := fault_of_reset(result):
+            raise self._broken(fault)
+        self._check_shape(result[0], "at a reset")
+        return result
 
     def step(self, action: Any) -> tuple[Any, Any, bool, bool, dict[str, Any]]:
         try:
             result = self.env.step(action)
         except Exception as error:
             raise self._failure(error) from error
+        if type(result) is not tuple or len(result) != 5:
+            raise self._broken(fault_of_step(result))
+        if self._shape is not None and getattr(result[0], "shape", None) != self._shape:
+            self._check_shape(result[0], "in a step")
         actions = self._actions
         if len(actions) < self._room:
             actions.append(action)
@@ -111,6 +135,34 @@ class RecordedEnv(gymnasium.Wrapper[Any, Any, Any, Any]):
             return (np.array(observation), total) if jsonable(self._generator_state()) == saved_trace["now"] else None
         except Exception:
             return None
+
+    def try_out(self, number: int) -> Fault | None:
+        """What a reset and a few steps show that is against Gymnasium's interface or the environment's own space.
+
+        Only copy `number` tries it. Whatever else fails is left to the training, which names rank and step. Afterwards
+        the copy must be reset with a seed.
+        """
+        if number != self._number:
+            return None
+        space = copy.deepcopy(self.action_space)  # the environment may draw from its own
+        space.seed(0)
+        with preserved_global_generators(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Gymnasium's checker says the same in several lines
+            try:
+                observation, _ = self.reset(seed=1)
+                fault = fault_of_observation(self.observation_space, observation, "at a reset")
+                for _ in range(TRIAL_STEPS):
+                    if fault:
+                        break
+                    observation, _, terminated, truncated, _ = self.step(space.sample())
+                    fault = fault_of_observation(self.observation_space, observation, "in a step")
+                    if terminated or truncated:
+                        break
+                return fault
+            except EnvFailure as failure:
+                return Fault(failure.did, failure.why, failure.cure) if failure.cure else None
+            except Exception:
+                return None
 
     def probe(self, number: int) -> bool:
         """Whether retracing repeats an episode exactly. Only copy `number` tries it; others return False.
@@ -163,7 +215,21 @@ class RecordedEnv(gymnasium.Wrapper[Any, Any, Any, Any]):
         generator = getattr(self._base, "_np_random", None)  # reading `np_random` would make one
         return dict(generator.bit_generator.state) if isinstance(generator, np.random.Generator) else {}
 
+    def _check_shape(self, observation: Any, when: str) -> None:
+        if self._shape is not None and np.shape(observation) != self._shape:
+            raise self._broken(fault_of_observation(self.observation_space, observation, when))
+
+    def _broken(self, fault: Fault | None) -> EnvFailure:
+        assert fault is not None
+        return EnvFailure([self._number], fault.did, fault.why, cure=fault.cure)
+
     def _failure(self, error: Exception) -> EnvFailure:
+        last = error.__traceback__
+        while last is not None and last.tb_next is not None:
+            last = last.tb_next
+        raiser = last and last.tb_frame.f_locals.get("self")
+        if fault := fault_of_error(error, isinstance(raiser, gymnasium.Wrapper)):
+            return self._broken(fault)
         inner = error.__traceback__
         while inner is not None and inner.tb_frame.f_locals.get("self") is not self._base:
             inner = inner.tb_next  # skips the frames of Gymnasium's wrappers
@@ -171,9 +237,13 @@ class RecordedEnv(gymnasium.Wrapper[Any, Any, Any, Any]):
         return EnvFailure([self._number], "failed", f"{type(error).__name__}: {one_line(error)}", text)
 
 
-def make(spec: EnvSpec, kwargs: dict[str, Any], number: int) -> RecordedEnv:
+def make(spec: EnvSpec, kwargs: dict[str, Any], number: int, wrappers: Sequence[Wrapper] = ()) -> RecordedEnv:
+    """The copy with this global number, in `wrappers`. Every copy of a job is made here, or by a native vector class."""
+    hush_old_gym()
     # Gymnasium's checker warns about wrong observations and rewards. One checked copy in the whole job is enough.
-    return RecordedEnv(gymnasium.make(spec, **{"disable_env_checker": None if number == 0 else True, **kwargs}), number)
+    checked = {"disable_env_checker": None if number == 0 else True}
+    # Some environments change the lists and mappings that they are made with.
+    return RecordedEnv(wrap(gymnasium.make(spec, **{**checked, **copy.deepcopy(kwargs)}), wrappers), number)
 
 
 @contextlib.contextmanager

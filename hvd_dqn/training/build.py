@@ -33,6 +33,8 @@ def make_environments(config: Config, world: World, copies: int, vectorization: 
         env.id,
         copies,
         kwargs=env.kwargs,
+        wrappers=env.wrappers,
+        max_episode_steps=env.max_episode_steps,
         vectorization=vectorization,
         frame_stack=env.frame_stack,
         reward_scale=env.reward_scale,
@@ -41,6 +43,11 @@ def make_environments(config: Config, world: World, copies: int, vectorization: 
         rank=world.rank,
         restarts=restarts,
     )
+
+
+def make_one(config: Config, world: World) -> Environments:
+    """One copy, to read its spaces or to act in."""
+    return make_environments(config, world, 1, "native" if config.env.vectorization == "native" else "sync")
 
 
 def make_statistics(config: Config, envs: Environments) -> RunningStatistics | NoStatistics:
@@ -196,9 +203,14 @@ def make_evaluator(
 ) -> Evaluator:
     """The evaluator of the policy with these `values`: [B, *observation_shape] -> [B, A]."""
     settings, copies = config.evaluation, min(-(-config.evaluation.episodes // world.size), MOST_COPIES)
-    # Not the environment's own vector class: it takes one seed for all copies.
-    mode = "async" if config.env.vectorization == "async" else "sync"
-    envs = make_environments(config, world, copies, mode)
+    mode = {"async": "async", "native": "native"}.get(config.env.vectorization, "sync")
+    # A vector class takes one seed for all its copies, and every episode has its own seed.
+    envs = make_environments(config, world, 1 if mode == "native" else copies, mode)
+    try:
+        envs.try_out()
+    except InputError:
+        envs.close()
+        raise
     return Evaluator(
         envs,
         make_policy(envs, values),

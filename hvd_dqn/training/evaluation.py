@@ -31,7 +31,8 @@ class Evaluator:
         max_length: int,
         stop: Callable[[], bool] = lambda: False,
     ) -> None:
-        self._envs, self._policy, self._world, self._epsilon = envs, policy, world, epsilon
+        self.envs = self._envs = envs
+        self._policy, self._world, self._epsilon = policy, world, epsilon
         self._seed, self._max_length, self._stop = seed, max_length, stop
 
     def evaluate(self, episodes: int, round: int, first: int = 0) -> dict[str, float] | None:

@@ -20,7 +20,7 @@ from hvd_dqn.training.worker import Worker
 
 
 class Record(NamedTuple):
-    """One record of the run, equal on all ranks."""
+    """One record of the run, equal on all ranks, except for warnings of a rank's own environments."""
 
     kind: Literal["report", "evaluation", "message", "warning", "stopped", "result"]
     row: Row
@@ -94,6 +94,7 @@ class Trainer:
                     self._check_drift(f"after {plan.total_steps_after(cycle):,} total steps")
                 if plan.reports_at(cycle):
                     yield Record("report", worker.report(cycle))
+                    yield from self._warnings()
                 if plan.evaluates_at(cycle):
                     outcome = yield from self._evaluate_at(cycle, checkpoints)
                 if plan.checkpoints_at(cycle) and outcome is None:
@@ -123,6 +124,13 @@ class Trainer:
         if lost is not None and (lost := int(self.world.sum(np.array([lost]))[0])):
             envs = self.worker.plan.envs
             yield Record("message", {}, f"{lost} of {envs} environments start new episodes: they cannot be restored.")
+
+    def _warnings(self) -> Iterator[Record]:
+        """What this rank's environments noticed. No collective: each rank has its own, and the chief shows its own."""
+        for envs in (self.worker.envs, self.worker.evaluator.envs):
+            for text in envs.warnings:
+                yield Record("warning", {}, text)
+            envs.warnings.clear()
 
     def _vote(self) -> tuple[bool, bool]:
         """Whether any rank was asked to stop, and whether the hosts have changed. A collective."""

@@ -12,6 +12,9 @@ from hvd_dqn.agent.actor import Actor
 from hvd_dqn.agent.learner import Phase
 from hvd_dqn.agent.replay import Replay
 from hvd_dqn.config import Config
+from hvd_dqn.envs.environments import Environments
+from hvd_dqn.envs.vector import short
+from hvd_dqn.envs.wrapping import described
 from hvd_dqn.errors import InputError, RunError
 from hvd_dqn.ranks.world import World
 from hvd_dqn.storage.arrays import UNREADABLE
@@ -68,6 +71,7 @@ class Worker:
         self.replay = self._make_replay(self.plan.slots_per_env, sharers=1 if joins else world.local_size)
         self.ledger = Ledger(world)
         self.evaluator = make_evaluator(config, world, self._evaluated_q_values, stop)
+        _check_one_environment(self.envs, self.evaluator.envs)
         self._thread = ThreadPoolExecutor(1, "learner") if config.learner.overlap else None
         self._phase: Callable[[], Phase] | None = None  # the current phase
         self.learned_at = -1  # the cycle in which that phase began
@@ -181,6 +185,10 @@ class Worker:
         rows = self.plan.describe()
         rows["network"] = f"{self.config.agent.network}, {parameters:,} parameters{compiled}"
         rows["replay"] += f", {self.replay.nbytes / 1e6:,.0f} MB"
+        if self.config.env.wrappers:
+            rows["wrappers"] = ", ".join(map(described, self.config.env.wrappers))
+        if self.envs.notes:
+            rows["note"] = " ".join(self.envs.notes)
         if not self.config.checkpoint.save_replay:
             rows["after a resume"] = "the replay is filled again"
         elif self.envs.restorable:
@@ -293,6 +301,19 @@ class Worker:
             self._thread.shutdown(wait=False)  # if this rank failed during a phase, do not wait for its end
         self.envs.close()
         self.evaluator.close()
+
+
+def _check_one_environment(training: Environments, evaluation: Environments) -> None:
+    """Raises InputError unless both have the same spaces: otherwise what is learned would be measured on another task."""
+    for what, mine, theirs in (
+        ("observations", training.observation_space, evaluation.observation_space),
+        ("actions", training.action_space, evaluation.action_space),
+    ):
+        if mine != theirs:
+            raise InputError(
+                f"Training and evaluation must see the same {what} of {training.id}. Received: {short(mine)} in training and "
+                f"{short(theirs)} in evaluation. The environment must declare the same spaces whenever it is made."
+            )
 
 
 def _learns_from(snapshot: Snapshot | None) -> int:

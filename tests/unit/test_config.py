@@ -50,9 +50,21 @@ def test_what_is_written_is_read_back():
         assert from_yaml(config.to_yaml(), "copy") == config
 
 
+def test_arguments_and_wrappers_of_an_environment_are_written_and_read_back_whatever_their_kind():
+    env = {"kwargs": {"a": [1, {"b": None}], "c": np.arange(2), "d": (1.5, "x: y"), "e": np.inf}, "wrappers": "m:A"}
+    config = configure(Config(), {"env": env})
+    assert config.env.kwargs == {"a": [1, {"b": None}], "c": [0, 1], "d": [1.5, "x: y"], "e": np.inf}
+    assert from_yaml(config.to_yaml(), "copy") == config
+    for bad in (object(), {1, 2}, print):
+        with pytest.raises(InputError, match=r"`env.kwargs`: expected what YAML can write.* Received: a "):
+            configure(Config(), {"env.kwargs": {"a": bad}})
+
+
 def test_the_digest_tells_settings_apart():
     assert Config().digest() == Config().digest()
     assert Config().digest() != Config(seed=1).digest()
+    alike = [configure(Config(), {"env.kwargs": kwargs}) for kwargs in ({"a": 1, "b": 2}, {"b": 2, "a": 1}, {"a": 1})]
+    assert alike[0].digest() == alike[1].digest() != alike[2].digest()
 
 
 def test_every_setting_says_what_it_means_and_where_it_comes_from():
@@ -93,8 +105,15 @@ BAD_FILES = [
     ("env: CartPole-v1",                                 r"`env` is a section: .*`env: {id: CartPole-v1}`.*'CartPole-v1'"),
     ("learner: 3",                                       r"`learner` is a section: .*`learner: {batch_size: 64}`.* 3\."),
     ("agent: [gamma, 1]",                                r"`agent` is a section: "),
-    ("env: {kwargs: [1]}",                               r"`env.kwargs` must be names with numbers, text or true and false"),
-    ("env: {kwargs: {a: [1]}}",                          r"`env.kwargs` must be names .* Received: \[1\]"),
+    ("env: {kwargs: [1]}",                               r"`env.kwargs` must be names with values of YAML.* Received: \[1\]"),
+    ("env: {kwargs: {a: {1: 2}}}",                       r"`env.kwargs`: names must be text.* Received: 1\."),
+    ("env: {kwargs: {a: &a [*a]}}",                      r"`env.kwargs`: it is nested deeper than 30 levels"),
+    ("env: {wrappers: [1]}",                             r"`env.wrappers`: expected the name of a class.* Received: 1\."),
+    ("env: {wrappers: [A b]}",                           r"`env.wrappers`: expected the name of a class.* Received: 'A b'"),
+    ("env: {wrappers: [{A: 1}]}",                        r"`env.wrappers`: .* arguments of `A` by name.* Received: 1"),
+    ("env: {wrappers: [{A: , B: }]}",                    r"`env.wrappers` must be names of classes, each alone or with"),
+    ("env: {wrappers: 3}",                               r"`env.wrappers` must be names of classes.* Received: 3"),
+    ("env: {max_episode_steps: 0}",                      r"`env.max_episode_steps` must be a whole number, at least 1"),
     ("- a\n- b",                                         r"mine: Expected settings, such as .*Received: \['a', 'b'\]"),
     ("cartpole",                                         r"mine: Expected settings, such as .*Received: 'cartpole'"),
     ("",                                                 r"mine: There are no settings in it\. Write at least one"),
@@ -149,6 +168,11 @@ def test_what_does_not_fit_is_said_in_one_line(text, message):
         ("learner.learning_rate: 0.01", "learner.learning_rate", 0.01),
         ("learner.learning_rate: 0.01\nlearner: {batch_size: 8}", "learner.learning_rate", 0.01),
         ("env: {kwargs: {x: 1e4, y: on, z: a=b}}", "env.kwargs", {"x": 1e4, "y": True, "z": "a=b"}),
+        ("env: {kwargs: {c: {a: [1, null]}, d: 2020-01-02}}", "env.kwargs", {"c": {"a": [1, None]}, "d": "2020-01-02"}),
+        ("env: {wrappers: A}", "env.wrappers", ("A",)),
+        ("env: {wrappers: [A, 'm.n:B', {C: {x: [1]}}]}", "env.wrappers", ("A", "m.n:B", {"C": {"x": [1]}})),
+        ("env: {wrappers: {C: {x: 1}}}", "env.wrappers", ({"C": {"x": 1}},)),
+        ("env: {wrappers: [{A: }, {gymnasium.wrappers:B: {}}]}", "env.wrappers", ("A", "B")),
         ("evaluation: {target_return: None}", "evaluation.target_return", None),
         ("ranks: {learning_rate_scaling: none}", "ranks.learning_rate_scaling", "none"),
     ],

@@ -26,6 +26,13 @@ TAKEN = [
     ("cartpole --agent.double no",                     "agent.double",             False),
     ("cartpole --env.kwargs '{\"map_name\": \"8x8\"}'",  "env.kwargs",               {"map_name": "8x8"}),
     ("cartpole --env.kwargs '{map_name: 8x8, x: 1}'",  "env.kwargs",               {"map_name": "8x8", "x": 1}),
+    ("cartpole --env.kwargs '{config: {lanes: 4}}'",   "env.kwargs",               {"config": {"lanes": 4}}),
+    ("cartpole --env.kwargs 'c={a: [4, 5]} d=null'",   "env.kwargs",               {"c": {"a": [4, 5]}, "d": None}),
+    ("cartpole --env.wrappers A",                      "env.wrappers",             ("A",)),
+    ("cartpole --env.wrappers A m.n:B",                "env.wrappers",             ("A", "m.n:B")),
+    ("cartpole --env.wrappers A,B",                    "env.wrappers",             ("A", "B")),
+    ("cartpole --env.wrappers '[A, {B: {s: [8, 4]}}]'", "env.wrappers",            ("A", {"B": {"s": [8, 4]}})),
+    ("cartpole --env.wrappers '{B: {s: [8, 4]}}'",     "env.wrappers",             ({"B": {"s": [8, 4]}},)),
     ("cartpole --env.kwargs map_name=8x8 slip=false",  "env.kwargs",               {"map_name": "8x8", "slip": False}),
 ]  # fmt: skip
 
@@ -52,7 +59,7 @@ REFUSED = [
     ("cartpole --seed yes",                  r"`seed` must be a whole number, at least 0\. Received: 'yes'"),
     ("cartpole --agent.loss hubert",         r"must be `huber` or `squared`\. Received: 'hubert'\. Did you mean `huber`"),
     ("cartpole --env.kwargs '{a: 1, a: 2}'", r"`env.kwargs`: `a` is given twice"),
-    ("cartpole --env.kwargs 8x8",            r"`env.kwargs` must be names .*like {map_name: 8x8}\. Received: '8x8'"),
+    ("cartpole --env.kwargs 8x8",            r"`env.kwargs` must be names .*like {map_name: 8x8, .*\. Received: '8x8'"),
     ("cartpole --env CartPole-v1",           r"no option `--env`\. Did you mean `--env.id`"),
     ("cartpole --lr 0.1",                    r"no option `--lr`\. Did you mean `--learner.learning-rate`"),
     ("cartpole --num-envs 2",                r"Did you mean `--env.envs-per-rank`"),

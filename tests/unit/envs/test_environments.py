@@ -1,4 +1,5 @@
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -418,17 +419,24 @@ def test_a_reset_that_is_not_finite_stops_the_run_too():
 
 
 def test_a_vector_class_that_does_not_say_how_it_resets_is_not_used():
-    for mode, expected in [(None, SyncVectorEnv), ("Disabled", TypeError), ("NextStep", LateVector)]:
-        if expected is TypeError:  # it goes to sync, whose environment does not take the argument
-            with pytest.raises(InputError, match="takes no argument `mode`"):
-                Environments("OwnVector-v0", 2, kwargs={"mode": mode})
-            continue
-        with made("OwnVector-v0", 2, kwargs={"mode": mode} if mode else {}) as envs:
-            assert isinstance(envs._vector, expected)
+    with made("OwnVector-v0", 2) as envs:
+        assert isinstance(envs._vector, SyncVectorEnv)
+        assert re.search(
+            r"OwnVector-v0` is not used: it must reset by itself.* Its autoreset_mode is None", *envs.notes
+        )
+    for mode in (None, "Disabled"):
+        with pytest.raises(
+            InputError, match=r"`OwnVector-v0` cannot be used: it must reset by itself.*vectorization sync"
+        ):
+            Environments("OwnVector-v0", 2, kwargs={"mode": mode} if mode else {}, vectorization="native")
+    with made("OwnVector-v0", 2, kwargs={"mode": "NextStep"}, vectorization="native") as envs:
+        assert isinstance(envs._vector, LateVector)
 
 
 def test_a_late_reset_earns_nothing_and_ends_nothing_whatever_the_vector_class_returns_with_it():
-    with made("OwnVector-v0", 2, kwargs={"mode": "NextStep"}) as envs:  # returns a reward and an end in every step
+    with made(
+        "OwnVector-v0", 2, kwargs={"mode": "NextStep"}, vectorization="native"
+    ) as envs:  # returns a reward and an end in every step
         envs.reset([0, 1])
         for expected in (True, False, True, False):
             transition, episodes = envs.step(np.array([0, 0]))
@@ -438,7 +446,7 @@ def test_a_late_reset_earns_nothing_and_ends_nothing_whatever_the_vector_class_r
 
 
 def test_a_vector_class_that_keeps_the_final_observation_to_itself_stops_the_run():
-    with made("OwnVector-v0", 2, kwargs={"mode": "SameStep"}) as envs:
+    with made("OwnVector-v0", 2, kwargs={"mode": "SameStep"}, vectorization="native") as envs:
         envs.reset([0, 1])
         with pytest.raises(RunError, match=r"as info\['final_obs'\]\. Received: \[\]\..*--env.vectorization sync"):
             envs.step(np.array([0, 0]))
@@ -461,7 +469,11 @@ def test_a_vector_class_that_keeps_the_final_observation_to_itself_stops_the_run
         ("LunarLander-v2", {}, r"no environment `LunarLander-v2`\. .*use `LunarLander-v3` instead"),
         ("CartPole-v7", {}, r"`CartPole-v7`\. .*`v7`.*versioned environments: \[ `v0`, `v1` \]"),
         ("no_such_module:CartPole-v1", {}, r"no module `no_such_module`.*PYTHONPATH"),
-        ("Pendulum-v1", {}, r"`Pendulum-v1` has continuous actions.*Discrete.*Received: Box.*DiscretizeAction"),
+        (
+            "Pendulum-v1",
+            {},
+            r"`Pendulum-v1` has continuous actions.*Discrete.*Received: Box.*--env.wrappers '\[{DiscretizeAction",
+        ),
         ("Blackjack-v1", {}, r"tuple observations.*FlattenObservation"),
         ("Odd-v0", {}, r"dictionary observations.*Received: Dict.*FlattenObservation"),
         ("Odd-v0", {"kind": "several"}, r"MultiDiscrete observations"),

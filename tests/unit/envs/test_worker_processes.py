@@ -143,7 +143,7 @@ def test_a_reset_that_raises_ends_the_run_too(vectorization):
 
 def test_a_vector_class_that_raises_names_all_its_copies():
     BrokenVector.made = 0
-    with made("BrokenVector-v0", 3, first_index=3, rank=1) as envs:
+    with made("BrokenVector-v0", 3, first_index=3, rank=1, vectorization="native") as envs:
         envs.reset([0, 1, 2])
         envs.step(np.zeros(3, int))
         envs.step(np.zeros(3, int))
@@ -194,7 +194,7 @@ def test_after_a_failure_all_copies_are_made_anew_and_the_run_goes_on(vectorizat
         BrokenVector.made = 0
         arguments = {"frame_stack": 2, "restarts": 2, "rank": 1, "first_index": 2}
         if vectorization == "native":
-            envs = Environments("BrokenVector-v0", 2, **arguments)
+            envs = Environments("BrokenVector-v0", 2, vectorization="native", **arguments)
         else:
             kwargs = {"how": how, "marker": str(marker)}
             envs = Environments("Broken-v0", 2, vectorization=vectorization, kwargs=kwargs, **arguments)

@@ -444,7 +444,8 @@ register("Vector-v0", vector_entry_point=Vector)
     [("array", True), ("fortran", True), ("generator", True), ("list", False), ("global", False), ("raises", False)],
 )
 def test_an_own_vector_class_can_be_put_back_where_its_plain_attributes_tell_all(keeps, restorable):
-    with made("Vector-v0", 2, kwargs={"keeps": keeps}) as one, made("Vector-v0", 2, kwargs={"keeps": keeps}) as other:
+    arguments = {"kwargs": {"keeps": keeps}, "vectorization": "native"}
+    with made("Vector-v0", 2, **arguments) as one, made("Vector-v0", 2, **arguments) as other:
         assert one.probe() == restorable
         one.reset([5, 6])
         play = actions(one, 12)
