@@ -1,13 +1,15 @@
-"""Which spaces DQN can learn: observations are one Box or Discrete, actions are Discrete."""
+"""Which spaces DQN can learn: observations made of numbers and states, actions that are Discrete."""
 
 import gymnasium
 from gymnasium import spaces
 
 from hvd_dqn.errors import InputError
 
+Path = tuple[str | int, ...]  # the keys that lead to a leaf
+
 
 def check_spaces(id: str, observation: gymnasium.Space, action: gymnasium.Space) -> None:
-    """Raises InputError unless observations are one Box of at most three axes or Discrete, and actions Discrete."""
+    """Raises InputError unless DQN can learn these observations (see `check_observations`), and actions are Discrete."""
     wrapper = "register your own id, whose entry point wraps it in"
     if not isinstance(action, spaces.Discrete):
         kind = "continuous" if isinstance(action, spaces.Box) else type(action).__name__
@@ -15,14 +17,59 @@ def check_spaces(id: str, observation: gymnasium.Space, action: gymnasium.Space)
             f"The environment `{id}` has {kind} actions, but DQN needs a Discrete action space. Received: {action}. "
             f"Use another environment, or {wrapper} gymnasium.wrappers.DiscretizeAction."
         )
-    if not isinstance(observation, spaces.Box | spaces.Discrete):
-        kind = {"Dict": "dictionary", "Tuple": "tuple"}.get(name := type(observation).__name__, name)
+    check_observations(id, observation)
+
+
+def leaves(space: gymnasium.Space, path: Path = ()) -> list[tuple[Path, gymnasium.Space]]:
+    """The spaces within a Dict or Tuple and their keys, in the order of Gymnasium's `flatten`."""
+    if isinstance(space, spaces.Dict):
+        inner: list[tuple[str | int, gymnasium.Space]] = [*space.spaces.items()]
+    elif isinstance(space, spaces.Tuple):
+        inner = list(enumerate(space.spaces))
+    else:
+        return [(path, space)]
+    return [leaf for key, each in inner for leaf in leaves(each, (*path, key))]
+
+
+def name_of(path: Path) -> str:
+    return ".".join(map(str, path))
+
+
+def check_observations(id: str, space: gymnasium.Space) -> None:
+    """Raises InputError unless `space` is a Box of at most three axes, Discrete, MultiDiscrete or MultiBinary.
+
+    Or a Dict or Tuple of those, also nested.
+    """
+    found = leaves(space)
+    if not found:
         raise InputError(
-            f"The environment `{id}` has {kind} observations, but hvd_dqn needs one Box or Discrete. "
-            f"Received: {observation}. To flatten them, {wrapper} gymnasium.wrappers.FlattenObservation."
+            f"The environment `{id}` observes nothing. Received: {space}. Expected: at least one Box or Discrete."
         )
-    if len(observation.shape or ()) > 3:
+    unfit = [(path, leaf) for path, leaf in found if not _is_usable(leaf)]
+    if not unfit:
+        return
+    path, leaf = unfit[0]
+    what = f"observations `{name_of(path)}`" if path else "observations"
+    if isinstance(leaf, spaces.Box | spaces.MultiBinary) and leaf.shape:
         raise InputError(
-            f"The observations of `{id}` must be [D], [H, W] or [H, W, C]. Received: a shape of {observation.shape}. "
-            f"To change it, {wrapper} gymnasium.wrappers.ReshapeObservation."
+            f"The {what} of `{id}` must be [D], [H, W] or [H, W, C]. Received: a shape of {leaf.shape}. To change it: "
+            "--env.wrappers '[{ReshapeObservation: {shape: [...]}}]', or a wrapper of your own."
         )
+    usable = sorted({str(path[0]) for path, leaf in found if path} - {str(path[0]) for path, leaf in unfit if path})
+    if usable:
+        keys = ", ".join(usable)
+        cure = f"Drop it: --env.wrappers '[{{FilterObservation: {{filter_keys: [{keys}]}}}}]'"
+        if type(leaf).__module__.startswith("minigrid."):
+            cure += ", or keep the image alone: --env.wrappers '[minigrid.wrappers:ImgObsWrapper]'"
+    else:
+        cure = "Turn it into numbers in a wrapper: --env.wrappers '[module:Class]'"
+    raise InputError(
+        f"The {what} of `{id}` cannot be learned from: expected Box, Discrete, MultiDiscrete, MultiBinary, or a Dict or "
+        f"Tuple of these. Received: {type(leaf).__name__}. {cure}."
+    )
+
+
+def _is_usable(space: gymnasium.Space) -> bool:
+    if isinstance(space, spaces.Box | spaces.MultiBinary):
+        return len(space.shape) <= 3 and 0 not in space.shape
+    return isinstance(space, spaces.Discrete | spaces.MultiDiscrete)
