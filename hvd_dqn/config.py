@@ -78,6 +78,13 @@ class Env(Section):
         ge=1,
         le=1_000,
     )
+    observation_scale: float | None = setting(
+        None,
+        "integer observations are divided by this; none divides them by the largest absolute value that their space "
+        "declares (255 for most images). For packages that declare more than they use: MiniGrid declares 255 and has 10",
+        source=OURS,
+        gt=0,
+    )
     reward_scale: float = setting(
         1.0, "rewards are multiplied by this before learning; reported returns are not", source=OURS, gt=0
     )
@@ -89,7 +96,8 @@ class Env(Section):
     )
     normalize_observation: bool = setting(
         False,
-        "subtract the running mean from observations and divide by the running standard deviation, both over all ranks",
+        "subtract the running mean from observations and divide by the running standard deviation, both over all ranks; not "
+        "from states and numbers of one byte",
         source="OpenAI Baselines, VecNormalize",
     )
     restart_failed_envs: int = setting(
@@ -105,7 +113,10 @@ class Agent(Section):
     """What is learned: the network, its target and its exploration."""
 
     network: str = setting(
-        "mlp", "`mlp`, `cnn`, or `module:function`, a function that returns a Keras model", source=f"cnn: {NATURE}"
+        "mlp",
+        "`mlp`, `cnn`, `minatar` (one small convolution, for images of a few cells), or `module:function`, a function that "
+        "returns a Keras model",
+        source=f"cnn: {NATURE}; minatar: Young & Tian 2019, arXiv:1903.03176 (there with hidden 128)",
     )
     hidden: Counts = setting((256, 256), "widths of the hidden layers", unit="neurons", source="Stable-Baselines3 zoo")
     dueling: bool = setting(

@@ -16,8 +16,9 @@ from hvd_dqn.agent.preprocess import Preprocess
 from hvd_dqn.errors import InputError
 from hvd_dqn.graphs import Graph
 
-# Convolutions of the trunks for images, (side, stride, filters) each. Source: Mnih et al. 2015, Methods, "Model architecture".
-CONVOLUTIONS = {"cnn": ((8, 4, 32), (4, 2, 64), (3, 1, 64))}
+# Convolutions of the trunks for images, (side, stride, filters) each. Sources: Mnih et al. 2015, Methods, "Model
+# architecture"; Young & Tian 2019, arXiv:1903.03176, section 4.
+CONVOLUTIONS = {"cnn": ((8, 4, 32), (4, 2, 64), (3, 1, 64)), "minatar": ((3, 1, 16),)}
 
 MOST_PARAMETERS = 2**30  # 4 GB; Adam keeps two more copies and the target network another one
 
@@ -84,8 +85,14 @@ def mlp(inputs: int, widths: Sequence[int]) -> Trunk:
     return Trunk(shapes, widths[-1] if widths else inputs, forward)
 
 
-def cnn(convolutions: Sequence[tuple[int, int, int]], image: Shape, widths: Sequence[int]) -> Trunk:
-    """Convolutions without padding, each (side, stride, filters) with ReLU, then an `mlp`; images are [H, W, C]."""
+def cnn(
+    convolutions: Sequence[tuple[int, int, int]], image: Shape, widths: Sequence[int], begin: int = 0, besides: int = 0
+) -> Trunk:
+    """Convolutions without padding, each (side, stride, filters) with ReLU, then an `mlp`; images are [H, W, C].
+
+    With `besides` > 0 inputs are vectors in which the image begins at `begin`, and that many other numbers. These pass a
+    dense layer with ReLU, as wide as the first of `widths`, and join the convolutions' features in front of the `mlp`.
+    """
     height, width, channels = image
     shapes: list[Shape] = []
     for side, stride, filters in convolutions:
@@ -97,15 +104,27 @@ def cnn(convolutions: Sequence[tuple[int, int, int]], image: Shape, widths: Sequ
                 f"The CNN needs images of at least {least} x {least} pixels. Received: {image[0]} x {image[1]}. "
                 "Enlarge them in a wrapper, or choose --agent.network mlp or a Keras model of your own."
             )
-    dense = mlp(height * width * channels, widths)
+    beside, end = mlp(besides, widths[:1] if besides else ()), begin + math.prod(image)
+    dense = mlp(height * width * channels + beside.features, widths)
+    own = len(shapes)
 
     def forward(weights: Weights, x: tf.Tensor) -> tf.Tensor:
-        layers = zip(convolutions, weights[: len(shapes) : 2], weights[1 : len(shapes) : 2], strict=True)
+        if besides:
+            others = tf.concat([x[:, :begin], x[:, end:]], axis=1)
+            features = beside.forward(weights[own : own + len(beside.shapes)], others)
+            pixels = convolved(weights, tf.reshape(x[:, begin:end], [-1, *image]))
+            x = tf.concat([tf.reshape(pixels, [-1, height * width * channels]), features], axis=1)
+        else:
+            x = convolved(weights, x)
+        return dense.forward(weights[own + len(beside.shapes) :], x)
+
+    def convolved(weights: Weights, x: tf.Tensor) -> tf.Tensor:
+        layers = zip(convolutions, weights[:own:2], weights[1:own:2], strict=True)
         for (_, stride, _), kernel, bias in layers:
             x = tf.nn.relu(tf.nn.bias_add(tf.nn.conv2d(x, kernel, stride, "VALID"), bias))  # [B, H, W, C]
-        return dense.forward(weights[len(shapes) :], x)
+        return x
 
-    return Trunk(shapes + dense.shapes, dense.features, forward)
+    return Trunk([*shapes, *beside.shapes, *dense.shapes], dense.features, forward)
 
 
 def head(features: int, actions: int, outputs: int, *, dueling: bool) -> Head:
@@ -210,12 +229,7 @@ def build_network(
     if dueling:
         widths[-1] *= 2  # one half feeds the value, the other the advantages
     if name in CONVOLUTIONS:
-        if len(inputs) != 3:
-            raise InputError(
-                f"--agent.network {name} needs images [H, W, C]. Received observations of shape {list(inputs)}. "
-                "Choose --agent.network mlp."
-            )
-        trunk = cnn(CONVOLUTIONS[name], inputs, widths)
+        trunk = _for_images(name, preprocess, widths)
     elif name == "mlp":
         trunk = mlp(math.prod(inputs), widths)
     else:
@@ -231,6 +245,37 @@ def build_network(
         )
     kind = NumpyMlp if name == "mlp" and objective.outputs == 1 else FlatNetwork
     return kind(trunk, end, preprocess, objective, rng)
+
+
+def _for_images(name: str, preprocess: Preprocess, widths: Sequence[int]) -> Trunk:
+    layout, inputs = preprocess.layout, preprocess.input_shape
+    for part in layout.parts:
+        if part.unsure:
+            named = f"`{part.name}` " if part.name else ""
+            raise InputError(
+                f"--agent.network {name} needs images [H, W, C], and it cannot be told whether the channels of observations "
+                f"{named}of shape {list(part.unsure)} are the first or the last axis. Move them in a wrapper, such as "
+                "gymnasium.wrappers.TransformObservation with numpy.moveaxis, or choose --agent.network mlp."
+            )
+    if not layout.is_packed:
+        if len(inputs) != 3:
+            raise InputError(
+                f"--agent.network {name} needs images [H, W, C]. Received observations of shape {list(inputs)}. "
+                "Choose --agent.network mlp."
+            )
+        return cnn(CONVOLUTIONS[name], inputs, widths)
+    images = [part.name for part in layout.parts if part.is_image]
+    if len(images) != 1:
+        received = f"{len(images)} ({', '.join(images)})" if images else "none"
+        raise InputError(
+            f"--agent.network {name} needs exactly one image among the observations. Received: {received} in "
+            f"{', '.join(part.name for part in layout.parts)}. Choose --agent.network mlp"
+            + (", or drop others with the wrapper gymnasium.wrappers.FilterObservation." if images else ".")
+        )
+    found = preprocess.image()
+    assert found is not None
+    begin, image = found
+    return cnn(CONVOLUTIONS[name], image, widths, begin, inputs[0] - math.prod(image))
 
 
 def _keras_network(

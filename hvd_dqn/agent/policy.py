@@ -13,12 +13,11 @@ NOT_FIRST = np.zeros((), np.bool_)  # the frame is not the first of an episode
 class Frames(Protocol):
     """Turns observations of the space into what the network sees. `hvd_dqn.envs.frames` has the only implementation."""
 
-    shape: tuple[int, ...]
-    dtype: np.dtype
-    categories: int | None
-    seen_shape: tuple[int, ...]
+    stack: int
+    seen_shape: tuple[int, ...] | None
 
-    def read_seen(self, seen: np.ndarray) -> np.ndarray: ...
+    def take(self, observation: Any) -> tuple[np.ndarray, bool]: ...
+    def take_stacks(self, seen: Any) -> tuple[np.ndarray, bool]: ...
     def begin(self, frame: np.ndarray) -> np.ndarray: ...
     def push(self, observation: np.ndarray, frame: np.ndarray, first: np.ndarray) -> np.ndarray: ...
 
@@ -36,9 +35,11 @@ class Policy:
     `values` maps [B, *frames.observation_shape] to [B, A]: preprocessing and network. Random actions are drawn from `rng`,
     a generator or its seed.
 
-    `act` and `q_values` take one observation, of shape `observation_shape`, or B of them, and keep no state. So a
-    policy that was trained with `frame_stack` > 1 takes stacks, which `begin` and `push` make. Without stacks these two
-    return the observation itself, so this loop works with every policy:
+    `act` and `q_values` take one observation, as the environment gives it, or B of them, and keep no state. B
+    dictionaries or tuples come in a list or, as vector classes give them, as one dictionary or tuple of arrays [B, ...].
+
+    A policy that was trained with `frame_stack` > 1 takes stacks, which `begin` and `push` make. Without stacks these
+    two return the observation itself, so this loop works with every policy:
 
         seen = policy.begin(observation)  # from env.reset()
         while not over:
@@ -46,7 +47,9 @@ class Policy:
             seen, over = policy.push(seen, observation), terminated or truncated
     """
 
-    observation_shape: tuple[int, ...]  # of one observation, as `act` takes it
+    observation_shape: (
+        tuple[int, ...] | None
+    )  # of one observation, as `act` takes it; dictionaries and tuples have none
 
     def __init__(
         self,
@@ -60,7 +63,7 @@ class Policy:
         self.observation_space, self.action_space = observation_space, action_space
         self.actions, self._first_action = int(action_space.n), int(action_space.start)
         self.observation_shape = frames.seen_shape
-        self._stacks = frames.seen_shape != tuple(observation_space.shape)
+        self._stacks = frames.stack > 1
 
     def act(
         self, observation: Any, epsilon: float = 0.0, mask: np.ndarray | list[Any] | None = None
@@ -90,14 +93,14 @@ class Policy:
         q = self._values(seen).astype(np.float32, copy=False)
         return q[0] if alone else q
 
-    def begin(self, observation: Any) -> np.ndarray:
+    def begin(self, observation: Any) -> Any:
         """What `act` takes at the first observation of an episode, or at the first ones of B episodes."""
-        return self._frames.begin(self._frame(observation)) if self._stacks else np.asarray(observation)
+        return self._frames.begin(self._frame(observation)) if self._stacks else self._itself(observation)
 
-    def push(self, seen: np.ndarray, observation: Any) -> np.ndarray:
+    def push(self, seen: Any, observation: Any) -> Any:
         """What `act` takes one step later: `observation` becomes the newest of the stack, and the oldest is dropped."""
         if not self._stacks:
-            return np.asarray(observation)
+            return self._itself(observation)
         return self._frames.push(seen, self._frame(observation), NOT_FIRST)
 
     def choose(self, seen: np.ndarray) -> np.ndarray:
@@ -106,20 +109,7 @@ class Policy:
 
     def _read(self, observation: Any) -> tuple[np.ndarray, bool]:
         """[B, *frames.observation_shape], and whether it was one observation alone."""
-        seen = np.asarray(observation)
-        alone = seen.shape == self.observation_shape
-        if not alone and (seen.ndim == 0 or seen.shape[1:] != self.observation_shape):
-            one = f"one observation of shape {self.observation_shape}"
-            if self._stacks:
-                one += ", a stack such as `begin` and `push` make,"
-            raise InputError(f"Expected: {one} or B of them. Received: an array of shape {seen.shape}.")
-        if self._frames.dtype.kind in "iu" and seen.dtype.kind not in "iu":
-            raise InputError(f"Expected: whole numbers of {self.observation_space}. Received: {seen.dtype}.")
-        read = self._frames.read_seen(seen)
-        categories = self._frames.categories
-        if categories is not None and not ((read >= 0) & (read < categories)).all():
-            raise InputError(f"Expected: states of {self.observation_space}. Received: {observation}.")
-        return read, alone
+        return self._frames.take_stacks(observation) if self._stacks else self._frames.take(observation)
 
     def _read_mask(self, mask: Any, count: int, alone: bool) -> np.ndarray:
         allowed = np.asarray(mask)
@@ -141,12 +131,12 @@ class Policy:
         return _highest(self.rng.random(allowed.shape), allowed)
 
     def _frame(self, observation: Any) -> np.ndarray:
-        """[*frames.shape] or [B, *frames.shape], of the observation space's own numbers."""
-        frame, shape = np.asarray(observation), tuple(self.observation_space.shape)
-        lead = frame.shape[: frame.ndim - len(shape)]
-        if len(lead) > 1 or frame.shape != (*lead, *shape):
-            raise InputError(f"Expected: one observation of shape {shape} or B of them. Received: {frame.shape}.")
-        return frame.reshape(*lead, *self._frames.shape)
+        """The frame of one observation, or [B, ...] of B."""
+        frames, alone = self._frames.take(observation)
+        return frames[0] if alone else frames
+
+    def _itself(self, observation: Any) -> Any:
+        return observation if self.observation_shape is None else np.asarray(observation)
 
 
 def _highest(values: np.ndarray, allowed: np.ndarray | None) -> np.ndarray:

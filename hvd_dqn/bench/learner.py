@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from rich.table import Table
 
+from hvd_dqn.agent.layout import Layout, single
 from hvd_dqn.agent.learner import Learner
 from hvd_dqn.agent.networks import build_network
 from hvd_dqn.agent.objectives import Dqn
@@ -73,7 +74,7 @@ def measure(world: World, networks: Sequence[str] = tuple(LEARNER_CASES), repeat
 
 def _jobs(case: LearnerCase, world: World) -> Iterator[Callable[[], None]]:
     """Two jobs, warmed up: the phases of the case with one batch each time, and with a fresh sample each time."""
-    preprocess, objective = Preprocess(case.observation), Dqn(double=False, loss="huber")
+    preprocess, objective = Preprocess(layout_of(case)), Dqn(double=False, loss="huber")
     rng = np.random.default_rng(0)
     learner = Learner(
         lambda: build_network(
@@ -106,6 +107,11 @@ def _jobs(case: LearnerCase, world: World) -> Iterator[Callable[[], None]]:
     train()  # traces the phase, and lets the allocator and the caches settle
     yield train
     yield sample_and_train
+
+
+def layout_of(case: LearnerCase) -> Layout:
+    is_image = len(case.observation) == 3
+    return single(case.observation, np.uint8, divisor=255) if is_image else single(case.observation)
 
 
 def filled_replay(case: LearnerCase, rank: int) -> Replay:

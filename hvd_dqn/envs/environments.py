@@ -10,7 +10,7 @@ from gymnasium.vector import AutoresetMode
 
 from hvd_dqn.agent.transition import Transition
 from hvd_dqn.envs.conformity import outside
-from hvd_dqn.envs.frames import Frames
+from hvd_dqn.envs.frames import Frames, Misfit, rows_of
 from hvd_dqn.envs.restore import restorer_for
 from hvd_dqn.envs.vector import Built, build, call, close_vector, is_native
 from hvd_dqn.envs.wrappers import EnvFailure, one_line
@@ -65,6 +65,8 @@ class Environments:
         max_episode_steps: int | None = None,
         vectorization: str = "auto",
         frame_stack: int = 1,
+        observation_scale: float | None = None,
+        normalize_observation: bool = False,
         reward_scale: float = 1.0,
         reward_clip: float | None = None,
         first_index: int = 0,
@@ -93,7 +95,9 @@ class Environments:
         self._make()
 
         self.observation_space = self._vector.single_observation_space
-        self.frames = Frames(self.observation_space, frame_stack)
+        self.frames = Frames(
+            self.observation_space, frame_stack, normalize=normalize_observation, scale=observation_scale
+        )
         action_space = self._vector.single_action_space
         assert isinstance(action_space, spaces.Discrete)
         self.action_space = action_space
@@ -127,9 +131,17 @@ class Environments:
 
     def _first_frames(self, seeds: list[int], **options: Any) -> np.ndarray:
         raw, _ = self._call("reset", seed=seeds[0] if self._native else seeds, **options)
-        frame = self.frames.read(raw)
-        self._check_finite("observation", frame)
+        frame = self._read(raw)
+        self._check_observation("observation", frame)
         return frame
+
+    def _read(self, raw: Any, copies: np.ndarray | None = None) -> np.ndarray:
+        """The frames of all copies or of these."""
+        try:
+            return self.frames.read(raw)
+        except Misfit as misfit:
+            copy = misfit.row if copies is None else int(copies[misfit.row])
+            raise EnvFailure([self._first_index + copy], misfit.did, misfit.why) from None
 
     def _start(self, frame: np.ndarray) -> None:
         self._frame = frame  # [E, *frame]: the newest frame
@@ -158,7 +170,7 @@ class Environments:
         raw, raw_reward, raw_terminated, raw_truncated, info = self._call("step", action + self._first_action)
         if self._seeks_outside and (self._steps < BOUNDS_PERIOD or self._steps % BOUNDS_PERIOD == 0):
             self._look_outside(raw)
-        frame = self.frames.read(raw)
+        frame = self._read(raw)
         reward = np.array(raw_reward, dtype=np.float64)
         terminated = np.array(raw_terminated, dtype=np.bool_)
         truncated = np.array(raw_truncated, dtype=np.bool_)
@@ -173,9 +185,9 @@ class Environments:
         next_frame = frame
         if any_ended and not self._resets_late:
             next_frame = self._with_final(frame, ended, info)
-            self._check_finite("observation at its reset", frame)
+            self._check_observation("observation at its reset", frame)
         self._check_finite("reward", reward)
-        self._check_finite("observation", next_frame)
+        self._check_observation("observation", next_frame)
 
         self.returns += reward
         self._lengths += valid
@@ -288,7 +300,7 @@ class Environments:
         return restored
 
     def _restore(self, state: Mapping[str, Any], seeds: list[int]) -> np.ndarray:
-        restored = self._restorer.restore(state, self.frames.read)
+        restored = self._restorer.restore(state, self._read)
         if not restored.all():
             partly = {} if self._native else {"options": {"reset_mask": ~restored}}
             self._start(self._first_frames(seeds, **partly))
@@ -308,10 +320,20 @@ class Environments:
                 f"The vector class of {self.id} must return the last observation of an episode as info['final_obs']. "
                 f"Received: {sorted(info)}. Step the copies one by one with --env.vectorization sync."
             )
-        final = info["final_obs"]  # [E] objects, None where no episode ended
+        final, copies = info["final_obs"], np.flatnonzero(ended)
         next_frame = frame.copy()
-        next_frame[ended] = self.frames.read([final[i] for i in np.flatnonzero(ended)])
+        # A dictionary or tuple of arrays [E, ...], or [E] objects, None where no episode ended.
+        last = rows_of(final, copies) if isinstance(final, Mapping | tuple) else [final[i] for i in copies]
+        next_frame[ended] = self._read(last, copies)
         return next_frame
+
+    def _check_observation(self, what: str, frame: np.ndarray) -> None:
+        layout = self.frames.layout
+        if not layout.is_packed:
+            self._check_finite(what, frame)
+            return
+        for part, values in zip(layout.parts, layout.views(frame), strict=True):
+            self._check_finite(f"{what} `{part.name}`", values)
 
     def _check_finite(self, what: str, values: np.ndarray) -> None:
         if values.dtype.kind != "f" or np.count_nonzero(np.isfinite(values)) == values.size:

@@ -10,7 +10,14 @@ import numpy as np
 from gymnasium.vector import VectorEnv
 
 from hvd_dqn.envs.vector import call, is_native
-from hvd_dqn.envs.wrappers import PROBE_SECONDS, PROBE_STEPS, EnvFailure, jsonable, preserved_global_generators
+from hvd_dqn.envs.wrappers import (
+    PROBE_SECONDS,
+    PROBE_STEPS,
+    EnvFailure,
+    as_bytes,
+    jsonable,
+    preserved_global_generators,
+)
 
 
 class Restorer(Protocol):
@@ -111,7 +118,7 @@ class AttributeRestorer:
 
     def _play(self, actions: np.ndarray) -> list[bytes]:
         steps = [self._vector.step(action)[:4] for action in actions]
-        return [np.array(value).tobytes() for step in steps for value in step]
+        return [as_bytes(value) for step in steps for value in step]
 
     def record(self) -> None:
         """Does nothing: attributes can be read at any time."""

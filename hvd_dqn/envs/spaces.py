@@ -1,4 +1,4 @@
-"""Which spaces DQN can learn: observations are one Box or Discrete, actions are Discrete."""
+"""Which spaces DQN can learn: observations made of numbers and states, actions that are Discrete."""
 
 import math
 
@@ -7,9 +7,11 @@ from gymnasium import spaces
 
 from hvd_dqn.errors import InputError
 
+Path = tuple[str | int, ...]  # the keys that lead to a leaf
+
 
 def check_spaces(id: str, observation: gymnasium.Space, action: gymnasium.Space) -> None:
-    """Raises InputError unless observations are one Box of at most three axes or Discrete, and actions Discrete."""
+    """Raises InputError unless DQN can learn these observations (see `check_observations`), and actions are Discrete."""
     for what, space in (("observation", observation), ("action", action)):
         if not isinstance(space, spaces.Space):
             raise InputError(
@@ -24,35 +26,60 @@ def check_spaces(id: str, observation: gymnasium.Space, action: gymnasium.Space)
         raise InputError(
             f"The environment `{id}` has {kind} actions, but DQN needs a Discrete action space. Received: {action}. {cure}"
         )
-    if not isinstance(observation, spaces.Box | spaces.Discrete):
-        kind = {"Dict": "dictionary", "Tuple": "tuple"}.get(name := type(observation).__name__, name)
+    check_observations(id, observation)
+
+
+def leaves(space: gymnasium.Space, path: Path = ()) -> list[tuple[Path, gymnasium.Space]]:
+    """The spaces within a Dict or Tuple and their keys, in the order of Gymnasium's `flatten`."""
+    if isinstance(space, spaces.Dict):
+        inner: list[tuple[str | int, gymnasium.Space]] = [*space.spaces.items()]
+    elif isinstance(space, spaces.Tuple):
+        inner = list(enumerate(space.spaces))
+    else:
+        return [(path, space)]
+    return [leaf for key, each in inner for leaf in leaves(each, (*path, key))]
+
+
+def name_of(path: Path) -> str:
+    return ".".join(map(str, path))
+
+
+def check_observations(id: str, space: gymnasium.Space) -> None:
+    """Raises InputError unless `space` is a Box of at most three axes, Discrete, MultiDiscrete or MultiBinary.
+
+    Or a Dict or Tuple of those, also nested.
+    """
+    found = leaves(space)
+    if not found:
         raise InputError(
-            f"The environment `{id}` has {kind} observations, but hvd_dqn needs one Box or Discrete. "
-            f"Received: {observation}. {_flattening(observation)}"
+            f"The environment `{id}` observes nothing. Received: {space}. Expected: at least one Box or Discrete."
         )
-    shape = observation.shape or ()
-    if len(shape) > 3:
-        raise InputError(
-            f"The observations of `{id}` must be [D], [H, W] or [H, W, C]. Received: a shape of {shape}. To change it: "
-            f"--env.wrappers '[{{ReshapeObservation: {{shape: [{shape[0]}, {shape[1]}, {math.prod(shape[2:])}]}}}}]'."
-        )
+    unfit = [(path, leaf) for path, leaf in found if not _is_usable(leaf)]
+    if not unfit:
+        return
+    path, leaf = unfit[0]
+    what = f"observations `{name_of(path)}`" if path else "observations"
+    if isinstance(leaf, spaces.Box | spaces.MultiBinary) and leaf.shape:
+        shape = leaf.shape
+        cure = "Leave out the empty one in a wrapper: --env.wrappers module:Class."
+        if 0 not in shape:
+            cure = f"To change it: --env.wrappers '[{{ReshapeObservation: {{shape: [{shape[0]}, {shape[1]}, {math.prod(shape[2:])}]}}}}]'."
+        raise InputError(f"The {what} of `{id}` must be [D], [H, W] or [H, W, C]. Received: a shape of {shape}. {cure}")
+    usable = sorted({str(path[0]) for path, leaf in found if path} - {str(path[0]) for path, leaf in unfit if path})
+    if usable:
+        keys = ", ".join(usable)
+        cure = f"Drop it: --env.wrappers '[{{FilterObservation: {{filter_keys: [{keys}]}}}}]'"
+        if type(leaf).__module__.startswith("minigrid."):
+            cure += ", or keep the image alone: --env.wrappers '[minigrid.wrappers:ImgObsWrapper]'"
+    else:
+        cure = "Turn it into numbers in a wrapper: --env.wrappers '[module:Class]'"
+    raise InputError(
+        f"The {what} of `{id}` cannot be learned from: expected Box, Discrete, MultiDiscrete, MultiBinary, or a Dict or "
+        f"Tuple of these. Received: {type(leaf).__name__}. {cure}."
+    )
 
 
-def _flattening(space: gymnasium.Space) -> str:
-    """How to flatten observations; those of no fixed size, such as texts, are left out."""
-    if _is_flat(space):
-        return "To flatten them: --env.wrappers FlattenObservation."
-    if isinstance(space, spaces.Dict) and (keep := [key for key, inner in space.spaces.items() if _is_flat(inner)]):
-        return (
-            f"To flatten {' and '.join(keep)}: --env.wrappers '[{{FilterObservation: {{filter_keys: [{', '.join(keep)}]}}}}, "
-            "FlattenObservation]'."
-        )
-    return "Name a wrapper of your own that makes them so: --env.wrappers module:Class."
-
-
-def _is_flat(space: gymnasium.Space) -> bool:
-    """Whether Gymnasium can make one Box of it."""
-    try:
-        return isinstance(spaces.utils.flatten_space(space), spaces.Box)
-    except NotImplementedError:
-        return False
+def _is_usable(space: gymnasium.Space) -> bool:
+    if isinstance(space, spaces.Box | spaces.MultiBinary):
+        return len(space.shape) <= 3 and 0 not in space.shape
+    return isinstance(space, spaces.Discrete | spaces.MultiDiscrete)

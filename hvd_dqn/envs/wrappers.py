@@ -101,7 +101,7 @@ class RecordedEnv(gymnasium.Wrapper[Any, Any, Any, Any]):
             actions.append(action)
         if result[2] or result[3]:
             # An environment may write the first observation of the next episode into the same array.
-            return (np.array(result[0]), *result[1:])
+            return (copied(result[0]), *result[1:])
         return result
 
     def trace(self) -> dict[str, Any] | None:
@@ -115,7 +115,7 @@ class RecordedEnv(gymnasium.Wrapper[Any, Any, Any, Any]):
             "now": jsonable(self._generator_state()),
         }
 
-    def retrace(self) -> tuple[np.ndarray, float] | None:
+    def retrace(self) -> tuple[Any, float] | None:
         """The last observation and the return at the end of the trace `saved_trace`; None if the states differ."""
         saved_trace, self.saved_trace = self.saved_trace, None
         if saved_trace is None:
@@ -132,7 +132,7 @@ class RecordedEnv(gymnasium.Wrapper[Any, Any, Any, Any]):
                 total += float(reward)
                 if terminated or truncated:
                     return None
-            return (np.array(observation), total) if jsonable(self._generator_state()) == saved_trace["now"] else None
+            return (copied(observation), total) if jsonable(self._generator_state()) == saved_trace["now"] else None
         except Exception:
             return None
 
@@ -202,13 +202,13 @@ class RecordedEnv(gymnasium.Wrapper[Any, Any, Any, Any]):
         for action in actions:
             observation, reward, terminated, truncated, _ = self.step(action)
             ended = bool(terminated), bool(truncated)
-            seen += [np.asarray(observation).tobytes(), np.float64(reward).tobytes(), bytes(ended)]
+            seen += [as_bytes(observation), np.float64(reward).tobytes(), bytes(ended)]
             if any(ended):
                 seen += self._begin()
         return seen
 
     def _begin(self) -> list[bytes]:
-        return [np.asarray(self.reset()[0]).tobytes()]
+        return [as_bytes(self.reset()[0])]
 
     def _generator_state(self) -> dict[str, Any]:
         """{} if there is none."""
@@ -244,6 +244,24 @@ def make(spec: EnvSpec, kwargs: dict[str, Any], number: int, wrappers: Sequence[
     checked = {"disable_env_checker": None if number == 0 else True}
     # Some environments change the lists and mappings that they are made with.
     return RecordedEnv(wrap(gymnasium.make(spec, **{**checked, **copy.deepcopy(kwargs)}), wrappers), number)
+
+
+def copied(observation: Any) -> Any:
+    """A copy: of an array, or of each one in a dictionary or tuple."""
+    if isinstance(observation, Mapping):
+        return {key: copied(value) for key, value in observation.items()}
+    if isinstance(observation, tuple):
+        return tuple(copied(value) for value in observation)
+    return np.array(observation)
+
+
+def as_bytes(observation: Any) -> bytes:
+    """All numbers of an observation, to compare it with others."""
+    if isinstance(observation, Mapping):
+        return b"".join(as_bytes(observation[key]) for key in sorted(observation))
+    if isinstance(observation, tuple):
+        return b"".join(as_bytes(value) for value in observation)
+    return np.asarray(observation).tobytes()
 
 
 @contextlib.contextmanager

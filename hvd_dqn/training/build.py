@@ -37,6 +37,8 @@ def make_environments(config: Config, world: World, copies: int, vectorization: 
         max_episode_steps=env.max_episode_steps,
         vectorization=vectorization,
         frame_stack=env.frame_stack,
+        observation_scale=env.observation_scale,
+        normalize_observation=env.normalize_observation,
         reward_scale=env.reward_scale,
         reward_clip=env.reward_clip,
         first_index=world.rank * copies,
@@ -53,21 +55,24 @@ def make_one(config: Config, world: World) -> Environments:
 def make_statistics(config: Config, envs: Environments) -> RunningStatistics | NoStatistics:
     if not config.env.normalize_observation:
         return NoStatistics()
-    frames = envs.frames
-    if frames.categories is not None or frames.dtype != np.float32:
-        received = f"{frames.categories} states" if frames.categories else frames.dtype
+    layout = envs.frames.layout
+    if not any(part.normalized for part in layout.parts):
         raise InputError(
-            f"--env.normalize_observation is for observations of real numbers. Received: {received} from {config.env.id}. "
-            "Turn it off."
+            "--env.normalize_observation is for observations of real numbers, and for integers of more than one byte. "
+            f"Received: {layout.describe()} from {config.env.id}. Turn it off."
         )
-    return RunningStatistics(frames.shape)
+    return RunningStatistics(layout)
 
 
 def make_preprocess(config: Config, envs: Environments) -> Preprocess:
-    frames = envs.frames
-    return Preprocess(
-        frames.observation_shape, categories=frames.categories, normalizes=config.env.normalize_observation
-    )
+    layout = envs.frames.layout
+    if config.env.observation_scale is not None and all(part.divisor is None for part in layout.parts):
+        raise InputError(
+            "--env.observation_scale divides integers that are not normalised, and here are none. Received: "
+            f"{layout.describe()} from {config.env.id}. Leave it out; real numbers are scaled by --env.normalize_observation "
+            "or a wrapper."
+        )
+    return Preprocess(layout)
 
 
 def make_objective(config: Config) -> Objective:

@@ -134,6 +134,10 @@ class Plan:
             or self.checkpoints_at(cycle)
         )
 
+    def ends_warm_up_at(self, cycle: int) -> bool:
+        """Whether what the run has collected reaches `learn_start` in this cycle, also if it was resumed before."""
+        return self.total_steps_after(cycle - 1) < self.config.learner.learn_start <= self.total_steps_after(cycle)
+
     def learns_at(self, cycle: int) -> bool:
         return self.updates_at(cycle) > 0
 

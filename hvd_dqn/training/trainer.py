@@ -82,6 +82,9 @@ class Trainer:
                 cycle += 1
                 self.watchdog.beat(f"cycle {cycle:,}")
                 worker.step(cycle)
+                if plan.ends_warm_up_at(cycle):
+                    for text in worker.unused_ranges(cycle):
+                        yield Record("message", {}, text)
                 votes, learns = plan.votes_at(cycle), plan.learns_at(cycle)
                 if votes or learns:
                     self._finish_phase()

@@ -1,6 +1,7 @@
 """One rank's part of a run: it acts, stores transitions, learns, and can be saved and restored."""
 
 import functools
+import math
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from time import perf_counter
@@ -30,6 +31,9 @@ from hvd_dqn.training.build import (
 )
 from hvd_dqn.training.ledger import Ledger, Row
 from hvd_dqn.training.plan import Plan
+
+# Observations per rank whose numbers are compared with the range that their space declares.
+COMPARED = 4096
 
 # Random streams of a rank. Never change these numbers: a seed would give other runs.
 ACTING, SAMPLING, ENVIRONMENTS, WEIGHTS = range(4)
@@ -126,6 +130,30 @@ class Worker:
         self.statistics.observe(transition.observation)
         ledger.episodes(*episodes)
 
+    def unused_ranges(self, cycle: int) -> list[str]:
+        """What to tell if integer observations stay below a tenth of the range that scales them.
+
+        A collective if there are such observations, which depends on the space alone.
+        """
+        layout = self.envs.frames.layout
+        declared = [
+            (part.name, part.divisor.max()) for part in layout.parts if part.declared and part.divisor is not None
+        ]
+        if not declared:
+            return []
+        rings = self.replay.arrays()["frames"]
+        here = [layout.largest(ring[: math.ceil(COMPARED / len(rings))]) for ring in rings]
+        told = []
+        for (name, most), (largest, quotient) in zip(declared, self.world.max(np.max(here, axis=0)), strict=True):
+            if most >= 10 and quotient < 0.1:
+                named = f" `{name}`" if name else ""
+                told.append(
+                    f"Observations{named} of {self.config.env.id} stay below a tenth of what their space declares: at most "
+                    f"{largest:g} of {most:g} in {self.plan.total_steps_after(cycle):,} total steps, and the "
+                    f"network sees them divided by that. If that is their range, set --env.observation_scale {largest:g}."
+                )
+        return told
+
     def begin_phase(self, cycle: int) -> None:
         """Draws the minibatches of a phase. A collective.
 
@@ -183,6 +211,7 @@ class Worker:
         parameters = sum(int(np.prod(variable.shape)) for variable in self.learner.online.variables)
         compiled = ", compiled by XLA" if self.learner.compiled else ""
         rows = self.plan.describe()
+        rows["observations"] = self.envs.frames.layout.describe()
         rows["network"] = f"{self.config.agent.network}, {parameters:,} parameters{compiled}"
         rows["replay"] += f", {self.replay.nbytes / 1e6:,.0f} MB"
         if self.config.env.wrappers:

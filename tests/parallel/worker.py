@@ -20,6 +20,7 @@ assert world.size == 2, f"expected 2 ranks, received {world.size}"
 
 import tensorflow as tf  # noqa: E402
 
+from hvd_dqn.agent.layout import single  # noqa: E402
 from hvd_dqn.agent.learner import Learner  # noqa: E402
 from hvd_dqn.agent.networks import build_network  # noqa: E402
 from hvd_dqn.agent.objectives import Dqn  # noqa: E402
@@ -32,7 +33,7 @@ KERAS = "tests.unit.agent.test_networks:keras_model"
 
 def make(in_world=world, seed=0, network="mlp", dueling=False, double=True, loss="huber", **settings) -> Learner:
     rng = np.random.default_rng(seed)
-    preprocess, objective = Preprocess((4,)), Dqn(double=double, loss=loss)
+    preprocess, objective = Preprocess(single((4,))), Dqn(double=double, loss=loss)
     build = lambda: build_network(network, preprocess, 3, objective, hidden=(16, 8), dueling=dueling, rng=rng)  # noqa: E731
     return Learner(build, preprocess, objective, in_world, **settings)
 

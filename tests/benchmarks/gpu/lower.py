@@ -16,6 +16,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 import numpy as np
 import tensorflow as tf
 
+from hvd_dqn.agent.layout import single
 from hvd_dqn.agent.learner import Learner
 from hvd_dqn.agent.networks import CONVOLUTIONS, FlatNetwork, Network, cnn, head, mlp
 from hvd_dqn.agent.objectives import Dqn
@@ -47,7 +48,8 @@ def cast(weights: Sequence[tf.Tensor]) -> list[tf.Tensor]:
 def main(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for name, case in cases().items():
-        preprocess = Preprocess(tuple(case["observation"]))
+        shape = tuple(case["observation"])
+        preprocess = Preprocess(single(shape, np.uint8, divisor=255) if len(shape) == 3 else single(shape))
         learner = Learner(
             partial(network, case, preprocess), preprocess, OBJECTIVE, Solo(), xla=True, max_gradient_norm=10.0
         )

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
+from hvd_dqn.agent.layout import single
 from hvd_dqn.agent.learner import AHEAD_BYTES, Learner, Phase, _ends
 from hvd_dqn.agent.networks import build_network
 from hvd_dqn.agent.objectives import Dqn
@@ -24,7 +25,7 @@ def make(
     **settings,
 ) -> Learner:
     rng = np.random.default_rng(seed)
-    preprocess, objective = Preprocess((4,)), objective or Dqn(double=double, loss=loss)
+    preprocess, objective = Preprocess(single((4,))), objective or Dqn(double=double, loss=loss)
     build = lambda: build_network(network, preprocess, 3, objective, hidden=hidden, dueling=dueling, rng=rng)  # noqa: E731
     return Learner(build, preprocess, objective, world or Solo(), **settings)
 

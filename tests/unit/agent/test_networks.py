@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
+from hvd_dqn.agent.layout import Layout, Part
 from hvd_dqn.agent.networks import CONVOLUTIONS, Network, build_network, cnn
 from hvd_dqn.agent.objectives import Dqn
 from hvd_dqn.agent.preprocess import Preprocess
@@ -14,9 +15,21 @@ from hvd_dqn.errors import InputError
 DQN = Dqn(double=True, loss="huber")
 
 
-def make(name="mlp", shape=(4,), categories=None, actions=3, hidden=(8, 6), dueling=False, seed=0, objective=DQN):
+def make(
+    name="mlp",
+    shape=(4,),
+    categories=None,
+    actions=3,
+    hidden=(8, 6),
+    dueling=False,
+    seed=0,
+    objective=DQN,
+    dtype=np.float32,
+):
     rng = np.random.default_rng(seed)
-    preprocess = Preprocess(shape, categories=categories)
+    states = (categories,) * shape[0] if categories else ()
+    divisor = np.array(255.0) if dtype == np.uint8 else None
+    preprocess = Preprocess(Layout([Part(shape, np.dtype(dtype), divisor=divisor, categories=states)]))
     return build_network(name, preprocess, actions, objective, hidden=hidden, dueling=dueling, rng=rng)
 
 
@@ -120,7 +133,7 @@ def test_weights_and_biases_start_within_one_over_the_root_of_a_layers_inputs():
 
 
 def test_the_nature_cnn_has_the_papers_size():
-    network = make("cnn", shape=(84, 84, 4), actions=6, hidden=(512,))
+    network = make("cnn", shape=(84, 84, 4), actions=6, hidden=(512,), dtype=np.uint8)
     # 8*8*4*32+32 + 4*4*32*64+64 + 3*3*64*64+64 + 3136*512+512 + 512*6+6
     assert network.theta.shape == (1_687_206,)
     image = np.random.default_rng(0).integers(256, size=(2, 84, 84, 4)).astype(np.uint8)
@@ -155,7 +168,7 @@ def test_one_seed_makes_one_network():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"name": "rnn"}, r"mlp, cnn or module:function.*'rnn'"),
+        ({"name": "rnn"}, r"mlp, cnn, minatar or module:function.*'rnn'"),
         ({"name": "cnn"}, r"needs images.*\[4\].*mlp"),
         ({"name": "cnn", "shape": (20, 20, 1)}, r"at least 36 x 36 pixels.*20 x 20"),
         ({"name": "no_such_module:f"}, r"cannot be imported.*no_such_module"),
@@ -180,7 +193,7 @@ def weights_of(theta: np.ndarray, shapes: list[tuple[int, ...]]) -> list[np.ndar
 
 @pytest.mark.parametrize(
     ("image", "convolutions"),
-    [((84, 84, 4), CONVOLUTIONS["cnn"]), ((40, 52, 3), CONVOLUTIONS["cnn"]), ((10, 10, 4), ((3, 1, 16),))],
+    [((84, 84, 4), CONVOLUTIONS["cnn"]), ((40, 52, 3), CONVOLUTIONS["cnn"]), ((10, 10, 4), CONVOLUTIONS["minatar"])],
 )
 def test_a_cnn_is_the_one_of_keras_layers(image, convolutions):
     """An independent reference: strides, padding, the order of rows, columns and channels, and of the flattened features."""
@@ -206,6 +219,53 @@ def test_a_cnn_is_the_one_of_keras_layers(image, convolutions):
     np.testing.assert_allclose(
         trunk.forward([tf.constant(w) for w in weights], tf.constant(inputs)), expected, rtol=1e-4, atol=1e-4
     )
+
+
+def beside(*parts) -> Preprocess:
+    return Preprocess(Layout([Part(shape, np.dtype(np.float32), name, **what) for name, shape, what in parts]))
+
+
+IMAGE = {"is_image": True}
+
+
+@pytest.mark.parametrize("name", ["minatar", "cnn"])
+def test_an_image_and_the_numbers_around_it_meet_in_front_of_the_dense_layers(name):
+    side = {"minatar": 10, "cnn": 36}[name]
+    preprocess = beside(("a", (3,), {}), ("image", (side, side, 2), IMAGE), ("z", (2, 2, 1), {}))
+    network = build_network(name, preprocess, 3, DQN, hidden=(9, 8), dueling=False, rng=np.random.default_rng(0))
+    rng = np.random.default_rng(1)
+    observation = rng.normal(size=(5, 3 + side * side * 2 + 4)).astype(np.float32)
+    layers = tf.keras.layers
+    inputs = tf.keras.Input((observation.shape[1],))
+    image = layers.Reshape((side, side, 2))(inputs[:, 3:-4])
+    for kernel, stride, filters in CONVOLUTIONS[name]:
+        image = layers.Conv2D(filters, kernel, stride, "valid", activation="relu")(image)
+    numbers = layers.Dense(9, "relu")(layers.Concatenate()([inputs[:, :3], inputs[:, -4:]]))
+    features = layers.Dense(9, "relu")(layers.Concatenate()([layers.Flatten()(image), numbers]))
+    reference = tf.keras.Model(inputs, layers.Dense(3)(layers.Dense(8, "relu")(features)))
+    shapes = [tuple(weight.shape) for weight in reference.weights]
+    reference.set_weights(weights_of(network.theta.numpy(), shapes))
+    np.testing.assert_allclose(network.q_values(observation), reference(observation).numpy(), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("parts", "message"),
+    [
+        ([("a", (3,), {}), ("b", (4, 4, 1), {})], r"exactly one image .*none in a, b\. Choose --agent.network mlp\.$"),
+        ([("a", (10, 10, 1), IMAGE), ("b", (10, 10, 1), IMAGE)], r"Received: 2 \(a, b\).*FilterObservation"),
+        (
+            [("a", (7, 11, 11), {**IMAGE, "unsure": (7, 11, 11)}), ("b", (2,), {})],
+            r"channels of .*`a` of shape \[7, 11, 11\]",
+        ),
+        (
+            [("", (7, 11, 11), {**IMAGE, "unsure": (7, 11, 11)})],
+            r"observations of shape \[7, 11, 11\].*TransformObservation",
+        ),
+    ],
+)
+def test_images_that_are_not_one_or_not_sure_are_refused(parts, message):
+    with pytest.raises(InputError, match=message):
+        build_network("minatar", beside(*parts), 3, DQN, hidden=(8,), dueling=False, rng=np.random.default_rng(0))
 
 
 class Quantiles(Dqn):

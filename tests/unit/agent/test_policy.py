@@ -108,8 +108,8 @@ REFUSED = [
     (PLANE, 3,                     lambda p: p.push(np.zeros(6), np.zeros((1, 1, 2))), r"\(1, 1, 2\)"),
     (IMAGE, 1,                     lambda p: p.act(np.zeros((3, 4, 2))),              r"whole numbers .*float64"),
     (spaces.Discrete(4), 1,        lambda p: p.act(1.0),                              r"whole numbers .*float64"),
-    (spaces.Discrete(4), 1,        lambda p: p.act(4),                                r"states of Discrete\(4\).* 4"),
-    (spaces.Discrete(4, start=1), 1, lambda p: p.act(0),                                r"states of .*start=1\).* 0"),
+    (spaces.Discrete(4), 1,        lambda p: p.act(4),                                r"of Discrete\(4\).* 4, not 0 to 3"),
+    (spaces.Discrete(4, start=1), 1, lambda p: p.act(0),                                r"of .*start=1\).* 0, not 1 to 4"),
     (PLANE, 1,                     lambda p: p.act([1.0, 2.0], 1.5),                  r"probability.* 1.5"),
     (PLANE, 1,                     lambda p: p.act([1.0, 2.0], float("nan")),         r"probability.* nan"),
     (PLANE, 1,                     lambda p: p.act([1.0, 2.0], mask=[True]),          r"shape \(2,\).*\(1,\)"),
@@ -124,4 +124,57 @@ REFUSED = [
 def test_what_does_not_fit_is_refused_in_one_line(space, stack, ask, line):
     with pytest.raises(InputError, match=line) as refused:
         ask(policy(space, stack))
+    assert len(str(refused.value).splitlines()) == 1
+
+
+CARD = spaces.Tuple((spaces.Discrete(32), spaces.Box(-1, 1, (2,), np.float64)))
+ROOM = spaces.Dict({"cell": spaces.Box(0, 255, (3, 4, 2), np.uint8), "door": spaces.MultiBinary(2)})
+
+
+@pytest.mark.parametrize("space", [CARD, ROOM], ids=["tuple", "dictionary"])
+@pytest.mark.parametrize("stack", [1, 3])
+def test_dictionaries_and_tuples_come_alone_in_a_list_or_as_arrays(space, stack):
+    space.seed(1)
+    steps = [[space.sample() for _ in range(3)] for _ in range(4)]
+    together = [
+        {key: np.array([o[key] for o in step]) for key in space}
+        if space is ROOM
+        else tuple(np.array([o[i] for o in step]) for i in range(2))
+        for step in steps
+    ]
+    given = []
+    one = policy(space, stack, values=lambda seen: given.append(seen) or np.zeros((len(seen), 2)))
+    frames = Frames(space, stack)
+    expected = frames.begin(frames.read(steps[0]))
+    for step in steps[1:]:
+        expected = frames.push(expected, frames.read(step), np.zeros(3, np.bool_))
+    for batch in (steps, together):
+        seen = one.begin(batch[0])
+        for step in batch[1:]:
+            seen = one.push(seen, step)
+        assert one.act(seen).tolist() == [0, 0, 0]
+        assert np.array_equal(given[-1], expected)
+    seen = one.begin(steps[0][1])
+    for step in steps[1:]:
+        seen = one.push(seen, step[1])
+    assert one.act(seen) == 0
+    assert np.array_equal(given[-1], expected[1:2])
+
+
+@pytest.mark.parametrize(
+    ("space", "observation", "line"),
+    [
+        (ROOM, {"cell": np.zeros((3, 4, 2), np.uint8)}, r"a dictionary of `cell`, which has no `door`"),
+        (ROOM, [1.0, 2.0], r"list, which has no `cell`"),
+        (ROOM, {"cell": np.zeros((3, 4), np.uint8), "door": [0, 1]}, r"`cell` of shape \(3, 4, 2\).*\(3, 4\)"),
+        (ROOM, {"cell": np.zeros((2, 3, 4, 2), np.uint8), "door": [0, 1]}, r"parts of different lengths"),
+        (CARD, (3.0, [0.0, 0.0]), r"whole numbers `0` .*float64"),
+        (CARD, (40, [0.0, 0.0]), r"40, not 0 to 31"),
+        (CARD, (4, [0.0, 1e39]), r"1e\+39 at index \[1\]"),
+        (CARD, (4,), r"tuple, which has no `1`"),
+    ],
+)
+def test_a_part_that_does_not_fit_is_named(space, observation, line):
+    with pytest.raises(InputError, match=line) as refused:
+        policy(space).act(observation)
     assert len(str(refused.value).splitlines()) == 1

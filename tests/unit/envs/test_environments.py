@@ -87,8 +87,12 @@ class NeedsNothing(gymnasium.Env):
             import a_package_that_is_not_here  # noqa: F401
         self.observation_space = {
             "dictionary": self.observation_space,
-            "tuple": spaces.Tuple((spaces.Discrete(2),)),
-            "several": spaces.MultiDiscrete([2, 2]),
+            "text": spaces.Dict(
+                {"a": spaces.Discrete(2), "b": spaces.Discrete(2), "inner": spaces.Dict({"note": spaces.Text(9)})}
+            ),
+            "graph": spaces.Graph(spaces.Discrete(2), None),
+            "nothing": spaces.Dict({}),
+            "deep": spaces.Dict({"a": spaces.Box(0, 1, (2, 2, 2, 2)), "b": spaces.Discrete(2)}),
             "volume": spaces.Box(0, 1, (2, 2, 2, 2)),
         }[kind]
 
@@ -212,7 +216,7 @@ def test_the_final_observation_survives_an_environment_that_always_writes_into_t
 
 
 @pytest.mark.parametrize(
-    ("id", "frame_shape", "dtype", "stacked", "categories"),
+    ("id", "frame_shape", "dtype", "stacked", "states"),
     [
         ("CartPole-v1", (4,), np.float32, (12,), None),
         ("Counter-v0", (2,), np.float32, (6,), None),  # float64
@@ -223,7 +227,7 @@ def test_the_final_observation_survives_an_environment_that_always_writes_into_t
         ("Offset-v0", (1,), np.int32, (3,), 9),
     ],
 )
-def test_shapes_and_types_are_those_announced(id, frame_shape, dtype, stacked, categories):
+def test_shapes_and_types_are_those_announced(id, frame_shape, dtype, stacked, states):
     with made(id, 2, frame_stack=3) as envs:
         envs.reset([0, 1])
         for action in actions(envs, 5):
@@ -234,7 +238,8 @@ def test_shapes_and_types_are_those_announced(id, frame_shape, dtype, stacked, c
             assert envs.observation.dtype == dtype
             types = [transition.action.dtype, transition.reward.dtype, transition.valid.dtype]
             assert types == [np.int64, np.float32, np.bool_]
-        assert envs.frames.categories == categories
+        (part,) = envs.frames.layout.parts
+        assert part.categories == ((states,) if states else ())
 
 
 def test_states_and_actions_are_counted_from_zero_wherever_the_environment_starts_counting():
@@ -474,9 +479,15 @@ def test_a_vector_class_that_keeps_the_final_observation_to_itself_stops_the_run
             {},
             r"`Pendulum-v1` has continuous actions.*Discrete.*Received: Box.*--env.wrappers '\[{DiscretizeAction",
         ),
-        ("Blackjack-v1", {}, r"tuple observations.*FlattenObservation"),
-        ("Odd-v0", {}, r"dictionary observations.*Received: Dict.*FlattenObservation"),
-        ("Odd-v0", {"kind": "several"}, r"MultiDiscrete observations"),
+        (
+            "Odd-v0",
+            {"kind": "text"},
+            r"observations `inner.note` of `Odd-v0` cannot be learned from: .*Received: Text\. Drop it: "
+            r"--env\.wrappers '\[\{FilterObservation: \{filter_keys: \[a, b\]\}\}\]'\.$",
+        ),
+        ("Odd-v0", {"kind": "graph"}, r"The observations of `Odd-v0` .*Received: Graph\. Turn it into numbers"),
+        ("Odd-v0", {"kind": "nothing"}, r"observes nothing"),
+        ("Odd-v0", {"kind": "deep"}, r"observations `a` of .*shape of \(2, 2, 2, 2\).*ReshapeObservation"),
         ("Odd-v0", {"kind": "volume"}, r"must be \[D\], \[H, W\] or \[H, W, C\]\. Received: a shape of \(2, 2, 2, 2\)"),
         ("Odd-v0", {"kind": "breaks"}, r"`Odd-v0` cannot be made .*breaks.*: OSError: no simulator at port 80"),
         ("Odd-v0", {"kind": "needs"}, r"needs the package `a_package_that_is_not_here`, which is not installed"),
@@ -520,7 +531,7 @@ def test_a_missing_extra_is_named(monkeypatch):
 def test_the_identity_environment_rewards_repeating_its_state():
     with made("hvd_dqn.envs.identity:Identity-v0", 4) as envs:
         envs.reset(range(4))
-        assert (envs.frames.categories, envs.actions) == (4, 4)
+        assert (envs.frames.layout.parts[0].categories, envs.actions) == ((4,), 4)
         for step in range(1, 21):
             transition, episodes = envs.step(envs.observation[:, 0])
             assert transition.reward.tolist() == [1, 1, 1, 1]

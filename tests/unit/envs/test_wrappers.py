@@ -23,8 +23,10 @@ from hypothesis import strategies as st
 import hvd_dqn
 from hvd_dqn.envs import wrappers as copies
 from hvd_dqn.envs.environments import Environments
+from tests.unit.envs.plane import Plane
 from tests.unit.envs.test_environments import actions, made, register
 
+register("Plane-v0", Plane)
 SETTINGS = {
     "native CartPole": ("CartPole-v1", "auto", {}),
     "short native CartPole": ("CartPole-v1", "auto", {"max_episode_steps": 7}),
@@ -32,6 +34,8 @@ SETTINGS = {
     "MountainCar": ("MountainCar-v0", "sync", {"max_episode_steps": 25}),
     "Acrobot": ("Acrobot-v1", "sync", {"max_episode_steps": 30}),
     "FrozenLake": ("FrozenLake-v1", "sync", {}),
+    "Blackjack": ("Blackjack-v1", "sync", {}),
+    "dictionaries in reused arrays": ("Plane-v0", "sync", {}),
     "Identity": ("hvd_dqn.envs.identity:Identity-v0", "sync", {}),
 }
 

@@ -12,6 +12,7 @@ import tensorflow as tf
 
 import hvd_dqn.training.build
 import hvd_dqn.training.worker
+from hvd_dqn.agent.layout import single
 from hvd_dqn.agent.learner import Phase
 from hvd_dqn.agent.preprocess import Preprocess
 from hvd_dqn.config import Config
@@ -104,8 +105,18 @@ def test_every_setting_reaches_its_part(made):
     env, learner = SETTINGS["env"], SETTINGS["learner"]
     trained, evaluated = calls["Environments"]
     shared = {
-        name: env[name] for name in ("id", "kwargs", "vectorization", "frame_stack", "reward_scale", "reward_clip")
+        name: env[name]
+        for name in (
+            "id",
+            "kwargs",
+            "vectorization",
+            "frame_stack",
+            "normalize_observation",
+            "reward_scale",
+            "reward_clip",
+        )
     }
+    shared["observation_scale"] = None  # CartPole has nothing that it could divide
     assert trained == {**shared, "copies": 3, "first_index": 3, "rank": 1, "restarts": 4}
     assert evaluated == {**shared, "copies": 3, "first_index": 3, "rank": 1, "restarts": 0}
 
@@ -260,7 +271,7 @@ def test_what_counts_under_strong_scaling_is_a_ranks_own_batch(monkeypatch):
         settings = {"agent": {"hidden": (256, 256)}, "learner": {"batch_size": 512, "learn_start": 2_000}}
         config = Config.model_validate({"env": {"id": "CartPole-v1"}, "ranks": {"scaling": "strong"}, **settings})
         envs = make_environments(config, world, 1, "sync")
-        make_learner(config, envs, Preprocess((4,)), world, np.random.default_rng(0))
+        make_learner(config, envs, Preprocess(single((4,))), world, np.random.default_rng(0))
         envs.close()
         assert alone == [True] * (size == 8)
 

@@ -298,13 +298,14 @@ def assert_same(one, other) -> None:
         {},
         {"env": {"id": "FrozenLake-v1"}, "agent": {"epsilon_zeta": 2.0}},
         {"env": {"id": "MountainCar-v0", "frame_stack": 3, "normalize_observation": True}, "agent": {"n_step": 3}},
+        {"env": {"id": "Blackjack-v1", "frame_stack": 2}},
         {"env": {"vectorization": "auto"}, "evaluation": {"epsilon": 0.5}},
         {"env": {"id": "Acrobot-v1", "vectorization": "async", "envs_per_rank": 2}},
         {"env": {"id": "LunarLander-v3"}, "agent": {"network": "tests.unit.agent.test_networks:keras_model"}},
         {"checkpoint": {"compress": True}, "replay": {"capacity": 400}},
         {"learner": {"overlap": True}},
     ],
-    ids=["sync", "states", "stack", "native", "async", "lander", "full ring", "overlap"],
+    ids=["sync", "states", "stack", "tuple", "native", "async", "lander", "full ring", "overlap"],
 )
 def test_a_resumed_run_is_the_run_that_was_never_stopped(changes, tmp_path):
     settings = config(**{**changes, "evaluation": {"target_return": None, **changes.get("evaluation", {})}})
