@@ -1,7 +1,7 @@
 """From stored observations to network inputs, and the running statistics that normalise observations."""
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
 
 import numpy as np
 import tensorflow as tf
@@ -10,8 +10,6 @@ from hvd_dqn.graphs import Graph
 
 # Added to the variance. Source: Stable-Baselines3, VecNormalize.
 EPSILON = 1e-8
-# Normalised values are clipped here, in deviations. Source: OpenAI Baselines, VecNormalize.
-LIMIT = 10.0
 BYTE = np.float32(1 / 255)
 
 
@@ -20,12 +18,15 @@ class Preprocess:
 
     Training, acting, evaluation and export all call the same object. Discrete states become one-hot vectors of
     `categories` numbers, one vector per stacked frame. Bytes are scaled to [0, 1]. If it `normalizes`, observations
-    become (x - mean) / deviation, clipped, with the numbers given to `set_statistics`. `array` computes in NumPy what a
-    call computes in a graph, bit by bit: an MLP acts in NumPy, where a small batch costs a twentieth of a TensorFlow
-    call.
+    become (x - mean) / deviation, clipped to [-limit, limit], with the numbers given to `set_statistics`. `array`
+    computes in NumPy what a call computes in a graph, bit by bit: an MLP acts in NumPy, where a small batch costs a
+    twentieth of a TensorFlow call.
     """
 
-    def __init__(self, shape: tuple[int, ...], *, categories: int | None = None, normalizes: bool = False) -> None:
+    def __init__(
+        self, shape: tuple[int, ...], *, categories: int | None = None, normalizes: bool = False, limit: float = 10.0
+    ) -> None:
+        self._limit = limit
         self.shape, self._categories, self._normalizes = shape, categories, normalizes
         self.input_shape = shape if categories is None else (int(np.prod(shape)) * categories,)
         if normalizes:
@@ -41,7 +42,7 @@ class Preprocess:
         inputs = tf.cast(observation, tf.float32)
         if self._normalizes:
             mean, scale = self._variables
-            inputs = tf.clip_by_value((inputs - mean) * scale, -LIMIT, LIMIT)
+            inputs = tf.clip_by_value((inputs - mean) * scale, -self._limit, self._limit)
         return inputs
 
     def array(self, observation: np.ndarray) -> np.ndarray:
@@ -53,7 +54,7 @@ class Preprocess:
             return observation * BYTE
         inputs = observation.astype(np.float32, copy=False)
         if self._normalizes:
-            inputs = np.minimum(np.maximum((inputs - self._mean) * self._scale, -LIMIT), LIMIT)
+            inputs = np.minimum(np.maximum((inputs - self._mean) * self._scale, -self._limit), self._limit)
         return inputs
 
     def set_statistics(self, mean: np.ndarray, scale: np.ndarray) -> None:
@@ -110,8 +111,14 @@ class RunningStatistics:
 
         Chan et al. 1979, "Updating formulae and a pairwise algorithm for computing sample variances", eq. 2.1.
         """
-        pending = np.concatenate(([self._new_count], self._new_sum.ravel(), self._new_squares.ravel()))  # [1 + 2 * D]
-        reduced = add_up(pending)
+        self.take(add_up(self.pending()))
+
+    def pending(self) -> np.ndarray:
+        """This rank's sums, [1 + 2 * D], for a collective that carries other sums too."""
+        return np.concatenate(([self._new_count], self._new_sum.ravel(), self._new_squares.ravel()))
+
+    def take(self, reduced: np.ndarray) -> None:
+        """The rest of `merge`: the sums of all ranks, [1 + 2 * D]."""
         count = float(reduced[0])
         total, squares = reduced[1:].reshape(2, *self.shape)
         if count:
@@ -121,6 +128,10 @@ class RunningStatistics:
             self._mean += shift * (count / both)
             self._count = both
         self._start()
+
+    def shared(self) -> dict[str, np.ndarray]:
+        """What must be equal on all ranks: it becomes part of what they learn from."""
+        return {"count": np.array(self._count), "mean": self.mean, "scale": self.scale}
 
     def state(self) -> dict[str, Any]:
         """What all ranks share, without sums that are not yet merged."""
@@ -142,6 +153,21 @@ class RunningStatistics:
         self._start()
 
 
+class Mergeable(Protocol):
+    def pending(self) -> np.ndarray: ...
+    def take(self, reduced: np.ndarray) -> None: ...
+
+
+def merge(statistics: Sequence[Mergeable], add_up: Callable[[np.ndarray], np.ndarray]) -> None:
+    """`RunningStatistics.merge` of several in one collective; in none if there is nothing to merge."""
+    pending = [each.pending() for each in statistics]
+    if sum(map(len, pending)) == 0:
+        return
+    reduced = np.split(add_up(np.concatenate(pending)), np.cumsum([len(each) for each in pending])[:-1])
+    for each, values in zip(statistics, reduced, strict=True):
+        each.take(values)
+
+
 class NoStatistics:
     """Stands in for `RunningStatistics` if observations are not normalised."""
 
@@ -150,8 +176,14 @@ class NoStatistics:
     def observe(self, frames: np.ndarray) -> None:
         pass
 
-    def merge(self, add_up: Callable[[np.ndarray], np.ndarray]) -> None:
+    def pending(self) -> np.ndarray:
+        return np.empty(0)
+
+    def take(self, reduced: np.ndarray) -> None:
         pass
+
+    def shared(self) -> dict[str, np.ndarray]:
+        return {}
 
     def state(self) -> dict[str, Any]:
         return {}

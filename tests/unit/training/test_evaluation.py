@@ -25,7 +25,7 @@ def lean(observation):
 
 
 def evaluator(copies, world=None, max_length=1_000, id="CartPole-v1", act=lean, stop=lambda: False, epsilon=0.0):
-    envs = Environments(id, copies, vectorization="sync")
+    envs = Environments(id, copies, vectorization="sync", evaluates=True)
     return Evaluator(
         envs, make_policy(envs, lambda o: np.eye(envs.actions)[act(o)]), world or Solo(),
         epsilon=epsilon, seed=7, max_length=max_length, stop=stop,
@@ -72,14 +72,14 @@ def test_episodes_are_shared_out_without_loss_even_to_a_rank_that_gets_none(size
 def test_a_rank_has_a_copy_per_episode_but_never_more_than_it_can_hold(episodes, size, copies):
     config = Config.model_validate({"env": {"id": "CartPole-v1"}, "evaluation": {"episodes": episodes}})
     one = make_evaluator(config, OneOf(0, size), lambda o: np.zeros((len(o), 2)))
-    assert one._envs.copies == copies
+    assert one.envs.copies == copies
     one.close()
 
 
 def test_an_environment_that_fails_in_an_evaluation_is_to_be_mended():
     config = Config.model_validate({"env": {"id": "CartPole-v1", "restart_failed_envs": 5}})
     one = make_evaluator(config, Solo(), lambda o: np.zeros((len(o), 2)))
-    one._envs._vector.step = lambda action: 1 / 0
+    one.envs._vector.step = lambda action: 1 / 0
     with pytest.raises(
         RunError, match=r"in step 1: ZeroDivisionError.*Fix it, or let ranks make their training environments"
     ):
@@ -104,9 +104,9 @@ def test_another_round_has_other_episodes_and_the_same_round_the_same():
 
 def test_as_many_actions_are_random_as_it_is_told():
     chosen, one = [], evaluator(10, epsilon=0.25)
-    step = one._envs.step
-    one._policy = make_policy(one._envs, lambda o: np.tile([0.0, 1.0], (len(o), 1)))
-    one._envs.step = lambda action: (chosen.append(action.copy()), step(action))[1]
+    step = one.envs.step
+    one._policy = make_policy(one.envs, lambda o: np.tile([0.0, 1.0], (len(o), 1)))
+    one.envs.step = lambda action: (chosen.append(action.copy()), step(action))[1]
     for round in range(20):
         one.evaluate(10, round)
     actions = np.concatenate(chosen)
