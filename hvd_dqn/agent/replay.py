@@ -177,7 +177,7 @@ class Replay:
         end = start
         step_types, rewards = self._step_types.reshape(-1), self._rewards.reshape(-1)
         reward = learned(rewards[start])
-        discount = np.full(len(start), self._gamma)
+        discount: np.ndarray = np.full(len(start), self._gamma)
         for _ in range(1, self._n_step):
             goes_on = step_types[end] == GOES_ON
             end = np.where(goes_on, self._moved(end, 1), end)
