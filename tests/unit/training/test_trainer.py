@@ -36,6 +36,7 @@ from hvd_dqn.reporting.writers import CsvWriter, read_csv
 from hvd_dqn.storage.arrays import entry_of
 from hvd_dqn.storage.checkpoint import Checkpoints, divide, load
 from hvd_dqn.storage.run_directory import Run
+from hvd_dqn.training.evaluation import Evaluator
 from hvd_dqn.training.trainer import Trainer
 
 
@@ -148,9 +149,13 @@ class Gaps(gymnasium.Wrapper):
 
 
 class Endless(gymnasium.Wrapper):
-    """CartPole whose episodes do not end, or not before as many steps of one copy as `ends_after` says."""
+    """CartPole whose episodes end after `ends_after` steps."""
 
-    ends_after, steps = 10**9, 0
+    ends_after = 10**9
+
+    def reset(self, **named):
+        self.steps = 0
+        return self.env.reset(**named)
 
     def step(self, action):
         self.steps += 1
@@ -939,14 +944,20 @@ LONG = {"target_return": None}
 def test_a_run_that_an_evaluation_ends_is_resumed_from_just_before_it(last, tmp_path, monkeypatch):
     # 960 steps of training with three evaluations in it, then the last one.
     settings = config(env={"id": "Crashes-v0"}, evaluation=LONG, checkpoint={"period": 10_000})
-    monkeypatch.setattr(Crashes, "at", -1)
     whole, trainer = play(settings, Solo(), tmp_path / "whole")
     evaluations = [(r.row["total_steps"], r.row["return_mean"]) for r in whole if r.kind == "evaluation"]
     assert [steps for steps, _ in evaluations] == [300, 600, 900, 960]
 
-    played = [r.row["length_mean"] * r.row["episodes"] for r in whole if r.kind == "evaluation"]
-    monkeypatch.setattr(Crashes, "steps", 0)
-    monkeypatch.setattr(Crashes, "at", round(960 + sum(played[:3])) + 4 if last else 300 + 4)
+    play_episodes, evaluated = Evaluator._play, []
+
+    def crashing(self, *arguments):
+        evaluated.append(None)
+        if len(evaluated) == (4 if last else 1):
+            Crashes.at = Crashes.steps + 4
+        return play_episodes(self, *arguments)
+
+    monkeypatch.setattr(Crashes, "at", -1)
+    monkeypatch.setattr(Evaluator, "_play", crashing)
     with pytest.raises(RunError, match=r"in an evaluation, failed .*out of licences"):
         play(settings, Solo(), tmp_path / "parts")
 
@@ -956,7 +967,7 @@ def test_a_run_that_an_evaluation_ends_is_resumed_from_just_before_it(last, tmp_
     assert snapshot.state["evaluation_due"] != last  # the last one needs no note
     after, resumed = play(settings, Solo(), tmp_path / "parts", snapshot)
     again = [(r.row["total_steps"], r.row["return_mean"]) for r in after if r.kind == "evaluation"]
-    assert again == evaluations[-1:] if last else evaluations
+    assert again == (evaluations[-1:] if last else evaluations)
     assert_same(resumed.arrays, trainer.arrays)
 
 
@@ -995,9 +1006,9 @@ def test_once_an_episode_has_ended_evaluations_are_whole_and_count(tmp_path, mon
     settings = config(env={"id": "Endless-v0"}, evaluation={"target_return": 30.0, "final_episodes": 3})
     records, trainer = play(settings, Solo(), tmp_path)
     lengths = [r.row["length_mean"] for r in records if r.kind == "evaluation"]
-    assert lengths[:2] == [40, 40]  # and these did not reach the target
-    assert trainer.worker.best is not None
-    assert records[-1].row["total_steps"] >= 720
+    assert lengths == [40, 40, 60, 60]  # and the first two did not reach the target
+    assert trainer.worker.best == (60, 900)
+    assert records[-1].row["total_steps"] == 900
 
 
 @pytest.mark.parametrize("limit", [None, 100])
