@@ -100,10 +100,30 @@ class Env(Section):
         "from states and numbers of one byte",
         source="OpenAI Baselines, VecNormalize",
     )
+    clip_observation: float = setting(
+        10.0,
+        "normalised observations are clipped to [-x, x]; only with `normalize_observation`",
+        unit="standard deviations",
+        source="OpenAI Baselines, VecNormalize",
+        gt=0,
+    )
+    normalize_reward: bool = setting(
+        False,
+        "divide rewards by the running standard deviation of the discounted return over all ranks, before they are scaled and "
+        "clipped; reported returns are not divided",
+        source="OpenAI Baselines, VecNormalize",
+    )
+    on_nonfinite: Literal["stop", "hold"] = setting(
+        "stop",
+        "if an observation holds NaN or infinity: `stop` (or make the environment again, see `restart_failed_envs`), or `hold` "
+        "the last finite value of that element in its episode, at an episode's beginning the running mean (0 without "
+        "`normalize_observation`); a reward that is not finite always stops",
+        source=OURS,
+    )
     restart_failed_envs: int = setting(
         0,
-        "how many times a rank may make its training environments again, after one raised an error, died, or returned NaN or "
-        "infinity",
+        "how many times a rank may make its training environments again, and how many times those of its evaluations, after "
+        "one raised an error, died, or returned NaN or infinity; ten failures within a hundred steps always end the job",
         source=OURS,
         ge=0,
     )

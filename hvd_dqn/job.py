@@ -21,8 +21,8 @@ from hvd_dqn.ranks.lockstep import BroadcastHook, in_step
 from hvd_dqn.ranks.world import Solo, World
 from hvd_dqn.reporting.session import Session, open_session
 from hvd_dqn.storage.checkpoint import Checkpoints, Snapshot
-from hvd_dqn.storage.run_directory import Run
-from hvd_dqn.training.build import make_evaluator, make_one, make_policy, trained_network
+from hvd_dqn.storage.run_directory import Run, check_same_task
+from hvd_dqn.training.build import make_evaluator, make_one, make_policy, read_statistics, trained_network
 from hvd_dqn.training.evaluation import Evaluator
 from hvd_dqn.training.trainer import Trainer
 
@@ -81,7 +81,7 @@ def train_in_world(
     say = tell if progress else warn
     checkpoints = Checkpoints(run.path, world, config.checkpoint.keep, config.checkpoint.compress)
     start = starting_weights(run, config, world, start_from, resume, say)
-    snapshot = newest(checkpoints, run, world, say) if resume else None
+    snapshot = newest(checkpoints, run, config, world, say) if resume else None
     trainer = in_step(world, lambda: Trainer(config, world, snapshot, stop, start=start))
     with contextlib.closing(trainer):
         return _go_on(trainer, name, run, snapshot, checkpoints, start, progress=progress)
@@ -107,7 +107,7 @@ def train_elastically(
             if snapshot is None:  # the job begins
                 start = starting_weights(run, config, world, start_from, resume, tell)
                 # The weights alone: every rank fills a new replay.
-                found = newest(checkpoints, run, world, tell)._replace(complete=False) if resume else None
+                found = newest(checkpoints, run, config, world, tell)._replace(complete=False) if resume else None
             else:
                 found, digest = snapshot
                 if digest != config.digest():
@@ -171,8 +171,9 @@ def _go_on(
     )
 
 
-def newest(checkpoints: Checkpoints, run: Run, world: World, say: Callable[[str], None]) -> Snapshot:
-    """The checkpoint to resume from. A collective. Raises InputError if there is none."""
+def newest(checkpoints: Checkpoints, run: Run, config: Config, world: World, say: Callable[[str], None]) -> Snapshot:
+    """The checkpoint to resume from. A collective. Raises InputError if there is none, or if it is of another task."""
+    in_step(world, lambda: check_same_task(run, config) if world.rank == 0 else None)
     snapshot = checkpoints.newest(say if world.rank == 0 else lambda text: None)
     if snapshot is None:
         raise InputError(f"There is nothing to resume in {run.path}: it has no complete checkpoint.")
@@ -256,7 +257,9 @@ def evaluate_in_world(config: Config, world: World, snapshot: Snapshot) -> Evalu
     def build() -> tuple[Network, Evaluator]:
         with contextlib.closing(make_one(config, world)) as envs:
             network = trained_network(config, envs, world, snapshot)
-        return network, make_evaluator(config, world, network.q_values)
+        evaluator = make_evaluator(config, world, network.q_values)
+        evaluator.envs.neutral = read_statistics(config, evaluator.envs, snapshot).mean
+        return network, evaluator
 
     network, evaluator = in_step(world, build)
     BroadcastHook(world, {variable.name: variable for variable in network.variables})()

@@ -47,6 +47,11 @@ class Actor:
             action = np.where(explores, action, self._q_values(observation).argmax(axis=1))
         return action
 
+    def end_episodes(self, ended: np.ndarray) -> None:
+        """[E] bool: where an episode has ended. An action that is being repeated ends with its episode."""
+        if self._left is not None:
+            self._left[ended] = 0
+
     def state(self) -> dict[str, Any]:
         return {"rng": self._rng.bit_generator.state, "held": self._held, "left": self._left}
 

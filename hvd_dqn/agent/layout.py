@@ -95,6 +95,16 @@ class Layout:
         """The shape of one such frame."""
         return (sum(part.numbers for part in self.parts if part.normalized),) if self.is_packed else self.parts[0].shape
 
+    def neutral(self, mean: np.ndarray) -> np.ndarray:
+        """A frame [*shape] of zeros, but for the numbers that are normalised, which are `mean`."""
+        frame = np.zeros((1, *self.shape), self.dtype)
+        first, flat = 0, np.ravel(mean)
+        for part, view in zip(self.parts, self.views(frame), strict=True):
+            if part.normalized:
+                view[:] = flat[first : first + part.numbers].reshape(part.shape)
+                first += part.numbers
+        return frame[0]
+
     def largest(self, frames: np.ndarray) -> np.ndarray:
         """[S, 2]: for each part with a `declared` divisor the largest number in frames [n, *shape], and as a quotient."""
         found = []

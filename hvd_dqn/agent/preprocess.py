@@ -1,8 +1,8 @@
 """From stored observations to network inputs, and the running statistics that normalise observations."""
 
 import math
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
 
 import numpy as np
 import tensorflow as tf
@@ -12,8 +12,6 @@ from hvd_dqn.graphs import Graph
 
 # Added to the variance. Source: Stable-Baselines3, VecNormalize.
 EPSILON = 1e-8
-# Normalised values are clipped here, in deviations. Source: OpenAI Baselines, VecNormalize.
-LIMIT = 10.0
 
 
 class Preprocess:
@@ -22,7 +20,8 @@ class Preprocess:
     Training, acting, evaluation and export all call the same object. Each part of the layout becomes float32:
 
       - states become one-hot vectors, one for each element of each stacked frame;
-      - a part that is `normalized` becomes (x - mean) / deviation, clipped, with the numbers given to `set_statistics`.
+      - a part that is `normalized` becomes (x - mean) / deviation, clipped to [-limit, limit], with the numbers given to
+        `set_statistics`.
         Numbers that are stored as float64 or as integers are subtracted in float64: 1.7e9 + t has no t in float32;
       - a part with a divisor is divided by it (uint8 images by 255), and others are only cast.
 
@@ -33,9 +32,9 @@ class Preprocess:
 
     input_shape: Shape
 
-    def __init__(self, layout: Layout) -> None:
+    def __init__(self, layout: Layout, limit: float = 10.0) -> None:
         self.layout = layout
-        self._parts = [_Inputs(part, layout.stack) for part in layout.parts]
+        self._parts = [_Inputs(part, layout.stack, limit) for part in layout.parts]
         self._normalized = [part for part in self._parts if part.variables]
         self._assign = Graph(self._take_statistics)
         if layout.is_packed:
@@ -101,8 +100,8 @@ class Preprocess:
 class _Inputs:
     """Turns one part of an observation, [B, D], [B, k * D] or [B, H, W, k * C], into inputs [B, *shape] float32."""
 
-    def __init__(self, part: Part, stack: int) -> None:
-        self.part, self._stack = part, stack
+    def __init__(self, part: Part, stack: int, limit: float) -> None:
+        self.part, self._stack, self._limit = part, stack, limit
         self.shape: Shape = (*part.shape[:-1], stack * part.shape[-1])
         self.variables: list[tf.Variable] = []
         categories = np.tile(part.categories, stack)
@@ -138,7 +137,7 @@ class _Inputs:
             return tf.cast(tf.gather(states, self._element, axis=1) == self._state, tf.float32)
         if part.normalized:
             mean, scale = self.variables
-            x = tf.clip_by_value((tf.cast(x, self._type) - mean) * scale, -LIMIT, LIMIT)
+            x = tf.clip_by_value((tf.cast(x, self._type) - mean) * scale, -self._limit, self._limit)
         inputs = tf.cast(x, tf.float32)
         return inputs if self._factor is None else inputs * self._factor
 
@@ -151,7 +150,8 @@ class _Inputs:
             inputs[np.arange(x.size), x.reshape(-1)] = 1.0
             return inputs.reshape(-1, *self.shape)
         if part.normalized:
-            x = np.minimum(np.maximum((x.astype(self._type, copy=False) - self._mean) * self._scale, -LIMIT), LIMIT)
+            x = (x.astype(self._type, copy=False) - self._mean) * self._scale
+            x = np.minimum(np.maximum(x, -self._limit), self._limit)
         inputs = x.astype(np.float32, copy=False)
         return inputs if self._factor is None else inputs * self._factor
 
@@ -199,10 +199,28 @@ class RunningStatistics:
 
         Chan et al. 1979, "Updating formulae and a pairwise algorithm for computing sample variances", eq. 2.1.
         """
-        if self._wide and not self._count:  # equal on all ranks
-            self._share_origin(add_up)
-        pending = np.concatenate(([self._new_count], self._new_sum.ravel(), self._new_squares.ravel()))  # [1 + 2 * D]
-        reduced = add_up(pending)
+        self.share_origin(add_up)
+        self.take(add_up(self.pending()))
+
+    def share_origin(self, add_up: Callable[[np.ndarray], np.ndarray]) -> None:
+        """Moves the first sums of all ranks from their own first observations to the mean of all. A collective, if any."""
+        if not self._wide or self._count:  # equal on all ranks
+            return
+        total = self._new_sum + self._new_count * self._origin
+        count, *totals = add_up(np.concatenate(([self._new_count], total.ravel())))
+        if count:
+            self._mean = np.reshape(totals, self.shape) / count
+            shift = self._origin - self._mean
+            self._new_squares += 2 * shift * self._new_sum + self._new_count * shift**2
+            self._new_sum += self._new_count * shift
+            self._origin = self._mean
+
+    def pending(self) -> np.ndarray:
+        """This rank's sums, [1 + 2 * D], for a collective that carries other sums too. Call `share_origin` before."""
+        return np.concatenate(([self._new_count], self._new_sum.ravel(), self._new_squares.ravel()))
+
+    def take(self, reduced: np.ndarray) -> None:
+        """The rest of `merge`: the sums of all ranks, [1 + 2 * D]."""
         count = float(reduced[0])
         total, squares = reduced[1:].reshape(2, *self.shape)
         if count:
@@ -213,16 +231,9 @@ class RunningStatistics:
             self._count = both
         self._start()
 
-    def _share_origin(self, add_up: Callable[[np.ndarray], np.ndarray]) -> None:
-        """Moves the sums of all ranks from their first observations to the mean of all. A collective."""
-        total = self._new_sum + self._new_count * self._origin
-        count, *totals = add_up(np.concatenate(([self._new_count], total.ravel())))
-        if count:
-            self._mean = np.reshape(totals, self.shape) / count
-            shift = self._origin - self._mean
-            self._new_squares += 2 * shift * self._new_sum + self._new_count * shift**2
-            self._new_sum += self._new_count * shift
-            self._origin = self._mean
+    def shared(self) -> dict[str, np.ndarray]:
+        """What must be equal on all ranks: it becomes part of what they learn from."""
+        return {"count": np.array(self._count), "mean": self.mean, "scale": self.scale}
 
     def state(self) -> dict[str, Any]:
         """What all ranks share, without sums that are not yet merged."""
@@ -250,6 +261,24 @@ class RunningStatistics:
         self._start()
 
 
+class Mergeable(Protocol):
+    def share_origin(self, add_up: Callable[[np.ndarray], np.ndarray]) -> None: ...
+    def pending(self) -> np.ndarray: ...
+    def take(self, reduced: np.ndarray) -> None: ...
+
+
+def merge(statistics: Sequence[Mergeable], add_up: Callable[[np.ndarray], np.ndarray]) -> None:
+    """`RunningStatistics.merge` of several in one collective; in none if there is nothing to merge."""
+    for each in statistics:
+        each.share_origin(add_up)
+    pending = [each.pending() for each in statistics]
+    if sum(map(len, pending)) == 0:
+        return
+    reduced = np.split(add_up(np.concatenate(pending)), np.cumsum([len(each) for each in pending])[:-1])
+    for each, values in zip(statistics, reduced, strict=True):
+        each.take(values)
+
+
 class NoStatistics:
     """Stands in for `RunningStatistics` if observations are not normalised."""
 
@@ -258,8 +287,17 @@ class NoStatistics:
     def observe(self, frames: np.ndarray) -> None:
         pass
 
-    def merge(self, add_up: Callable[[np.ndarray], np.ndarray]) -> None:
+    def share_origin(self, add_up: Callable[[np.ndarray], np.ndarray]) -> None:
         pass
+
+    def pending(self) -> np.ndarray:
+        return np.empty(0)
+
+    def take(self, reduced: np.ndarray) -> None:
+        pass
+
+    def shared(self) -> dict[str, np.ndarray]:
+        return {}
 
     def state(self) -> dict[str, Any]:
         return {}

@@ -1,6 +1,7 @@
 """A rank's memory of past transitions: one ring of single observations per environment, sampled uniformly."""
 
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -159,8 +160,15 @@ class Replay:
         self._episode_steps.reshape(-1)[at] = episode_step
         return at
 
-    def draw(self, updates: int, batch_size: int) -> Draw:
+    def draw(
+        self,
+        updates: int,
+        batch_size: int,
+        learned: Callable[[np.ndarray], np.ndarray] = lambda reward: reward.astype(np.float64),
+    ) -> Draw:
         """Draws K = `updates` minibatches of B = `batch_size` transitions.
+
+        `learned` turns the stored reward of each step into the one that is summed, float64.
 
         Every draw is uniform over the starts of all environments, independently of the others (with replacement).
         Raises ValueError if there is no start.
@@ -168,12 +176,12 @@ class Replay:
         start, generation = self._draw(updates * batch_size)  # [K * B], as everything below
         end: np.ndarray = start
         step_types, rewards = self._step_types.reshape(-1), self._rewards.reshape(-1)
-        reward = rewards[start].astype(np.float64)
+        reward = learned(rewards[start])
         discount: np.ndarray = np.full(len(start), self._gamma)
         for _ in range(1, self._n_step):
             goes_on = step_types[end] == GOES_ON
             end = np.where(goes_on, self._moved(end, 1), end)
-            reward += np.where(goes_on, discount * rewards[end], 0)
+            reward += np.where(goes_on, discount * learned(rewards[end]), 0)
             discount = np.where(goes_on, discount * self._gamma, discount)
         discount = np.where(step_types[end] == TERMINATED, 0, discount)
         shape = (updates, batch_size)

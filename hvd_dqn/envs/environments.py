@@ -1,6 +1,27 @@
-"""Steps, saves and restores one rank's copies of a Gymnasium environment, and restarts them after failures."""
+"""Steps, saves and restores one rank's copies of a Gymnasium environment, and restarts them after failures.
+
+What happens to observations and rewards between the environment and the network, in this order:
+
+  observation  1. clean      a value that is not finite stops the run or, with env.on_nonfinite hold, becomes the last finite
+                             value of the same element in this episode. In an episode's first observation it becomes the
+                             running mean (0 without env.normalize_observation).
+               2. store      in the replay, as a frame.
+               3. normalise  (x - mean) / sqrt(variance + 1e-8), over all observations of all ranks so far. Rows that are not
+                             valid count nowhere: the resets of vector classes that reset one step late, and failures.
+               4. clip       to [-c, c], where c is env.clip_observation, in deviations.
+  reward       1. clean      a value that is not finite stops the run, or makes the environments again.
+               2. normalise  r / sqrt(variance + 1e-8), where the variance is that of the discounted returns
+                             R = gamma * R + r of all steps of all ranks so far; R starts at 0 in each episode.
+               3. scale      r * env.reward_scale
+               4. clip       to [-c, c], where c is env.reward_clip.
+
+Normalised rewards are stored as they came. Steps 2 to 4 follow when they are sampled (`hvd_dqn.agent.rewards`), so that all
+rewards of a minibatch are divided by the same number. Without env.normalize_reward they are stored after step 4.
+Returns and the rewards of evaluations are the environment's own.
+"""
 
 import functools
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -11,6 +32,7 @@ from gymnasium.vector import AutoresetMode
 from hvd_dqn.agent.transition import Transition
 from hvd_dqn.envs.conformity import outside
 from hvd_dqn.envs.frames import Frames, Misfit, rows_of
+from hvd_dqn.envs.registry import find_spec
 from hvd_dqn.envs.restore import restorer_for
 from hvd_dqn.envs.vector import Built, build, call, close_vector, is_native
 from hvd_dqn.envs.wrappers import EnvFailure, one_line
@@ -23,6 +45,8 @@ CLOSING_SECONDS = 5.0
 RESTARTED, RESUMED = range(2)
 # Steps between two looks for values outside the declared space, after as many with one each: one takes microseconds.
 BOUNDS_PERIOD = 100
+# Restarts that outrun steps end the job: so many restarts in less than so many steps of a copy do not help.
+RESTARTS_IN_A_ROW, RESTART_STEPS = 10, 100
 
 
 class Episodes(NamedTuple):
@@ -41,7 +65,12 @@ class Environments:
 
     A copy fails if it raises, if its process ends, or if it returns a value that is not finite. After each of the first
     `restarts` failures all copies are closed, made again and reset with seeds derived from those of the last `reset`.
-    After the next failure `step` and `reset` raise RunError with the copy's number and the environment's traceback.
+    After the next failure `step` and `reset` raise RunError with the copy's number and the environment's traceback. So they
+    do after the last of `RESTARTS_IN_A_ROW` failures within `RESTART_STEPS` steps. With `holds` readings that are not
+    finite are no failures: see this module. Rewards are.
+
+    In an evaluation (`evaluates`) episodes begin only by `begin`. From the end of its episode until then a copy rests: it is
+    not stepped, and returns what its episode began with.
     """
 
     observation_space: spaces.Space
@@ -54,6 +83,10 @@ class Environments:
     restarted: int  # how often the copies were made again, also before a resume
     notes: list[str]  # how the copies came about, where a person should know it
     warnings: list[str]  # what a person should know, each once; whoever tells it takes it out
+    unreported: np.ndarray  # [2] int64: readings that were held, and restarts, since whoever reports them set it to 0
+    first_held: str | None  # tells of the first reading that was held
+    neutral: np.ndarray  # a frame: stands in for readings that are not finite when an episode begins
+    step_limit: int | None  # after which an episode is truncated; None if there is none, or none is known
 
     def __init__(
         self,
@@ -72,6 +105,8 @@ class Environments:
         first_index: int = 0,
         rank: int = 0,
         restarts: int = 0,
+        holds: bool = False,
+        evaluates: bool = False,
     ) -> None:
         self.id = id
         self.copies = copies
@@ -80,6 +115,7 @@ class Environments:
         self._first_index = first_index
         self._rank = rank
         self._restarts = restarts
+        self._holds, self._evaluates = holds, evaluates
         kwargs = dict(kwargs or {})
         if max_episode_steps is not None:
             if "max_episode_steps" in kwargs:
@@ -111,7 +147,14 @@ class Environments:
         self._all.flags.writeable = False
         self.restorable = self._probed = False
         self.restarted = 0
-        self._seeds: list[int] = []
+        self._restarted_at: deque[int] = deque(maxlen=RESTARTS_IN_A_ROW)  # the steps
+        self.unreported = np.zeros(2, np.int64)
+        self.first_held = None
+        self.neutral = np.zeros(self.frames.shape, self.frames.dtype)
+        limit = kwargs.get("max_episode_steps", find_spec(id).max_episode_steps)
+        self.step_limit = limit if limit and limit > 0 else None  # Gymnasium takes -1 for none
+        self._has_begun = False  # by `begin`, since the copies were made
+        self._seeds = [0] * copies
         self._steps = 0
         self._start(np.zeros((copies, *self.frames.shape), self.frames.dtype))
 
@@ -119,6 +162,8 @@ class Environments:
         self._vector, self.notes = self._build()
         self._call = functools.partial(call, self._vector, self._first_index)
         self._restorer = restorer_for(self._vector, self._first_index)
+        if self._evaluates and not is_native(self._vector):
+            self._call("set_attr", "rests", True)
 
     def reset(self, seeds: Sequence[int]) -> None:
         """Starts an episode in every copy, from its own seed. A native vector class takes only the first seed."""
@@ -129,10 +174,43 @@ class Environments:
         except EnvFailure as failure:
             self._recover(failure, "at its reset")
 
-    def _first_frames(self, seeds: list[int], **options: Any) -> np.ndarray:
-        raw, _ = self._call("reset", seed=seeds[0] if self._native else seeds, **options)
+    def begin(self, seeds: Sequence[int | None]) -> None:
+        """Starts an episode in each copy that gets a seed; the others go on. Of native vector classes for one copy alone.
+
+        If a copy fails and all are made again, `restarted` grows, and the episodes that were under way are lost.
+        """
+        begins = np.array([seed is not None for seed in seeds])
+        first, self._has_begun = not self._has_begun, True
+        self._seeds = [old if seed is None else int(seed) for seed, old in zip(seeds, self._seeds, strict=True)]
+        try:
+            if first or self._native:  # the others have never been reset
+                other = next(seed for seed in seeds if seed is not None)
+                self._start(self._first_frames([other if seed is None else seed for seed in seeds]))
+                self.rest(~begins)
+                return
+            frame = self._first_frames(list(seeds), begins)
+        except EnvFailure as failure:
+            self._recover(failure, "at its reset")
+            return
+        before, observation, kept = self._frame, self.observation, ~begins
+        returns, lengths = self.returns, self._lengths
+        frame[kept] = before[kept]
+        self._start(frame)
+        self.observation = self.observation.copy()
+        self.observation[kept] = observation[kept]
+        self.returns[kept], self._lengths[kept] = returns[kept], lengths[kept]
+
+    def rest(self, copies: np.ndarray) -> None:
+        """Ends the episodes of these copies, [E] bool, before their time."""
+        if not self._native:
+            self._call("set_attr", "resting", copies.tolist())
+
+    def _first_frames(self, seeds: Sequence[int | None], begins: np.ndarray | None = None) -> np.ndarray:
+        """The frames at the beginning of the episodes of all copies or, if they are not native, of those in `begins`."""
+        partly = {} if begins is None or self._native else {"options": {"reset_mask": begins}}
+        raw, _ = self._call("reset", seed=seeds[0] if self._native else seeds, **partly)
         frame = self._read(raw)
-        self._check_observation("observation", frame)
+        self._clean("observation", frame, begins=self._all, rows=begins)
         return frame
 
     def _read(self, raw: Any, copies: np.ndarray | None = None) -> np.ndarray:
@@ -185,9 +263,11 @@ class Environments:
         next_frame = frame
         if any_ended and not self._resets_late:
             next_frame = self._with_final(frame, ended, info)
-            self._check_observation("observation at its reset", frame)
-        self._check_finite("reward", reward)
-        self._check_observation("observation", next_frame)
+            self._clean("observation at its reset", frame, begins=ended, rows=ended)
+        if np.count_nonzero(np.isfinite(reward)) < self.copies:
+            raise self._nonfinite("reward", reward, ~np.isfinite(reward))
+        if self._clean("observation", next_frame, begins=None if valid is self._all else ~valid):
+            frame[~ended] = next_frame[~ended]
 
         self.returns += reward
         self._lengths += valid
@@ -265,6 +345,7 @@ class Environments:
             "seeds": self._seeds,
             "steps": self._steps,
             "restarted": self.restarted,
+            "unreported": self.unreported.copy(),
             **{name: mine.copy() for name, mine in self._episodes().items()},
             **(self._restorer.state() if self.restorable else {}),
         }
@@ -288,6 +369,7 @@ class Environments:
             self.probe()
         self._seeds = [int(seed) for seed in state["seeds"]]
         self._steps, self.restarted = int(state["steps"]), int(state["restarted"])
+        self.unreported = np.array(state["unreported"], np.int64)
         seeds = self._fresh_seeds(RESUMED, self._steps)
         try:
             self._start(self._first_frames(seeds))
@@ -300,10 +382,11 @@ class Environments:
         return restored
 
     def _restore(self, state: Mapping[str, Any], seeds: list[int]) -> np.ndarray:
-        restored = self._restorer.restore(state, self._read)
+        restored = self._restorer.restore(
+            state, lambda copy, observation: self._shows(state["frame"][copy], observation)
+        )
         if not restored.all():
-            partly = {} if self._native else {"options": {"reset_mask": ~restored}}
-            self._start(self._first_frames(seeds, **partly))
+            self._start(self._first_frames(seeds, ~restored))
         for name, mine in self._episodes().items():
             mine[restored] = state[name][restored]
         self._any_ended = bool(self._ended.any())
@@ -327,24 +410,59 @@ class Environments:
         next_frame[ended] = self._read(last, copies)
         return next_frame
 
-    def _check_observation(self, what: str, frame: np.ndarray) -> None:
-        layout = self.frames.layout
-        if not layout.is_packed:
-            self._check_finite(what, frame)
-            return
-        for part, values in zip(layout.parts, layout.views(frame), strict=True):
-            self._check_finite(f"{what} `{part.name}`", values)
+    def _shows(self, frame: np.ndarray, observation: Any) -> bool:
+        """Whether this observation was stored as `frame`. Readings that were held cannot be compared."""
+        shown, views = self._read([observation]), self.frames.layout.views
+        if self._holds:
+            for mine, stored in zip(views(shown), views(frame[None]), strict=True):
+                if mine.dtype.kind == "f":
+                    np.copyto(mine, stored, where=~np.isfinite(mine))
+        return shown.tobytes() == frame.tobytes()
 
-    def _check_finite(self, what: str, values: np.ndarray) -> None:
-        if values.dtype.kind != "f" or np.count_nonzero(np.isfinite(values)) == values.size:
-            return
-        place = np.argwhere(~np.isfinite(values))[0].tolist()
-        where = f" at index {place[1:]}" if place[1:] else ""
-        raise EnvFailure(
-            [self._first_index + place[0]],
-            f"returned a non-finite {what}",
-            f"{values[tuple(place)]}{where}, which would make all weights non-finite",
+    def _clean(
+        self, what: str, frame: np.ndarray, begins: np.ndarray | None = None, rows: np.ndarray | None = None
+    ) -> bool:
+        """Replaces readings of `frame`, [E, *frame], that are not finite; or raises EnvFailure. Returns whether it did.
+
+        `begins` are the copies whose episodes begin with it, [E] bool. Only `rows` are looked at, [E] bool.
+        """
+        held, layout = False, self.frames.layout
+        for i, (part, values) in enumerate(zip(layout.parts, layout.views(frame), strict=True)):
+            if values.dtype.kind != "f" or np.count_nonzero(np.isfinite(values)) == values.size:
+                continue
+            bad = ~np.isfinite(values)
+            if rows is not None:
+                bad[~rows] = False
+                if not bad.any():
+                    continue
+            name = f"{what} `{part.name}`" if part.name else what
+            if not self._holds:
+                raise self._nonfinite(name, values, bad)
+            if self.first_held is None:
+                number, value = self._first_bad(values, bad)
+                self.first_held = (
+                    f"environment {number} ({self.id}) on rank {self._rank} in step {self._steps}: {value}"
+                )
+            self.unreported[0] += np.count_nonzero(bad)
+            last = np.empty_like(frame)
+            last[:] = self.neutral if begins is self._all else self._frame
+            if begins is not None and begins is not self._all:
+                last[begins] = self.neutral
+            values[bad] = layout.views(last)[i][bad]
+            held = True
+        return held
+
+    def _nonfinite(self, what: str, values: np.ndarray, bad: np.ndarray) -> EnvFailure:
+        number, value = self._first_bad(values, bad)
+        return EnvFailure(
+            [number], f"returned a non-finite {what}", f"{value}, which would make all weights non-finite"
         )
+
+    def _first_bad(self, values: np.ndarray, bad: np.ndarray) -> tuple[int, str]:
+        """The number of the first copy that has a `bad` value, and which one."""
+        place = np.argwhere(bad)[0].tolist()
+        where = f" at index {place[1:]}" if place[1:] else ""
+        return self._first_index + place[0], f"{values[tuple(place)]}{where}"
 
     def _numbers(self) -> range:
         return range(self._first_index, self._first_index + self.copies)
@@ -355,21 +473,31 @@ class Environments:
 
     def _recover(self, failure: EnvFailure, when: str) -> None:
         """Makes all copies again and starts their episodes. Raises RunError if no restart is left."""
+        self._has_begun = False
         while True:
             which = ", ".join(map(str, failure.numbers))
             if failure.numbers == self._numbers() and self.copies > 2:
                 which = f"{failure.numbers[0]} to {failure.numbers[-1]}"
-            told = f"Environment {which} ({self.id}) on rank {self._rank} {failure.did} {when}: {failure.why}"
+            where = f"rank {self._rank}{', in an evaluation,' if self._evaluates else ''}"
+            told = f"Environment {which} ({self.id}) on {where} {failure.did} {when}: {failure.why}"
             trace = f"\n{failure.trace}" if failure.trace else ""
             close_vector(self._vector, CLOSING_SECONDS)
             if failure.cure:
                 raise RunError(f"{told}. {failure.cure}") from failure
             if self.restarted >= self._restarts:
                 raise RunError(
-                    f"{told}. Fix it, or let ranks make their training environments again after a failure: "
+                    f"{told}. Fix it, or let ranks make their environments again after a failure: "
                     f"--env.restart_failed_envs.{trace}"
                 ) from failure
+            self._restarted_at.append(self._steps)
+            within = self._steps - self._restarted_at[0]
+            if len(self._restarted_at) == RESTARTS_IN_A_ROW and within < RESTART_STEPS:
+                raise RunError(
+                    f"{told}. That was failure {RESTARTS_IN_A_ROW} within {within} steps, so making it again does not help: "
+                    f"fix it.{trace}"
+                ) from failure
             self.restarted += 1
+            self.unreported[1] += 1
             left = self._restarts - self.restarted
             tell(f"{told}. All copies of this rank are made again; restarts left: {left}.{trace}")
             try:

@@ -3,7 +3,7 @@
 import contextlib
 import functools
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 import numpy as np
@@ -35,10 +35,10 @@ class Restorer(Protocol):
     def state(self) -> dict[str, Any]:
         """Arrays and JSON values."""
 
-    def restore(self, state: Mapping[str, Any], frames: Callable[[Sequence[Any]], np.ndarray]) -> np.ndarray:
+    def restore(self, state: Mapping[str, Any], shows: Callable[[int, Any], bool]) -> np.ndarray:
         """Returns [E] bool: which copies are now in the saved state. The others must be reset.
 
-        Reset all copies first. `frames` turns observations into frames, to compare with `state["frame"]`.
+        Reset all copies first. `shows(i, observation)` tells whether copy i was saved with this observation.
         """
 
 
@@ -69,7 +69,7 @@ class TraceRestorer:
         counts = [len(each) for each in actions]
         return {"traces": list(traces), "counts": counts, "actions": np.concatenate(actions)}
 
-    def restore(self, state: Mapping[str, Any], frames: Callable[[Sequence[Any]], np.ndarray]) -> np.ndarray:
+    def restore(self, state: Mapping[str, Any], shows: Callable[[int, Any], bool]) -> np.ndarray:
         if "traces" not in state:
             return np.zeros(len(state["frame"]), np.bool_)
         actions = np.split(state["actions"], np.cumsum(state["counts"])[:-1])
@@ -78,9 +78,7 @@ class TraceRestorer:
         arrived = self._call("call", "retrace")
         return np.array(
             [
-                place is not None
-                and frames([place[0]]).tobytes() == state["frame"][i].tobytes()
-                and place[1] == state["returns"][i]
+                place is not None and shows(i, place[0]) and place[1] == state["returns"][i]
                 for i, place in enumerate(arrived)
             ]
         )
@@ -138,7 +136,7 @@ class AttributeRestorer:
         }
         return {"vector": {"numbers": numbers, "generators": generators}, **arrays}
 
-    def restore(self, state: Mapping[str, Any], frames: Callable[[Sequence[Any]], np.ndarray]) -> np.ndarray:
+    def restore(self, state: Mapping[str, Any], shows: Callable[[int, Any], bool]) -> np.ndarray:
         try:
             self._set(state)
         except Exception:

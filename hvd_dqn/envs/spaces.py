@@ -63,7 +63,8 @@ def check_observations(id: str, space: gymnasium.Space) -> None:
         shape = leaf.shape
         cure = "Leave out the empty one in a wrapper: --env.wrappers module:Class."
         if 0 not in shape:
-            cure = f"To change it: --env.wrappers '[{{ReshapeObservation: {{shape: [{shape[0]}, {shape[1]}, {math.prod(shape[2:])}]}}}}]'."
+            flat = f"[{shape[0]}, {shape[1]}, {math.prod(shape[2:])}]"
+            cure = f"To change it: --env.wrappers '[{{ReshapeObservation: {{shape: {flat}}}}}]'."
         raise InputError(f"The {what} of `{id}` must be [D], [H, W] or [H, W, C]. Received: a shape of {shape}. {cure}")
     usable = sorted({str(path[0]) for path, leaf in found if path} - {str(path[0]) for path, leaf in unfit if path})
     if usable:

@@ -58,6 +58,10 @@ class RecordedEnv(gymnasium.Wrapper[Any, Any, Any, Any]):
     """
 
     records = False  # from its next reset on
+    # For evaluations. After its episode it takes no steps until it is reset with a seed. Meanwhile it returns how the
+    # episode began. So a vector's own reset costs nothing, and neither does a copy that has nothing left to play.
+    rests = False
+    resting = False
     saved_trace: dict[str, Any] | None = None  # the trace for `retrace`
 
     def __init__(self, env: gymnasium.Env, number: int) -> None:
@@ -70,8 +74,13 @@ class RecordedEnv(gymnasium.Wrapper[Any, Any, Any, Any]):
         self._base = env.unwrapped
         # A changed shape would be broadcast without a word, or be an error of NumPy in which no copy is named.
         self._shape = env.observation_space.shape if isinstance(env.observation_space, spaces.Box) else None
+        self._beginning: tuple[Any, dict[str, Any]] = (None, {})  # of the episode, for a copy that `rests`
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
+        if self.rests and seed is None:
+            self.resting = True
+            return self._beginning
+        self.resting = False
         self._actions = []
         self._room = MOST_ACTIONS if self.records else 0
         if seed is not None:
@@ -79,15 +88,20 @@ class RecordedEnv(gymnasium.Wrapper[Any, Any, Any, Any]):
         elif self.records:
             self._before = self._generator_state()
         try:
-            result = self.env.reset(seed=seed, options=options or None)  # a vector's partial reset leaves {}
+            began = self.env.reset(seed=seed, options=options or None)  # a vector's partial reset leaves {}
         except Exception as error:
             raise self._failure(error) from error
-        if fault := fault_of_reset(result):
+        if fault := fault_of_reset(began):
             raise self._broken(fault)
-        self._check_shape(result[0], "at a reset")
-        return result
+        self._check_shape(began[0], "at a reset")
+        if self.rests:
+            self._beginning = copy.deepcopy(began)
+        return began
 
     def step(self, action: Any) -> tuple[Any, Any, bool, bool, dict[str, Any]]:
+        if self.resting:
+            observation, info = self._beginning
+            return observation, 0.0, False, False, info
         try:
             result = self.env.step(action)
         except Exception as error:

@@ -22,12 +22,17 @@ class BroadcastHook:
         self._world.broadcast(self._variables)
 
 
-def check_drift(world: World, variables: Mapping[str, Any], when: str) -> None:
-    """Compares a checksum of every variable over ranks. Raises JobError, on all ranks, if any differ.
+def check_drift(
+    world: World, variables: Mapping[str, Any], when: str, arrays: Mapping[str, np.ndarray] | None = None
+) -> None:
+    """Compares a checksum of every variable and of `arrays` over ranks. Raises JobError, on all ranks, if any differ.
 
     The message names the ranks whose values differ from the chief's. `when` tells the point of the run.
     """
-    sums = np.array([zlib.crc32(variable.numpy().tobytes()) for variable in variables.values()], np.float64)
+    values = {f"{name} ({variable.name})": variable.numpy() for name, variable in variables.items()} | dict(
+        arrays or {}
+    )
+    sums = np.array([zlib.crc32(value.tobytes()) for value in values.values()], np.float64)
     largest = world.max(np.concatenate([sums, -sums]))
     if np.array_equal(largest[: len(sums)], -largest[len(sums) :]):
         return
@@ -35,7 +40,7 @@ def check_drift(world: World, variables: Mapping[str, Any], when: str) -> None:
     differs = everyone != everyone[0]
     ranks = ", ".join(str(rank) for rank in np.flatnonzero(differs.any(axis=1)))
     odd = differs.any(axis=0)
-    names = ", ".join(f"{name} ({v.name})" for (name, v), is_odd in zip(variables.items(), odd, strict=True) if is_odd)
+    names = ", ".join(name for name, is_odd in zip(values, odd, strict=True) if is_odd)
     raise JobError(
         f"The ranks have drifted apart {when}: on rank {ranks} the variables {names} differ from rank 0's. "
         "Something changed weights without averaging; continue from the last checkpoint with --resume."

@@ -12,8 +12,9 @@ from hvd_dqn.reporting.progress import Progress, open_stream
 from hvd_dqn.reporting.writers import CsvWriter, TensorBoardWriter, Writers
 from hvd_dqn.storage.checkpoint import Snapshot
 from hvd_dqn.storage.run_directory import Run, differing, now
+from hvd_dqn.training.build import counted
 from hvd_dqn.training.evaluation import COLUMNS as EVALUATION_COLUMNS
-from hvd_dqn.training.ledger import COLUMNS, Ledger, Row
+from hvd_dqn.training.ledger import COLUMNS, COUNTED, Ledger, Row
 from hvd_dqn.training.trainer import Record, Trainer
 
 
@@ -150,8 +151,10 @@ def open_session(
         evaluated = reported - bool(snapshot.state.get("evaluation_due"))
         changed = differing(run.config(), config)
         run.resume(config, about, reported)
-    board = run.path / "tensorboard"
-    reports = Writers(CsvWriter(run.path / "metrics.csv", COLUMNS, reported), TensorBoardWriter(board / "training"))
+    board, columns = run.path / "tensorboard", (*COLUMNS, *counted(config))
+    reports = Writers(
+        CsvWriter(run.path / "metrics.csv", columns, reported, optional=COUNTED), TensorBoardWriter(board / "training")
+    )
     evaluations = Writers(
         CsvWriter(run.path / "evaluations.csv", EVALUATION_COLUMNS, evaluated), TensorBoardWriter(board / "evaluation")
     )

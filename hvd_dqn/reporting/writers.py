@@ -32,13 +32,22 @@ class CsvWriter:
     """Writes a line per row and flushes it at once. NaN is an empty cell.
 
     With `append_after` an existing file is continued after that many total steps. Later rows are dropped, because the
-    resumed run writes them again. Without it the file is replaced.
+    resumed run writes them again. Without it the file is replaced. Only in `optional` columns may the file differ: those of
+    it and of `columns` are then in it, and rows without one have an empty cell.
     """
 
-    def __init__(self, path: Path, columns: Sequence[str] = COLUMNS, append_after: int | None = None) -> None:
+    def __init__(
+        self,
+        path: Path,
+        columns: Sequence[str] = COLUMNS,
+        append_after: int | None = None,
+        optional: Sequence[str] = (),
+    ) -> None:
+        kept: list[str] = []
         self._columns = tuple(columns)
-        header = ",".join(columns) + "\n"
-        kept = [] if append_after is None else _rows_until(path, header, append_after)
+        if append_after is not None:
+            self._columns, kept = _continued(path, self._columns, append_after, optional)
+        header = ",".join(self._columns) + "\n"
         # Renamed into place, so that a crash in here loses no row from before the checkpoint.
         temporary = path.with_name(path.name + ".tmp")
         self._file = temporary.open("w", encoding="utf-8", newline="\n")
@@ -48,7 +57,7 @@ class CsvWriter:
         temporary.replace(path)
 
     def write(self, row: Row) -> None:
-        self._file.write(",".join(_cell(row[column]) for column in self._columns) + "\n")
+        self._file.write(",".join(_cell(row.get(column, math.nan)) for column in self._columns) + "\n")
         self._file.flush()
 
     def close(self) -> None:
@@ -66,17 +75,24 @@ def _whole_lines(path: Path) -> list[str]:
     return [line for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]
 
 
-def _rows_until(path: Path, header: str, total_steps: int) -> list[str]:
+def _continued(
+    path: Path, columns: tuple[str, ...], total_steps: int, optional: Sequence[str]
+) -> tuple[tuple[str, ...], list[str]]:
+    """The columns of the file from now on, and its lines up to `total_steps`."""
     lines = _whole_lines(path) if path.exists() else []
     if not lines:
-        return []
-    if lines[0] != header:
+        return columns, []
+    found = tuple(lines[0].rstrip("\n").split(","))
+    if [name for name in found if name not in optional] != [name for name in columns if name not in optional]:
         raise InputError(
             f"Cannot continue {path}: it was written with other columns. "
-            f"Expected: {header.strip()}. Received: {lines[0].strip()}."
+            f"Expected: {','.join(columns)}. Received: {lines[0].strip()}."
         )
     steps = read_csv(path)["total_steps"]
-    return [line for line, step in zip(lines[1:], steps, strict=True) if step <= total_steps]
+    kept = [line.rstrip("\n").split(",") for line, step in zip(lines[1:], steps, strict=True) if step <= total_steps]
+    columns += tuple(name for name in found if name not in columns)
+    cells = (dict(zip(found, line, strict=True)) for line in kept)
+    return columns, [",".join(row.get(name, "") for name in columns) + "\n" for row in cells]
 
 
 def read_csv(path: Path) -> dict[str, np.ndarray]:

@@ -16,6 +16,7 @@ from hvd_dqn.storage.arrays import UNREADABLE, Entry, Rows, entry_of, read_array
 
 T = TypeVar("T")
 MANIFEST, MODEL, STATE = "MANIFEST.json", "model.npz", "state.json"
+AMENDED = "state-amended.json"  # and STATE again after another `amend`: the manifest names the one that counts
 
 
 class Damaged(Exception):
@@ -67,22 +68,23 @@ def load(path: Path) -> Snapshot:
         if ranks < 1:
             raise Damaged(f"its manifest names {ranks} ranks")
         files = {str(name): Entry(int(e["bytes"]), str(e["sha256"])) for name, e in manifest["files"].items()}
+        state_file = AMENDED if AMENDED in files else STATE
         for name in files:
             if Path(name).name != name:
                 raise Damaged(f"its manifest names {name!r}, which lies outside of it")
         # Not a list: a damaged manifest may claim more ranks than fit into memory.
         parts = (name for rank in range(ranks) for name in (rank_file(rank), replay_file(rank, ranks)))
-        for name in itertools.chain([MODEL, STATE], parts if complete else []):
+        for name in itertools.chain([MODEL, state_file], parts if complete else []):
             if name not in files:
                 raise Damaged(f"its manifest does not name {name}")
             if (path / name).stat().st_size != files[name].bytes:
                 raise Damaged(f"{name} has {(path / name).stat().st_size:,} bytes instead of {files[name].bytes:,}")
-        for name in (MODEL, STATE):
+        for name in (MODEL, state_file):
             verify(path / name, files[name])
         arrays = {name: rows.read() for name, rows in read_arrays(path / MODEL).items()}
-        state = json.loads((path / STATE).read_text())
+        state = json.loads((path / state_file).read_text())
         if not isinstance(state, dict):
-            raise Damaged(f"{STATE} holds no object")
+            raise Damaged(f"{state_file} holds no object")
         return Snapshot(path, int(manifest["total_steps"]), ranks, complete, state, arrays, files)
     except FileNotFoundError as error:
         raise Damaged(f"{Path(error.filename).name} is missing") from None
@@ -164,7 +166,29 @@ class Checkpoints:
                 self._prune(target, best)
         return sum(entry.bytes for entry in files.values())
 
-    def _together(self, target: Path, action: Callable[[], T]) -> list[T]:
+    def amend(self, total_steps: int, state: Mapping[str, Any], *, best: int | None = None) -> None:
+        """Replaces what all ranks share, besides the weights, in a checkpoint that this job has saved. A collective.
+
+        The checkpoint exists all the time, as it was or as it becomes. Raises JobError, on all ranks, as `save` does.
+        """
+        target = self._directory / str(total_steps)
+
+        def finish() -> None:
+            if self._world.rank == 0:
+                manifest = json.loads((target / MANIFEST).read_text())
+                old, new = (AMENDED, STATE) if AMENDED in manifest["files"] else (STATE, AMENDED)
+                entry = write(target / new, json.dumps(state, indent=1).encode())
+                files = {name: each for name, each in manifest["files"].items() if name != old}
+                manifest["files"] = dict(sorted({**files, new: entry._asdict()}.items()))
+                write(target / MANIFEST, json.dumps(manifest, indent=1).encode())
+                (target / old).unlink()
+
+        self._together(target, finish, gives_up=False)
+        if self._world.rank == 0:
+            with contextlib.suppress(OSError):
+                self._prune(target, best)
+
+    def _together(self, target: Path, action: Callable[[], T], gives_up: bool = True) -> list[T]:
         """Does `action` on every rank. If one of them cannot write, all give up the checkpoint."""
         result, complaint = None, None
         try:
@@ -175,7 +199,7 @@ class Checkpoints:
         complaints = [each[1] for each in answers if each and each[1]]
         if not complaints:
             return [each[0] for each in answers if each]
-        if self._world.rank == 0:
+        if self._world.rank == 0 and gives_up:
             shutil.rmtree(target, ignore_errors=True)  # it would take the space that is missing
         self._world.barrier()
         raise JobError(

@@ -17,6 +17,22 @@ from hvd_dqn.config_files import load_file
 from hvd_dqn.errors import InputError
 from hvd_dqn.storage.arrays import write
 
+# Settings that may not change in a run, because its replay holds what the environment returned under them.
+TASK = (
+    "env.id",
+    "env.kwargs",
+    "env.wrappers",
+    "env.max_episode_steps",
+    "env.observation_scale",
+    "env.frame_stack",
+    "env.reward_scale",
+    "env.reward_clip",
+    "env.normalize_observation",
+    "env.clip_observation",
+    "env.normalize_reward",
+)
+# Settings that may not change in a run, because its weights have the shapes that follow from them.
+NETWORK = ("agent.network", "agent.hidden", "agent.dueling")
 PACKAGES = ("hvd_dqn", "tensorflow", "tensorflow-cpu", "keras", "horovod", "mpi4py", "gymnasium", "numpy")
 
 
@@ -49,7 +65,16 @@ class Run:
 
     def resume(self, config: Config, about: dict[str, Any], total_steps: int) -> None:
         """Records that the run is resumed, possibly with changed settings."""
-        resumes = [*self.about().get("resumes", []), {"total_steps": total_steps, "at": now()}]
+        resume = {
+            "total_steps": total_steps,
+            "at": now(),
+            "command": shlex.join(sys.argv),
+            "size": about["size"],
+            "changed": {
+                name: {"from": old, "to": new} for name, (old, new) in differing(self.config(), config).items()
+            },
+        }
+        resumes = [*self.about().get("resumes", []), resume]
         write(self.path / "config.yaml", config.to_yaml().encode())
         self.note(**about, resumes=resumes, ended="running")
 
@@ -106,9 +131,30 @@ def default_path(name: str) -> Path:
     return path
 
 
-def differing(old: Config, new: Config) -> list[str]:
-    """The dotted names of the settings in which the two differ."""
-    return [name for name in setting_names() if attrgetter(name)(old) != attrgetter(name)(new)]
+def differing(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
+    """The settings in which the two differ, by dotted names: (old, new)."""
+    both = {name: (attrgetter(name)(old), attrgetter(name)(new)) for name in setting_names()}
+    return {name: values for name, values in both.items() if values[0] != values[1]}
+
+
+def check_same_task(run: Run, config: Config) -> None:
+    """Raises InputError if a resume of `run` with these settings would learn another task or another network.
+
+    The replay holds transitions of the old task, and the weights have the old layers' shapes.
+    """
+    for name, (old, new) in differing(run.config(), config).items():
+        if name not in TASK + NETWORK:
+            continue
+        option = f"--{name.replace('_', '-')}"
+        what = "learned another task" if name in TASK else "has another network"
+        raise InputError(
+            f"--resume continues {run.path} as it is, and with this setting it would be another one: it {what}. `{name}` "
+            f"was {_shown(old)} and is {_shown(new)} now. Leave {option} out, or start a new run in another --run-dir."
+        )
+
+
+def _shown(value: Any) -> str:
+    return json.dumps(value, default=str)
 
 
 def now() -> str:

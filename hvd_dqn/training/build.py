@@ -12,6 +12,7 @@ from hvd_dqn.agent.networks import Network, build_network
 from hvd_dqn.agent.objectives import Dqn, Objective
 from hvd_dqn.agent.policy import Policy
 from hvd_dqn.agent.preprocess import NoStatistics, Preprocess, RunningStatistics
+from hvd_dqn.agent.rewards import Rewards, StoredRewards
 from hvd_dqn.config import Config
 from hvd_dqn.envs.environments import Environments
 from hvd_dqn.errors import InputError
@@ -20,6 +21,7 @@ from hvd_dqn.ranks.world import World
 from hvd_dqn.storage.arrays import UNREADABLE
 from hvd_dqn.storage.checkpoint import Snapshot
 from hvd_dqn.training.evaluation import Evaluator
+from hvd_dqn.training.ledger import COUNTED
 
 # Multiplications per minibatch from which a second thread pays for an MLP. Batch 64: at 256-256 (4 million) an update
 # takes 327 us with one thread and 633 with two, at 512-512 (17) 1,039 and 1,167, at 1024-1024 (68) 4,656 and 3,870.
@@ -27,8 +29,12 @@ SHARED_PRODUCTS = 32_000_000
 MOST_COPIES = 32  # for evaluation, on each rank: a thousand worker processes would be too many
 
 
-def make_environments(config: Config, world: World, copies: int, vectorization: str, restarts: int = 0) -> Environments:
+def make_environments(
+    config: Config, world: World, copies: int, vectorization: str, *, evaluates: bool = False
+) -> Environments:
+    """`copies` environments of this rank, for training or for evaluations."""
     env = config.env
+    stores_rewards = env.normalize_reward  # as they come: see `hvd_dqn.envs.environments`
     return Environments(
         env.id,
         copies,
@@ -39,17 +45,26 @@ def make_environments(config: Config, world: World, copies: int, vectorization: 
         frame_stack=env.frame_stack,
         observation_scale=env.observation_scale,
         normalize_observation=env.normalize_observation,
-        reward_scale=env.reward_scale,
-        reward_clip=env.reward_clip,
+        reward_scale=1.0 if stores_rewards else env.reward_scale,
+        reward_clip=None if stores_rewards else env.reward_clip,
         first_index=world.rank * copies,
         rank=world.rank,
-        restarts=restarts,
+        restarts=env.restart_failed_envs,
+        holds=env.on_nonfinite == "hold",
+        evaluates=evaluates,
     )
 
 
 def make_one(config: Config, world: World) -> Environments:
     """One copy, to read its spaces or to act in."""
     return make_environments(config, world, 1, "native" if config.env.vectorization == "native" else "sync")
+
+
+def make_rewards(config: Config, copies: int) -> Rewards | StoredRewards:
+    env = config.env
+    if not env.normalize_reward:
+        return StoredRewards()
+    return Rewards(copies, config.agent.gamma, scale=env.reward_scale, clip=env.reward_clip)
 
 
 def make_statistics(config: Config, envs: Environments) -> RunningStatistics | NoStatistics:
@@ -65,14 +80,25 @@ def make_statistics(config: Config, envs: Environments) -> RunningStatistics | N
 
 
 def make_preprocess(config: Config, envs: Environments) -> Preprocess:
-    layout = envs.frames.layout
-    if config.env.observation_scale is not None and all(part.divisor is None for part in layout.parts):
+    env, layout = config.env, envs.frames.layout
+    if env.observation_scale is not None and all(part.divisor is None for part in layout.parts):
         raise InputError(
             "--env.observation_scale divides integers that are not normalised, and here are none. Received: "
-            f"{layout.describe()} from {config.env.id}. Leave it out; real numbers are scaled by --env.normalize_observation "
+            f"{layout.describe()} from {env.id}. Leave it out; real numbers are scaled by --env.normalize_observation "
             "or a wrapper."
         )
-    return Preprocess(layout)
+    default = type(env).model_fields["clip_observation"].default
+    if env.clip_observation != default and not env.normalize_observation:
+        raise InputError(
+            "--env.clip_observation is in deviations, so it needs --env.normalize_observation true. "
+            f"Received: {env.clip_observation:g}. Turn that on, or leave it at {default:g}."
+        )
+    if env.on_nonfinite == "hold" and all(part.dtype.kind != "f" for part in layout.parts):
+        raise InputError(
+            f"--env.on_nonfinite hold is for observations of real numbers. Received: {layout.describe()} from {env.id}, "
+            "always finite. Leave it at stop."
+        )
+    return Preprocess(layout, env.clip_observation)
 
 
 def make_objective(config: Config) -> Objective:
@@ -126,10 +152,21 @@ def make_learner(
     )
 
 
+def counted(config: Config) -> tuple[str, ...]:
+    """The columns of metrics.csv that only some settings have."""
+    env = config.env
+    columns = {"held_readings": env.on_nonfinite == "hold", "env_restarts": env.restart_failed_envs > 0}
+    return tuple(name for name in COUNTED if columns[name])
+
+
 def start_from(
-    learner: Learner, preprocess: Preprocess, statistics: RunningStatistics | NoStatistics, snapshot: Snapshot
+    learner: Learner,
+    preprocess: Preprocess,
+    statistics: RunningStatistics | NoStatistics,
+    rewards: Rewards | StoredRewards,
+    snapshot: Snapshot,
 ) -> None:
-    """Loads both networks and the observation statistics of another run. The optimizer starts from zero.
+    """Loads both networks and the statistics of another run. The optimizer starts from zero.
 
     Raises InputError if that run's networks have other shapes.
     """
@@ -144,16 +181,21 @@ def start_from(
             "layers must have the same shapes in both runs."
         )
     own = {name: array for name, array in own.items() if not name.startswith("acting/")}  # a copy of `online`
-    restore_weights(learner, preprocess, statistics, snapshot._replace(arrays=own | taken))
+    restore_weights(learner, preprocess, statistics, rewards, snapshot._replace(arrays=own | taken))
 
 
 def restore_weights(
-    learner: Learner, preprocess: Preprocess, statistics: RunningStatistics | NoStatistics, snapshot: Snapshot
+    learner: Learner,
+    preprocess: Preprocess,
+    statistics: RunningStatistics | NoStatistics,
+    rewards: Rewards | StoredRewards,
+    snapshot: Snapshot,
 ) -> None:
     """Raises InputError if the checkpoint was made by a network of another shape."""
     try:
         learner.load_state(snapshot.arrays)
         statistics.load_state(snapshot.state["normalizer"])
+        rewards.load_state(snapshot.state["rewards"])
         preprocess.set_statistics(statistics.mean, statistics.scale)
     except UNREADABLE as error:
         raise InputError(f"The checkpoint {snapshot.path} does not fit these settings: {error}.") from None
@@ -164,17 +206,24 @@ def trained_network(config: Config, envs: Environments, world: World, snapshot: 
 
     Without target network and optimizer. Raises InputError if the checkpoint was made by a network of another shape.
     """
-    statistics, preprocess = make_statistics(config, envs), make_preprocess(config, envs)
+    preprocess = make_preprocess(config, envs)
     _choose_threads(config, envs, preprocess, world)
     network = make_network(config, envs, preprocess, make_objective(config), np.random.default_rng(config.seed))
     try:
-        statistics.load_state(snapshot.state["normalizer"])
+        statistics = read_statistics(config, envs, snapshot)
         preprocess.set_statistics(statistics.mean, statistics.scale)
         load_variables(network.variables, weights_of("online", snapshot))
     except UNREADABLE as error:
         raise InputError(f"The checkpoint {snapshot.path} does not fit these settings: {error}.") from None
     network.refresh()
     return network
+
+
+def read_statistics(config: Config, envs: Environments, snapshot: Snapshot) -> RunningStatistics | NoStatistics:
+    """The observation statistics of a checkpoint. Raises one of `UNREADABLE` if it was made without."""
+    statistics = make_statistics(config, envs)
+    statistics.load_state(snapshot.state["normalizer"])
+    return statistics
 
 
 def weights_of(part: str, snapshot: Snapshot) -> dict[str, np.ndarray]:
@@ -210,7 +259,7 @@ def make_evaluator(
     settings, copies = config.evaluation, min(-(-config.evaluation.episodes // world.size), MOST_COPIES)
     mode = {"async": "async", "native": "native"}.get(config.env.vectorization, "sync")
     # A vector class takes one seed for all its copies, and every episode has its own seed.
-    envs = make_environments(config, world, 1 if mode == "native" else copies, mode)
+    envs = make_environments(config, world, 1 if mode == "native" else copies, mode, evaluates=True)
     try:
         envs.try_out()
     except InputError:

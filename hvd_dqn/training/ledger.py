@@ -1,6 +1,7 @@
 """Collects what happens on each rank and reduces it over all ranks to one row per report."""
 
 import math
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from time import perf_counter
 from typing import Any
@@ -17,6 +18,8 @@ COLUMNS = (
     "loss", "mean_q", "gradient_norm", "episodes", "return_mean", "return_max", "length_mean", "replay_size", "skipped_updates",
     *(f"time_{name}" for name in TIMED),
 )  # fmt: skip
+# Columns of runs whose settings allow it: what happened to environments, in the order of `Environments.unreported`.
+COUNTED = ("held_readings", "env_restarts")
 
 Row = dict[str, float]  # by column; NaN if there was nothing to measure
 
@@ -40,11 +43,11 @@ class Ledger:
     """Collects on each rank what happened since the last report, and reduces it over all ranks.
 
     Means are reduced as (sum, count): a rank that finished three episodes counts three times as much as one that
-    finished one.
+    finished one. `counted` are those of `COUNTED` that reports have.
     """
 
-    def __init__(self, world: World) -> None:
-        self._world = world
+    def __init__(self, world: World, counted: Sequence[str] = ()) -> None:
+        self._world, self._counted = world, tuple(counted)
         self._timers = {name: Timer() for name in TIMERS}
         self._spent = dict.fromkeys(TIMED, 0.0)  # before the current window
         self._began = perf_counter()
@@ -112,11 +115,20 @@ class Ledger:
         self._timers["communication"].seconds += allreduce_seconds
 
     def report(
-        self, *, total_steps: int, cycle: int, updates: int, epsilon: float, learning_rate: float, replay_size: int
+        self,
+        *,
+        total_steps: int,
+        cycle: int,
+        updates: int,
+        epsilon: float,
+        learning_rate: float,
+        replay_size: int,
+        counts: Mapping[str, int] | None = None,
     ) -> Row:
         """A row with `COLUMNS`, the same on all ranks, about the time since the last one. A collective.
 
-        `replay_size` is this rank's; the row has the sum over ranks. `episodes` counts the window's. `skipped_updates`
+        `replay_size` is this rank's, as `counts` are, with a number for each of `COUNTED`; the row has the sums over ranks
+        (of those counts that it has). `episodes` counts the window's. `skipped_updates`
         is the mean over ranks (with averaged gradients all skip the same). `time_*` are mean seconds of a rank. The
         rank that waited least defines the time of communication; what other ranks spent beyond that is idle.
         """
@@ -124,7 +136,15 @@ class Ledger:
         times = [timer.seconds for timer in self._timers.values()]
         communication = self._timers["communication"].seconds
         sums = self._world.sum(
-            np.concatenate([self._episodes, self._phases, [float(replay_size), float(self._skipped)], times])
+            np.concatenate(
+                [
+                    self._episodes,
+                    self._phases,
+                    [float(replay_size), float(self._skipped)],
+                    [float((counts or {})[name]) for name in self._counted],
+                    times,
+                ]
+            )
         )
         highest = self._world.max(
             np.array([self._return_max, self.seconds, perf_counter() - self._window_began, -communication])
@@ -133,6 +153,7 @@ class Ledger:
         episodes, return_sum, length_sum, phase_updates, loss_sum, q_sum, norm_sum, replay_sum, skipped, *times = (
             sums.tolist()
         )
+        happened, times = times[: len(self._counted)], times[len(self._counted) :]
         return_max, seconds, window, communicate = highest.tolist()
         communicate = -communicate
         mean = {name: time / self._world.size for name, time in zip(TIMERS, times, strict=True)}
@@ -160,7 +181,7 @@ class Ledger:
         self._total_steps, self._updates = total_steps, updates
         self._spent = self._spent_with(communicate)
         self._start_window()
-        return dict(zip(COLUMNS, values, strict=True))
+        return dict(zip((*COLUMNS, *self._counted), (*values, *map(round, happened)), strict=True))
 
     def state(self) -> dict[str, Any]:
         """What all ranks share; see `window_state` for what has not been reported yet."""

@@ -177,6 +177,18 @@ class Plan:
     def evaluates_at(self, cycle: int) -> bool:
         return self._passes_multiple(cycle, self.config.evaluation.period)
 
+    def saves_before_evaluation_at(self, cycle: int) -> bool:
+        """Whether a resumable checkpoint is made before this cycle's evaluation, from which it can be repeated.
+
+        Before the first one, in which new code fails most often, and before the last, which would lose the most. In
+        between the checkpoints of `checkpoint.period` must do: each may write a replay of many gigabytes.
+        """
+        return (
+            self.total_steps_after(cycle - 1) < self.config.evaluation.period
+            or cycle == self.cycles - 1
+            or self.checkpoints_at(cycle)
+        )
+
     def reports_at(self, cycle: int) -> bool:
         return self._passes_multiple(cycle, self.config.report.period) or cycle == self.cycles - 1
 

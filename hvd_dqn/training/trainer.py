@@ -53,13 +53,14 @@ class Trainer:
         if start is not None:
             try:
                 worker = self.worker
-                start_from(worker.learner, worker.preprocess, worker.statistics, start)
+                start_from(worker.learner, worker.preprocess, worker.statistics, worker.rewards, start)
+                worker.use_statistics()
             except InputError:
                 self.worker.close()
                 raise
         self.watchdog: Watchdog | NullWatchdog = NullWatchdog()
         self._broadcast = BroadcastHook(world, self.worker.learner.variables)
-        # The total steps of the last resumable checkpoint.
+        # The total steps of the last resumable checkpoint, which has all of this rank's state but what evaluations change.
         self._saved_at = snapshot.total_steps if snapshot and snapshot.path.name else -1
         self._began = False
         self.committed: Snapshot | None = None  # what an elastic job continues from when it loses ranks
@@ -96,9 +97,13 @@ class Trainer:
                 if plan.checks_drift_at(cycle):
                     self._check_drift(f"after {plan.total_steps_after(cycle):,} total steps")
                 if plan.reports_at(cycle):
-                    yield Record("report", worker.report(cycle))
+                    row = worker.report(cycle)
+                    yield Record("report", row)
+                    yield from self._tell_news(row, cycle)
                     yield from self._warnings()
                 if plan.evaluates_at(cycle):
+                    if plan.saves_before_evaluation_at(cycle):
+                        yield from self._save(cycle, checkpoints, evaluation_due=True)
                     outcome = yield from self._evaluate_at(cycle, checkpoints)
                 if plan.checkpoints_at(cycle) and outcome is None:
                     yield from self._save(cycle, checkpoints)
@@ -150,7 +155,34 @@ class Trainer:
             self.committed = Snapshot(Path(), total_steps, self.world.size, False, state, worker.learner.state(), {})
 
     def _check_drift(self, when: str) -> None:
-        check_drift(self.world, self.worker.learner.variables, when)
+        check_drift(self.world, self.worker.learner.variables, when, self.worker.shared())
+
+    def _tell_news(self, row: Row, cycle: int) -> Iterator[Record]:
+        """What a run tells once. A collective: `row` and what was told are the same on all ranks."""
+        worker = self.worker
+        if worker.is_endless_after(cycle):
+            yield from self._tell_of_endless_episodes(cycle)
+        if row.get("held_readings") and "held" not in worker.told:
+            worker.told.append("held")
+            first = [each for each in self.world.gather(worker.first_held) if each]
+            yield Record(
+                "message",
+                {},
+                f"{row['held_readings']:,.0f} readings were not finite by {row['total_steps']:,.0f} total steps, and the last "
+                f"finite ones were held. The first: {', '.join(first[:1])}. metrics.csv counts them as held_readings.",
+            )
+
+    def _tell_of_endless_episodes(self, cycle: int, then: str = "") -> Iterator[Record]:
+        plan, told = self.worker.plan, self.worker.told
+        if "endless" not in told:
+            told.append("endless")
+            yield Record(
+                "message",
+                {},
+                f"No episode has ended yet, in {plan.total_steps_after(cycle) // plan.envs:,} steps of each environment."
+                f"{then} Give episodes a limit with --env.max-episode-steps, or those of evaluations with "
+                "--evaluation.max-episode-steps.",
+            )
 
     def _finish_phase(self) -> None:
         """Finishes the current phase, if any: either all ranks have one or none. A collective.
@@ -179,13 +211,17 @@ class Trainer:
 
     def _evaluate_at(self, cycle: int, checkpoints: Checkpoints) -> Generator[Record, None, Record | None]:
         """An evaluation, and a longer one to confirm that the target is reached. Returns a record if the run ends."""
-        row = self.worker.evaluate(cycle, self.config.evaluation.episodes)
+        row = yield from self._evaluate(cycle)
         if row is None:
             return (yield from self._stop_at(cycle, checkpoints, evaluation_due=True))
         yield Record("evaluation", row)
+        if self.worker.cut_short:
+            return None
         yield from self._remember(row, cycle, checkpoints)
         if not self.world.any(self._reaches_target(row)):
             return None
+        # This may be the last evaluation.
+        yield from self._save(cycle, checkpoints, evaluation_due=True)
         # With other episodes than those that reached the target.
         row = self.worker.evaluate(cycle, self.config.evaluation.final_episodes, first=self.config.evaluation.episodes)
         if row is None:
@@ -197,21 +233,34 @@ class Trainer:
         yield from self._remember(row, cycle, checkpoints)
         return Record("result", row)
 
+    def _evaluate(self, cycle: int, final: bool = False) -> Generator[Record, None, Row | None]:
+        """An evaluation, cut short until an episode of training has ended. None if a rank was asked to stop."""
+        evaluation, longest = self.config.evaluation, self.worker.longest_episode()
+        if longest is not None and longest < evaluation.max_episode_steps:
+            yield from self._tell_of_endless_episodes(
+                cycle,
+                f" Until one does, episodes of evaluations are cut off after {longest:,} steps, and such evaluations count "
+                "neither as the best nor for evaluation.target_return.",
+            )
+        return self.worker.evaluate(cycle, evaluation.final_episodes if final else evaluation.episodes, longest=longest)
+
     def _evaluate_finally(self, cycle: int, checkpoints: Checkpoints) -> Generator[Record, None, Record]:
         self._check_drift("at the end of the run")
-        row = self.worker.evaluate(cycle, self.config.evaluation.final_episodes)
+        yield from self._save(cycle, checkpoints)
+        row = yield from self._evaluate(cycle, final=True)
         if row is None:
             return (yield from self._stop_at(cycle, checkpoints))
         yield Record("evaluation", row)
-        yield from self._remember(row, cycle, checkpoints)
+        if not self.worker.cut_short:
+            yield from self._remember(row, cycle, checkpoints)
         return Record("result", row)
 
     def _stop_at(
         self, cycle: int, checkpoints: Checkpoints, evaluation_due: bool = False
     ) -> Generator[Record, None, Record]:
         total_steps = self.worker.plan.total_steps_after(cycle)
-        self.worker.evaluation_due = evaluation_due
-        if self._saved_at != total_steps and not (yield from self._save(cycle, checkpoints)):
+        yield from self._save(cycle, checkpoints, evaluation_due=evaluation_due)
+        if self._saved_at != total_steps:
             raise JobError(
                 f"Asked to stop after {total_steps:,} total steps, and no checkpoint could be written: --resume continues "
                 "from an earlier checkpoint, if there is one."
@@ -228,38 +277,49 @@ class Trainer:
         if before is not None and row["return_mean"] < before[0]:
             return
         worker.best = (row["return_mean"], int(row["total_steps"]))
-        # A resumable checkpoint that was made just before has the same weights, and must be kept.
-        if self._saved_at != worker.plan.total_steps_after(cycle):
-            saved = yield from self._save(cycle, checkpoints, only_weights=True)
-            if not saved:
-                worker.best = before
+        saved = yield from self._save(cycle, checkpoints, only_weights=True)
+        if not saved:
+            worker.best = before
 
     def _save(
-        self, cycle: int, checkpoints: Checkpoints, *, only_weights: bool = False, finished: bool = False
+        self,
+        cycle: int,
+        checkpoints: Checkpoints,
+        *,
+        only_weights: bool = False,
+        evaluation_due: bool = False,
+        finished: bool = False,
     ) -> Generator[Record, None, bool]:
-        """A resumable checkpoint, or `only_weights` for evaluation. Returns whether it was written. A collective."""
+        """A resumable checkpoint, or `only_weights` for evaluation. Returns whether it was written. A collective.
+
+        If there is a resumable one of this cycle already, only evaluations have happened since: what they changed is amended.
+        """
         worker, total_steps = self.worker, self.worker.plan.total_steps_after(cycle)
+        worker.evaluation_due = evaluation_due
         self.watchdog.beat(f"a checkpoint at {total_steps:,} total steps")
-        part = worker.part() if self.config.checkpoint.save_replay and not only_weights else None
-        began = perf_counter()
+        state, best = worker.state(total_steps, finished), None if worker.best is None else worker.best[1]
+        began, written = perf_counter(), 0
         try:
             with worker.ledger.timed("save"):
-                written = checkpoints.save(
-                    total_steps,
-                    worker.learner.state(),
-                    worker.state(total_steps, finished),
-                    part=part,
-                    resumable=not only_weights,
-                    best=None if worker.best is None else worker.best[1],
-                )
+                if self._saved_at == total_steps:
+                    checkpoints.amend(total_steps, state, best=best)
+                else:
+                    written = checkpoints.save(
+                        total_steps,
+                        worker.learner.state(),
+                        state,
+                        part=worker.part() if self.config.checkpoint.save_replay and not only_weights else None,
+                        resumable=not only_weights,
+                        best=best,
+                    )
         except JobError as error:
             if self.config.checkpoint.on_failure == "stop":
                 raise JobError(f"{error} Free space and use --resume.") from None
             yield Record("warning", {}, f"{error} The run continues without it.")
-            if worker.best is not None and worker.best[1] == total_steps:
+            if worker.best is not None and worker.best[1] == total_steps and self._saved_at != total_steps:
                 worker.best = None  # its weights were deleted for the checkpoint that failed
             return False
-        if not only_weights:
+        if not only_weights and self._saved_at != total_steps:
             self._saved_at = total_steps
             size = f"{written / 1e6:,.1f} MB in {perf_counter() - began:.2f} s"
             yield Record("message", {}, f"checkpoint at {total_steps:,} total steps: {size}")

@@ -11,6 +11,7 @@ import numpy as np
 
 from hvd_dqn.agent.actor import Actor
 from hvd_dqn.agent.learner import Phase
+from hvd_dqn.agent.preprocess import merge
 from hvd_dqn.agent.replay import Replay
 from hvd_dqn.config import Config
 from hvd_dqn.envs.environments import Environments
@@ -22,19 +23,25 @@ from hvd_dqn.storage.arrays import UNREADABLE
 from hvd_dqn.storage.checkpoint import Damaged, Snapshot, small
 from hvd_dqn.storage.resharding import deal, gather_state
 from hvd_dqn.training.build import (
+    counted,
     make_environments,
     make_evaluator,
     make_learner,
     make_preprocess,
+    make_rewards,
     make_statistics,
     restore_weights,
 )
-from hvd_dqn.training.ledger import Ledger, Row
+from hvd_dqn.training.ledger import COUNTED, Ledger, Row
 from hvd_dqn.training.plan import Plan
 
 # Observations per rank whose numbers are compared with the range that their space declares.
 COMPARED = 4096
 
+# A run tells if no episode has ended after so many steps of each environment. Longer than most: Pong's have 1,700.
+ENDLESS_STEPS = 5_000
+# Until an episode has ended, those of evaluations are cut off here: the limit of most of Gymnasium's environments.
+ENDLESS_EVALUATION_STEPS = 1_000
 # Random streams of a rank. Never change these numbers: a seed would give other runs.
 ACTING, SAMPLING, ENVIRONMENTS, WEIGHTS = range(4)
 
@@ -62,10 +69,9 @@ class Worker:
         empty: Literal["no", "all"] = "all" if snapshot and not snapshot.complete else "no"
         self.plan = Plan(config, world.size, resumed_at, "joined" if joins else empty, _learns_from(snapshot))
         _check_not_finished(self.plan, snapshot)
-        self.envs = make_environments(
-            config, world, self.plan.envs_per_rank, config.env.vectorization, config.env.restart_failed_envs
-        )
+        self.envs = make_environments(config, world, self.plan.envs_per_rank, config.env.vectorization)
         self.statistics, self.preprocess = make_statistics(config, self.envs), make_preprocess(config, self.envs)
+        self.rewards = make_rewards(config, self.envs.copies)
         planned = self.plan.updates_after(self.plan.cycles - 1)
         self.learner = make_learner(config, self.envs, self.preprocess, world, self._rng(WEIGHTS), planned)
         self.actor = Actor(
@@ -73,7 +79,7 @@ class Worker:
         )
         # A rank that joins need not share the available memory: its neighbours have allocated theirs already.
         self.replay = self._make_replay(self.plan.slots_per_env, sharers=1 if joins else world.local_size)
-        self.ledger = Ledger(world)
+        self.ledger = Ledger(world, counted(config))
         self.evaluator = make_evaluator(config, world, self._evaluated_q_values, stop)
         _check_one_environment(self.envs, self.evaluator.envs)
         self._thread = ThreadPoolExecutor(1, "learner") if config.learner.overlap else None
@@ -81,7 +87,11 @@ class Worker:
         self.learned_at = -1  # the cycle in which that phase began
         self.updates = 0
         self.best: tuple[float, int] | None = None  # (mean return, total steps) of the best evaluation
-        self.evaluation_due = False  # whether the run was stopped during its last cycle's evaluation
+        self.evaluation_due = False  # whether the last cycle's evaluation is still to be made
+        self.any_ended = False  # whether the ranks know that an episode of training has ended
+        self._ended_here = False  # whether one has on this rank
+        self.cut_short = False  # whether the last evaluation was: see `longest_episode`
+        self.told: list[str] = []  # what was told once: the keys of messages
         self._restored: np.ndarray | None = None  # [E] whether each copy was restored
         self.messages: list[str] = []  # what was restored of an earlier run, for display
         if config.checkpoint.save_replay:
@@ -127,8 +137,12 @@ class Worker:
         with ledger.timed("env"):
             transition, episodes = self.envs.step(action)
         self.replay.add(transition)
-        self.statistics.observe(transition.observation)
+        ended, valid = transition.terminated | transition.truncated, transition.valid
+        self.actor.end_episodes(ended)
+        self.statistics.observe(transition.observation if valid.all() else transition.observation[valid])
+        self.rewards.observe(transition.reward, ended, valid)
         ledger.episodes(*episodes)
+        self._ended_here |= len(episodes.returns) > 0
 
     def unused_ranges(self, cycle: int) -> list[str]:
         """What to tell if integer observations stay below a tenth of the range that scales them.
@@ -161,10 +175,11 @@ class Worker:
         """
         plan, updates = self.plan, self.plan.updates_at(cycle)
         with self.ledger.communicating():
-            self.statistics.merge(self.world.sum)
-        self.preprocess.set_statistics(self.statistics.mean, self.statistics.scale)
+            merge((self.statistics, self.rewards), self.world.sum)
+        self.use_statistics()
         with self.ledger.timed("sample"):
-            batch = self.replay.gather(self.replay.draw(updates, plan.batch_per_rank * plan.passes))
+            draw = self.replay.draw(updates, plan.batch_per_rank * plan.passes, self.rewards.learned)
+            batch = self.replay.gather(draw)
         work = batch, plan.learning_rate_at(cycle), plan.target_copies_at(cycle)
         if self._thread is None:
             self._phase = functools.partial(self.learner.update, *work)
@@ -172,6 +187,12 @@ class Worker:
             self.learner.sync_acting_weights()
             self._phase = self._thread.submit(self.learner.update, *work).result
         self.updates, self.learned_at = self.updates + updates, cycle
+
+    def use_statistics(self) -> None:
+        """Gives the statistics to those who need them. Call it when they have changed."""
+        self.preprocess.set_statistics(self.statistics.mean, self.statistics.scale)
+        neutral = self.envs.frames.layout.neutral(self.statistics.mean)
+        self.envs.neutral = self.evaluator.envs.neutral = neutral
 
     def finish_phase(self) -> Phase | None:
         """The result of the current phase; None if there is none. A collective."""
@@ -190,20 +211,50 @@ class Worker:
 
     def report(self, cycle: int) -> Row:
         """The row of metrics.csv. A collective."""
-        return self.ledger.report(
+        happened = self.envs.unreported + self.evaluator.envs.unreported
+        self.envs.unreported[:] = self.evaluator.envs.unreported[:] = 0
+        row = self.ledger.report(
             total_steps=self.plan.total_steps_after(cycle),
             cycle=cycle,
             updates=self.updates,
             epsilon=self.plan.epsilon_at(cycle),
             learning_rate=self.plan.learning_rate_at(cycle),
             replay_size=len(self.replay),
+            counts=dict(zip(COUNTED, happened.tolist(), strict=True)),
         )
+        self.any_ended |= row["episodes"] > 0
+        return row
 
-    def evaluate(self, cycle: int, episodes: int, first: int = 0) -> Row | None:
-        """The row of evaluations.csv; None if a rank was asked to stop. A collective."""
+    def is_endless_after(self, cycle: int) -> bool:
+        """Whether no episode has ended for so long that it is worth a message. The same on all ranks after a report."""
+        steps = self.plan.total_steps_after(cycle) // self.plan.envs
+        return not self.any_ended and self.envs.step_limit is None and steps >= ENDLESS_STEPS
+
+    def longest_episode(self) -> int | None:
+        """Where evaluation episodes are cut off while no episode of training has ended; None afterwards. A collective.
+
+        Nothing is known then of how long episodes are, and 20 of 27,000 steps would take most of a run's time.
+        """
+        if self.envs.step_limit is not None:
+            return None
+        if not self.any_ended:
+            self.any_ended = self.world.any(self._ended_here)
+        return None if self.any_ended else ENDLESS_EVALUATION_STEPS
+
+    @property
+    def first_held(self) -> str | None:
+        """Tells of a reading that was held on this rank."""
+        return self.envs.first_held or self.evaluator.envs.first_held
+
+    def evaluate(self, cycle: int, episodes: int, first: int = 0, longest: int | None = None) -> Row | None:
+        """The row of evaluations.csv; None if a rank was asked to stop. A collective.
+
+        `cut_short` then tells whether an episode was cut off after `longest` steps.
+        """
         total_steps = self.plan.total_steps_after(cycle)
         with self.ledger.timed("evaluate"):
-            row = self.evaluator.evaluate(episodes, round=total_steps, first=first)
+            row = self.evaluator.evaluate(episodes, round=total_steps, first=first, max_length=longest)
+        self.cut_short = self.evaluator.cut_short
         return None if row is None else {"total_steps": total_steps, "seconds": self.ledger.seconds, **row}
 
     def describe(self) -> dict[str, str]:
@@ -238,7 +289,15 @@ class Worker:
             "layout": self._layout(),
             "ledger": self.ledger.state(),
             "normalizer": self.statistics.state(),
+            "rewards": self.rewards.state(),
+            "any_ended": self.any_ended,
+            "told": self.told,
         }
+
+    def shared(self) -> dict[str, np.ndarray]:
+        """What must be equal on all ranks, besides the learner's variables, by name."""
+        parts = {"observations": self.statistics.shared(), "rewards": self.rewards.shared()}
+        return {f"{part}/{name}": array for part, arrays in parts.items() for name, array in arrays.items()}
 
     def part(self) -> dict[str, Any]:
         """The state of this rank alone."""
@@ -248,6 +307,8 @@ class Worker:
             "actor": self.actor.state(),
             "window": self.ledger.window_state(),
             "normalizer": self.statistics.pending_state(),
+            "rewards": self.rewards.pending_state(),
+            "evaluation_restarts": self.evaluator.envs.restarted,
         }
 
     def _layout(self) -> dict[str, int]:
@@ -286,8 +347,10 @@ class Worker:
 
     def _take_over(self, snapshot: Snapshot) -> None:
         """What all ranks share."""
-        restore_weights(self.learner, self.preprocess, self.statistics, snapshot)
+        restore_weights(self.learner, self.preprocess, self.statistics, self.rewards, snapshot)
+        self.use_statistics()
         state = snapshot.state
+        self.any_ended, self.told = bool(state["any_ended"]), [str(key) for key in state["told"]]
         self.updates = int(state["updates"])
         self.best = None if state["best"] is None else (float(state["best"][0]), int(state["best"][1]))
         self.evaluation_due = bool(state["evaluation_due"])
@@ -304,8 +367,11 @@ class Worker:
         self.actor.load_state(part["actor"])
         self.ledger.load_window_state(part["window"])
         self.statistics.load_pending_state(part["normalizer"])
+        self.rewards.load_pending_state(part["rewards"])
+        self.evaluator.envs.restarted = int(part["evaluation_restarts"])
         self._restored = self.envs.load_state(part["envs"])
-        self.replay.truncate_episodes(~self._restored)
+        for ends in (self.replay.truncate_episodes, self.actor.end_episodes, self.rewards.end_episodes):
+            ends(~self._restored)
 
     def _reshard(self, snapshot: Snapshot) -> None:
         """Takes this rank's share of all transitions, if the number of ranks or the size of the rings has changed."""

@@ -61,3 +61,13 @@ def test_a_restored_actor_goes_on_alike(zeta):
     second.load_state(state)
     for _ in range(20):
         assert np.array_equal(first.act(observation, epsilons), second.act(observation, epsilons))
+
+
+def test_a_held_action_ends_where_its_episode_does():
+    actor = Actor(rows, 1_000, np.random.default_rng(0), zeta=1.01)  # hardly ever shorter than LONGEST
+    observation, nobody = np.zeros((3, 1), int), np.zeros(3)
+    first = actor.act(observation, np.ones(3))
+    assert actor.act(observation, nobody).tolist() == first.tolist()
+    actor.end_episodes(np.array([False, True, False]))
+    assert actor.act(observation, nobody).tolist() == [first[0], 1, first[2]]  # 1 is the greedy one
+    Actor(rows, 3, np.random.default_rng(0)).end_episodes(np.ones(3, bool))  # which holds nothing

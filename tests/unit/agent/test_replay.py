@@ -497,3 +497,13 @@ def play_on(replay: Replay, step: int) -> None:
     no, yes = np.array([False]), np.array([True])
     observation, following = np.array([[step]], np.float32), np.array([[step + 1]], np.float32)
     replay.add(Transition(observation, np.array([step]), np.float32([step]), no, no, following, yes))
+
+
+def test_rewards_are_turned_into_learned_ones_step_by_step():
+    replay = Replay(9, 1, (1,), np.float32, np.random.default_rng(0), n_step=3, gamma=0.5)
+    nothing, frame = np.zeros(1, bool), np.zeros((1, 1), np.float32)
+    for reward in (1.0, 10.0, -10.0, 2.0):
+        replay.add(Transition(frame, np.zeros(1, int), np.float32([reward]), nothing, nothing, frame, np.ones(1, bool)))
+    clipped = lambda reward: np.clip(reward.astype(np.float64), -2, 2)  # noqa: E731
+    rewards = replay.draw(1, 200, clipped).reward
+    assert set(rewards.ravel().tolist()) == {1 + 0.5 * 2 - 0.25 * 2, 2 - 0.5 * 2 + 0.25 * 2}

@@ -147,3 +147,18 @@ def test_writers_pass_on_to_each():
     writers.write({"total_steps": 1})
     writers.close()
     assert first.calls == second.calls == [{"total_steps": 1}, "closed"]
+
+
+def test_a_file_may_go_on_with_other_optional_columns(tmp_path):
+    path, optional = tmp_path / "metrics.csv", ("held", "restarts")
+    for columns, row in [
+        (("total_steps", "loss"), {"total_steps": 1, "loss": 0.5}),
+        (("total_steps", "loss", "held"), {"total_steps": 2, "loss": 0.25, "held": 7}),
+        (("total_steps", "loss", "restarts"), {"total_steps": 3, "loss": math.nan, "restarts": 1}),
+    ]:
+        writer = CsvWriter(path, columns, row["total_steps"] - 1, optional=optional)
+        writer.write(row)
+        writer.close()
+    assert path.read_text().splitlines() == ["total_steps,loss,restarts,held", "1,0.5,,", "2,0.25,,7", "3,,1,"]
+    with pytest.raises(InputError, match="other columns"):
+        CsvWriter(path, ("total_steps", "gain"), 3, optional=optional)

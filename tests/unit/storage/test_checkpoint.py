@@ -260,3 +260,43 @@ def test_an_old_checkpoint_that_cannot_be_removed_costs_no_new_one(tmp_path, mon
     monkeypatch.setattr(Checkpoints, "_prune", refuse)
     save(tmp_path, 200)
     assert Checkpoints(tmp_path, Solo()).newest(print).total_steps == 200
+
+
+def test_a_checkpoint_that_is_amended_is_whole_at_every_moment(tmp_path):
+    path = save(tmp_path)
+    replay = (path / FILES[3]).read_bytes()
+    checkpoints, seen = Checkpoints(tmp_path, Solo()), []
+    write, unlink = checkpoint.write, Path.unlink
+
+    def looking(act):
+        def watched(*arguments, **named):
+            seen.append(load(path).state["updates"])
+            result = act(*arguments, **named)
+            seen.append(load(path).state["updates"])
+            return result
+
+        return watched
+
+    for updates in (8, 9):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(checkpoint, "write", looking(write))
+            patch.setattr(Path, "unlink", looking(unlink))
+            checkpoints.amend(100, STATE | {"updates": updates})
+        snapshot = checkpoints.newest(print)
+        assert (snapshot.state["updates"], snapshot.complete) == (updates, True)
+        assert (path / FILES[3]).read_bytes() == replay
+        assert len(os.listdir(path)) == len(FILES)
+    assert seen == sorted(seen)
+    assert set(seen) == {7, 8, 9}
+
+
+def test_a_checkpoint_that_cannot_be_amended_stays_as_it_is(tmp_path, monkeypatch):
+    path = save(tmp_path)
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "write", full)
+    with pytest.raises(JobError, match="No space left"):
+        Checkpoints(tmp_path, Solo()).amend(100, STATE | {"updates": 8})
+    assert load(path).state == STATE

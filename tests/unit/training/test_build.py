@@ -33,6 +33,8 @@ SETTINGS = {
         "reward_clip": 2.0,
         "restart_failed_envs": 4,
         "normalize_observation": True,
+        "clip_observation": 4.0,
+        "on_nonfinite": "hold",
     },
     "agent": {
         "hidden": [5],
@@ -116,9 +118,13 @@ def test_every_setting_reaches_its_part(made):
             "reward_clip",
         )
     }
-    shared["observation_scale"] = None  # CartPole has nothing that it could divide
-    assert trained == {**shared, "copies": 3, "first_index": 3, "rank": 1, "restarts": 4}
-    assert evaluated == {**shared, "copies": 3, "first_index": 3, "rank": 1, "restarts": 0}
+    shared |= {"observation_scale": None}  # CartPole has nothing that it could divide
+    shared |= {"wrappers": (), "max_episode_steps": None}
+    shared |= {"copies": 3, "first_index": 3, "rank": 1, "restarts": 4, "holds": True}
+    assert trained == {**shared, "evaluates": False}
+    assert evaluated == {**shared, "evaluates": True}
+    agent.preprocess.set_statistics(np.zeros(4, np.float32), np.ones(4, np.float32))
+    assert agent.preprocess.array(np.full((1, 8), 9, np.float32)).max() == 4
 
     (replay,) = calls["Replay"]
     expected = {"n_step": 2, "gamma": 0.9, "frame_stack": 2, "sharers": 2}
@@ -279,7 +285,7 @@ def test_what_counts_under_strong_scaling_is_a_ranks_own_batch(monkeypatch):
 def test_waiting_for_the_statistics_of_observations_counts_as_exchange(made):
     agent, _ = made
     agent.begin_episodes()
-    agent.statistics.merge = lambda reduce: time.sleep(0.05)
+    agent.statistics.take = lambda reduced: time.sleep(0.05)
     for cycle in range(60):
         agent.step(cycle)
         if agent.plan.learns_at(cycle):

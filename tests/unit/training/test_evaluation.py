@@ -1,5 +1,6 @@
 """Evaluation: each episode counts once, with a seed of its own, however many ranks and copies share them."""
 
+import gymnasium
 import numpy as np
 import pytest
 
@@ -25,7 +26,7 @@ def lean(observation):
 
 
 def evaluator(copies, world=None, max_length=1_000, id="CartPole-v1", act=lean, stop=lambda: False, epsilon=0.0):
-    envs = Environments(id, copies, vectorization="sync")
+    envs = Environments(id, copies, vectorization="sync", evaluates=True)
     return Evaluator(
         envs, make_policy(envs, lambda o: np.eye(envs.actions)[act(o)]), world or Solo(),
         epsilon=epsilon, seed=7, max_length=max_length, stop=stop,
@@ -41,7 +42,7 @@ def test_the_result_does_not_depend_on_the_number_of_copies(epsilon):
         one._play = lambda *episodes, play=play, played=played: played.append(play(*episodes)) or played[-1]
         results.append(one.evaluate(10, round=4))
         one.close()
-    returns = np.concatenate([returns for returns, _ in played])
+    returns = np.concatenate([returns for returns, *_ in played])
     assert results[0]["return_std"] == pytest.approx(np.std(returns)) != 0
     assert (results[0]["return_min"], results[0]["return_max"]) == (returns.min(), returns.max())
     for result in results[1:]:
@@ -72,27 +73,77 @@ def test_episodes_are_shared_out_without_loss_even_to_a_rank_that_gets_none(size
 def test_a_rank_has_a_copy_per_episode_but_never_more_than_it_can_hold(episodes, size, copies):
     config = Config.model_validate({"env": {"id": "CartPole-v1"}, "evaluation": {"episodes": episodes}})
     one = make_evaluator(config, OneOf(0, size), lambda o: np.zeros((len(o), 2)))
-    assert one._envs.copies == copies
+    assert one.envs.copies == copies
     one.close()
 
 
-def test_an_environment_that_fails_in_an_evaluation_is_to_be_mended():
-    config = Config.model_validate({"env": {"id": "CartPole-v1", "restart_failed_envs": 5}})
-    one = make_evaluator(config, Solo(), lambda o: np.zeros((len(o), 2)))
-    one._envs._vector.step = lambda action: 1 / 0
+class Fails(gymnasium.Wrapper):
+    """CartPole that fails in each `period`-th step of all copies together, for the first `times`."""
+
+    steps = failures = 0
+    period, times = 10**9, 0
+
+    def step(self, action):
+        Fails.steps += 1
+        if Fails.steps % Fails.period == 0 and Fails.failures < Fails.times:
+            Fails.failures += 1
+            raise RuntimeError("the simulator lost its connection")
+        return self.env.step(action)
+
+
+gymnasium.register("Fails-v0", lambda: Fails(gymnasium.make("CartPole-v1")))
+
+
+@pytest.fixture
+def failing():
+    """Makes the environment fail: (period, times)."""
+
+    def begin(period, times):
+        Fails.steps = Fails.failures = 0
+        Fails.period, Fails.times = period, times
+
+    yield begin
+    begin(10**9, 0)
+
+
+def failing_evaluator(restarts, episodes=20, size=1):
+    settings = {"env": {"id": "Fails-v0", "restart_failed_envs": restarts}, "evaluation": {"episodes": episodes}}
+    one = make_evaluator(Config.model_validate(settings), OneOf(0, size), lambda o: np.eye(2)[lean(o)])
+    return one
+
+
+def test_what_a_failure_interrupts_in_an_evaluation_is_played_again_exactly(failing, capfd):
+    expected = failing_evaluator(0).evaluate(20, round=3)
+    failing(131, 4)
+    one = failing_evaluator(4)
+    assert one.evaluate(20, round=3) == expected
+    assert one.envs.restarted == one.envs.unreported[1] == Fails.failures == 4
+    told = capfd.readouterr().err
+    assert told.count("hvd-dqn: Environment ") == 4
+    assert "on rank 0, in an evaluation, failed in step" in told
+
+
+def test_an_environment_that_fails_in_an_evaluation_once_too_often_is_to_be_mended(failing):
+    failing(131, 3)
     with pytest.raises(
-        RunError, match=r"in step 1: ZeroDivisionError.*Fix it, or let ranks make their training environments"
+        RunError, match=r"connection. Fix it, or let ranks make their environments again.*restart_failed"
     ):
-        one.evaluate(3, round=0)
+        failing_evaluator(2).evaluate(20, round=3)
+
+
+def test_an_evaluation_whose_episodes_never_get_to_their_end_stops_the_job_however_many_restarts_are_left(failing):
+    failing(20 * 12, 10**9)  # each of 20 copies takes 12 steps, and no episode of this policy is as short
+    with pytest.raises(RunError, match=r"10 evaluation episodes of Fails-v0 in a row.*none was finished"):
+        failing_evaluator(10**6).evaluate(20, round=3)
 
 
 def test_an_evaluation_may_begin_after_the_episodes_of_another():
     for size in (1, 2):
         one, played = evaluator(2, OneOf(size - 1, size)), []
-        one._play = lambda episodes, round, played=played: played.append(list(episodes)) or (np.ones(1), np.ones(1))
+        one._play = lambda mine, *_, played=played: played.extend(mine) or (np.ones(1), np.ones(1), False)
         one.evaluate(5, round=0, first=3)
         one.close()
-        assert played == [[[3, 4], [5, 6], [7]], [[4, 6]]][size - 1]
+        assert played == [[3, 4, 5, 6, 7], [4, 6]][size - 1]
 
 
 def test_another_round_has_other_episodes_and_the_same_round_the_same():
@@ -103,10 +154,10 @@ def test_another_round_has_other_episodes_and_the_same_round_the_same():
 
 
 def test_as_many_actions_are_random_as_it_is_told():
-    chosen, one = [], evaluator(10, epsilon=0.25)
-    step = one._envs.step
-    one._policy = make_policy(one._envs, lambda o: np.tile([0.0, 1.0], (len(o), 1)))
-    one._envs.step = lambda action: (chosen.append(action.copy()), step(action))[1]
+    chosen, one = [], evaluator(1, epsilon=0.25)  # a copy that rests has no action
+    step = one.envs.step
+    one._policy = make_policy(one.envs, lambda o: np.tile([0.0, 1.0], (len(o), 1)))
+    one.envs.step = lambda action: (chosen.append(action.copy()), step(action))[1]
     for round in range(20):
         one.evaluate(10, round)
     actions = np.concatenate(chosen)
@@ -129,5 +180,5 @@ def test_all_ranks_break_off_when_one_of_them_is_to_stop():
     assert asked.evaluate(4, round=0) is None
     assert len(steps) == 5
     other = evaluator(2)
-    other._world.max = lambda values: np.maximum(values, [0, 0, 1])  # another rank's wish
+    other._world.max = lambda values: np.maximum(values, [0, 0, 1, 0])  # another rank's wish
     assert other.evaluate(4, round=0) is None

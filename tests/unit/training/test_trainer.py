@@ -6,6 +6,7 @@ import functools
 import json
 import operator
 import os
+import re
 import shutil
 import sys
 import threading
@@ -14,6 +15,7 @@ import zipfile
 from concurrent.futures import Future
 from pathlib import Path
 
+import gymnasium
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -32,8 +34,9 @@ from hvd_dqn.ranks.world import Solo
 from hvd_dqn.reporting.session import open_session
 from hvd_dqn.reporting.writers import CsvWriter, read_csv
 from hvd_dqn.storage.arrays import entry_of
-from hvd_dqn.storage.checkpoint import Checkpoints, divide
+from hvd_dqn.storage.checkpoint import Checkpoints, divide, load
 from hvd_dqn.storage.run_directory import Run
+from hvd_dqn.training.evaluation import Evaluator
 from hvd_dqn.training.trainer import Trainer
 
 
@@ -129,13 +132,62 @@ def play(config: Config, world, path: Path, snapshot=None):
     return records, trainer
 
 
+class Gaps(gymnasium.Wrapper):
+    """CartPole whose second sensor fails now and then."""
+
+    def reset(self, **named):
+        observation, info = self.env.reset(**named)
+        return self._with_gaps(observation), info
+
+    def step(self, action):
+        observation, *others = self.env.step(action)
+        return self._with_gaps(observation), *others
+
+    def _with_gaps(self, observation):
+        gap = np.nan if abs(observation[1]) * 1e4 % 10 < 2 else observation[1]
+        return np.array([observation[0], gap, *observation[2:]], np.float32)
+
+
+class Endless(gymnasium.Wrapper):
+    """CartPole whose episodes end after `ends_after` steps."""
+
+    ends_after = 10**9
+
+    def reset(self, **named):
+        self.steps = 0
+        return self.env.reset(**named)
+
+    def step(self, action):
+        self.steps += 1
+        ends = self.steps >= Endless.ends_after
+        return np.zeros(4, np.float32), 1.0, ends, False, {}
+
+
+class Crashes(gymnasium.Wrapper):
+    """CartPole that raises an error in the step of the process whose number is `at`."""
+
+    at, steps = -1, 0
+
+    def step(self, action):
+        Crashes.steps += 1
+        if Crashes.steps == Crashes.at:
+            raise RuntimeError("out of licences")
+        return self.env.step(action)
+
+
+for wrapper in (Gaps, Crashes):
+    gymnasium.register(f"{wrapper.__name__}-v0", lambda wrapper=wrapper: wrapper(gymnasium.make("CartPole-v1")))
+gymnasium.register("Endless-v0", lambda: Endless(gymnasium.make("CartPole-v1").unwrapped))
+
+
 @pytest.mark.parametrize("scaling", ["weak", "strong"])
 @pytest.mark.parametrize("sync", ["gradients", "parameters"])
 @pytest.mark.parametrize("size", [1, 2, 3, 4])
 def test_all_ranks_enter_the_same_collectives_although_their_episodes_differ(size, sync, scaling, tmp_path):
     settings = config(
         ranks={"sync": sync, "scaling": scaling},
-        env={"normalize_observation": sync == "parameters"},
+        env={"id": "Gaps-v0", "on_nonfinite": "hold", "restart_failed_envs": 1}
+        | {"normalize_observation": sync == "parameters", "normalize_reward": scaling == "strong"},
         learner={"overlap": scaling == "strong"},
     )
     tapes, episodes = [], []
@@ -274,7 +326,7 @@ def test_a_target_that_the_final_evaluation_does_not_confirm_ends_no_run(tmp_pat
     evaluate, returns = trainer.worker.evaluate, {3: 9.0, 5: 1.0}  # by the number of episodes
     firsts = []
 
-    def returning(cycle, episodes, first=0):
+    def returning(cycle, episodes, first=0, longest=None):
         firsts.append((episodes, first))
         return evaluate(cycle, episodes, first) | {"return_mean": returns[episodes]}
 
@@ -304,8 +356,13 @@ def assert_same(one, other) -> None:
         {"env": {"id": "LunarLander-v3"}, "agent": {"network": "tests.unit.agent.test_networks:keras_model"}},
         {"checkpoint": {"compress": True}, "replay": {"capacity": 400}},
         {"learner": {"overlap": True}},
+        {
+            "env": {"id": "Gaps-v0", "on_nonfinite": "hold", "normalize_reward": True, "reward_clip": 0.5}
+            | {"normalize_observation": True, "clip_observation": 1.5},
+            "agent": {"n_step": 2},
+        },
     ],
-    ids=["sync", "states", "stack", "tuple", "native", "async", "lander", "full ring", "overlap"],
+    ids=["sync", "states", "stack", "tuple", "native", "async", "lander", "full ring", "overlap", "gaps"],
 )
 def test_a_resumed_run_is_the_run_that_was_never_stopped(changes, tmp_path):
     settings = config(**{**changes, "evaluation": {"target_return": None, **changes.get("evaluation", {})}})
@@ -879,3 +936,180 @@ def test_files_that_cannot_be_written_end_a_run_with_one_line(method, error, lin
         job.train_in_world(config(), "cartpole", Run(tmp_path / "run"), Solo(), StopRequest(), resume=False)
     if method == "write":
         assert Run(tmp_path / "run").about()["ended"].startswith("failed: RunError")
+
+
+LONG = {"target_return": None}
+
+
+@pytest.mark.parametrize("last", [False, True])
+def test_a_run_that_an_evaluation_ends_is_resumed_from_just_before_it(last, tmp_path, monkeypatch):
+    # 960 steps of training with three evaluations in it, then the last one.
+    settings = config(env={"id": "Crashes-v0"}, evaluation=LONG, checkpoint={"period": 10_000})
+    whole, trainer = play(settings, Solo(), tmp_path / "whole")
+    evaluations = [(r.row["total_steps"], r.row["return_mean"]) for r in whole if r.kind == "evaluation"]
+    assert [steps for steps, _ in evaluations] == [300, 600, 900, 960]
+
+    play_episodes, evaluated = Evaluator._play, []
+
+    def crashing(self, *arguments):
+        evaluated.append(None)
+        if len(evaluated) == (4 if last else 1):
+            Crashes.at = Crashes.steps + 4
+        return play_episodes(self, *arguments)
+
+    monkeypatch.setattr(Crashes, "at", -1)
+    monkeypatch.setattr(Evaluator, "_play", crashing)
+    with pytest.raises(RunError, match=r"in an evaluation, failed .*out of licences"):
+        play(settings, Solo(), tmp_path / "parts")
+
+    checkpoints = Checkpoints(tmp_path / "parts", Solo())
+    snapshot = checkpoints.newest(print)
+    assert snapshot.total_steps == (960 if last else 300)
+    assert snapshot.state["evaluation_due"] != last  # the last one needs no note
+    after, resumed = play(settings, Solo(), tmp_path / "parts", snapshot)
+    again = [(r.row["total_steps"], r.row["return_mean"]) for r in after if r.kind == "evaluation"]
+    assert again == (evaluations[-1:] if last else evaluations)
+    assert_same(resumed.arrays, trainer.arrays)
+
+
+def test_between_the_first_and_the_last_evaluation_only_the_period_makes_checkpoints(tmp_path):
+    records, _ = play(config(evaluation=LONG, checkpoint={"period": 500}), Solo(), tmp_path)
+    saved = [r.text.split()[2] for r in records if r.text.startswith("checkpoint at")]
+    assert saved == ["300", "504", "960"]  # and each is written once
+
+
+def test_an_evaluation_that_is_over_is_not_made_again(tmp_path):
+    settings = config(evaluation=LONG, checkpoint={"period": 300})
+    play(settings, Solo(), tmp_path)
+    for path in (tmp_path / "checkpoints").iterdir():
+        state = load(path).state
+        assert (state["evaluation_due"], state["finished"]) == (False, path.name == "960")
+        assert state["best"][1] <= int(path.name)
+
+
+def test_episodes_that_do_not_end_are_told_once_and_do_not_take_the_time(tmp_path, monkeypatch):
+    monkeypatch.setattr("hvd_dqn.training.worker.ENDLESS_EVALUATION_STEPS", 40)
+    records, trainer = play(config(env={"id": "Endless-v0"}, evaluation=LONG), Solo(), tmp_path)
+    kinds = [r.kind for r in records]
+    (told,) = [i for i, r in enumerate(records) if "No episode has ended" in r.text]
+    assert told < kinds.index("evaluation")
+    assert re.search(
+        r"in 25 steps of each .* cut off after 40 steps.*--env.max-episode-steps.*--evaluation.max", records[told].text
+    )
+    assert {r.row["length_mean"] for r in records if r.kind == "evaluation"} == {40}
+    assert trainer.worker.best is None
+    assert records[-1].row["return_mean"] == 40
+
+
+def test_once_an_episode_has_ended_evaluations_are_whole_and_count(tmp_path, monkeypatch):
+    monkeypatch.setattr("hvd_dqn.training.worker.ENDLESS_EVALUATION_STEPS", 40)
+    monkeypatch.setattr(Endless, "ends_after", 60)  # of 80 steps of each environment
+    settings = config(env={"id": "Endless-v0"}, evaluation={"target_return": 30.0, "final_episodes": 3})
+    records, trainer = play(settings, Solo(), tmp_path)
+    lengths = [r.row["length_mean"] for r in records if r.kind == "evaluation"]
+    assert lengths == [40, 40, 60, 60]  # and the first two did not reach the target
+    assert trainer.worker.best == (60, 900)
+    assert records[-1].row["total_steps"] == 900
+
+
+@pytest.mark.parametrize("limit", [None, 100])
+def test_a_report_tells_of_a_run_in_which_no_episode_ends(limit, tmp_path, monkeypatch):
+    monkeypatch.setattr("hvd_dqn.training.worker.ENDLESS_STEPS", 50)
+    kwargs = {} if limit is None else {"max_episode_steps": limit}
+    settings = config(env={"id": "Endless-v0", "kwargs": kwargs}, evaluation={"period": 10_000, "max_episode_steps": 5})
+    records, _ = play(settings, Solo(), tmp_path)
+    told = [r.text for r in records if "No episode has ended" in r.text]
+    assert [text.split(" steps of each")[0] for text in told] == ([] if limit else ["No episode has ended yet, in 50"])
+
+
+def test_readings_that_were_held_are_counted_and_told_once(tmp_path):
+    run = Run(tmp_path / "run")
+    settings = config(env={"id": "Gaps-v0", "on_nonfinite": "hold"}, evaluation=LONG)
+    job.train_in_world(settings, "gaps", run, Solo(), StopRequest(), resume=False)
+    counted = read_csv(run.path / "metrics.csv")["held_readings"]
+    assert (counted > 0).all()
+    records, _ = play(settings, Solo(), tmp_path / "again")
+    told = [r.text for r in records if "not finite" in r.text]
+    assert len(told) == 1
+    assert re.search(r"The first: environment \d+ \(Gaps-v0\) on rank 0 in step \d+: nan at index \[1\]\.", told[0])
+    assert [r.row["held_readings"] for r in records if r.kind == "report"] == counted.tolist()
+
+
+def test_an_old_run_may_go_on_with_more_columns_and_back(tmp_path):
+    run, settings = Run(tmp_path / "run"), config(evaluation=LONG)
+    for steps, restarts in [(480, 0), (720, 3), (960, 0)]:
+        now = settings.model_copy(
+            update={"total_steps": steps, "env": settings.env.model_copy(update={"restart_failed_envs": restarts})}
+        )
+        job.train_in_world(now, "cartpole", run, Solo(), StopRequest(), resume=steps > 480)
+    table = read_csv(run.path / "metrics.csv")
+    assert table["total_steps"].tolist() == [120, 240, 360, 480, 600, 720, 840, 960]
+    assert np.isnan(table["env_restarts"]).tolist() == [True] * 4 + [False] * 2 + [True] * 2
+
+
+def test_the_running_mean_leaves_out_rows_that_are_no_transitions(tmp_path):
+    settings = config(env={"normalize_observation": True, "vectorization": "auto"}, evaluation=LONG)
+    records, trainer = play(settings, Solo(), tmp_path)
+    resets = sum(r.row["episodes"] for r in records if r.kind == "report")
+    assert trainer.worker.statistics.state()["count"] == trainer.worker.replay._step_types.astype(bool).sum()
+    assert 960 - resets <= trainer.worker.statistics.state()["count"] <= 960 - resets + 12 < 960
+
+
+@pytest.mark.parametrize("part", ["observations/mean", "rewards/scale"])
+def test_statistics_that_differ_between_ranks_are_drift(part):
+    class Other(Solo):
+        size = 2
+
+        def max(self, values):
+            half = len(values) // 2
+            return np.concatenate([values[:half], values[half:] + (np.arange(half) == self.odd)])
+
+        def gather(self, value):
+            return [value, value + (np.arange(len(value)) == self.odd)]
+
+    world = Other()
+    trainer = Trainer(config(env={"normalize_observation": True, "normalize_reward": True}), world)
+    names = [*trainer.worker.learner.variables, *trainer.worker.shared()]
+    world.odd = names.index(part)
+    with pytest.raises(JobError, match=f"on rank 1 the variables {part} differ"):
+        trainer._check_drift("now")
+    trainer.close()
+
+
+def test_rewards_are_learned_in_deviations_of_the_return_and_reported_as_they_are(tmp_path):
+    plain, normal = (
+        play(config(env={"normalize_reward": on}, evaluation=LONG), Solo(), tmp_path / str(on))[1]
+        for on in (False, True)
+    )
+    rewards = normal.worker.replay.arrays()["rewards"]
+    np.testing.assert_array_equal(rewards, plain.worker.replay.arrays()["rewards"])
+    learned = normal.worker.rewards.learned(np.float32([1.0]))
+    # CartPole's discounted returns grow from 1 to about 10 in an episode.
+    assert 0.1 < learned[0] < 0.5
+    assert not np.array_equal(plain.arrays["learner/online/0"], normal.arrays["learner/online/0"])
+
+
+def test_settings_of_cleaning_that_would_have_no_effect_are_refused():
+    #    settings                                                    message
+    for env, message in [
+        ({"clip_observation": 5.0}, "clip_observation is in deviations.*Received: 5"),
+        ({"id": "FrozenLake-v1", "on_nonfinite": "hold"}, "hold is for observations of real numbers. Received: int32"),
+    ]:  # fmt: skip
+        with pytest.raises(InputError, match=message):
+            Trainer(config(env=env), Solo())
+
+
+def test_a_held_action_ends_with_its_episode(tmp_path):
+    trainer = Trainer(config(agent={"epsilon_zeta": 1.0001}), Solo())  # actions are held for very long
+    worker, actor = trainer.worker, trainer.worker.actor
+    worker.begin_episodes()
+    ended = 0
+    for cycle in range(80):
+        before = worker.envs._lengths.copy()
+        worker.step(cycle)
+        over = worker.envs._lengths <= before
+        ended += over.sum()
+        assert not actor._left[over].any()
+        assert actor._left[~over].max() > 100
+    assert ended > 10
+    trainer.close()
