@@ -2,13 +2,15 @@
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 from gymnasium import spaces
 from gymnasium.vector import AutoresetMode, VectorEnv
 
+from hvd_dqn.agent.choices import Choices
 from hvd_dqn.agent.transition import Transition
+from hvd_dqn.envs.actions import ActionMap, ActionSettings
 from hvd_dqn.envs.frames import Frames
 from hvd_dqn.envs.restore import restorer_for
 from hvd_dqn.envs.vector import build, call, close_vector, is_native
@@ -41,10 +43,13 @@ class Environments:
     """
 
     observation_space: spaces.Space
-    action_space: spaces.Discrete
+    action_space: spaces.Space  # the environment's own
+    action_map: ActionMap
+    choices: Choices  # of the agent
     frames: Frames
-    actions: int
+    actions: int  # how many values choose an action: A, or the sum over all dimensions if they are factored
     observation: np.ndarray  # [E, *frames.observation_shape]: the current one
+    mask: np.ndarray | None  # [E, S] bool: the actions that it allows; None if masks are not used
     returns: np.ndarray  # [E] float64: of the current episodes, as in Episodes
     restorable: bool  # whether `load_state` can restore unfinished episodes; False until `probe`
     restarted: int  # how often the copies were made again, also before a resume
@@ -62,6 +67,7 @@ class Environments:
         first_index: int = 0,
         rank: int = 0,
         restarts: int = 0,
+        actions: ActionSettings | None = None,
     ) -> None:
         self.id = id
         self.copies = copies
@@ -72,16 +78,20 @@ class Environments:
         self._restarts = restarts
         kwargs = dict(kwargs or {})
         self._settings = f"{id}, {copies} copies of {sorted(kwargs.items())} in stacks of {frame_stack}"
-        self._build: Callable[[], VectorEnv] = functools.partial(build, id, copies, kwargs, vectorization, first_index)
+        self._uses_masks = (actions or ActionSettings()).mask
+        self._masked: bool | None = None
+        self._build: Callable[..., tuple[VectorEnv, ActionMap]] = functools.partial(
+            build, id, copies, kwargs, vectorization, first_index, actions
+        )
         self._make()
 
         self.observation_space = self._vector.single_observation_space
         self.frames = Frames(self.observation_space, frame_stack)
-        action_space = self._vector.single_action_space
-        assert isinstance(action_space, spaces.Discrete)
-        self.action_space = action_space
-        self.actions = int(action_space.n)
-        self._first_action = int(action_space.start)
+        self.action_space, self.choices = self.action_map.space, self.action_map.choices
+        self.actions = self.choices.total
+        self._first_action = int(self.action_space.start) if isinstance(self.action_space, spaces.Discrete) else 0
+        if not isinstance(self.action_space, spaces.Discrete) or self.action_map.masked:
+            self._settings += f" with actions {self.action_map}"
 
         # Such a class resets an environment one step after its episode ended.
         self._resets_late = AutoresetMode(self._vector.metadata["autoreset_mode"]) == AutoresetMode.NEXT_STEP
@@ -92,10 +102,13 @@ class Environments:
         self.restarted = 0
         self._seeds: list[int] = []
         self._steps = 0
+        self.mask = np.ones((copies, self.choices.total), np.bool_) if self.action_map.masked else None
         self._start(np.zeros((copies, *self.frames.shape), self.frames.dtype))
 
     def _make(self) -> None:
-        self._vector = self._build()
+        # Decided once: all later copies must agree, and so must all ranks.
+        self._vector, self.action_map = self._build(masked=self._masked)
+        self._masked = self.action_map.masked
         self._call = functools.partial(call, self._vector, self._first_index)
         self._restorer = restorer_for(self._vector, self._first_index)
 
@@ -109,8 +122,14 @@ class Environments:
             self._recover(failure, "at its reset")
 
     def _first_frames(self, seeds: list[int], **options: Any) -> np.ndarray:
-        raw, _ = self._call("reset", seed=seeds[0] if self._native else seeds, **options)
+        raw, info = self._call("reset", seed=seeds[0] if self._native else seeds, **options)
         frame = self.frames.read(raw)
+        if self._uses_masks and not self._masked and "action_mask" in info:
+            raise RunError(
+                f"{self.id} on rank {self._rank} gives an action mask at this reset, but gave none at its first one. "
+                "Let it give masks always, or turn them off with --env.action_mask off."
+            )
+        self.mask = self._masks(info, options.get("options", {}).get("reset_mask", self._all))
         self._check_finite("observation", frame)
         return frame
 
@@ -123,7 +142,7 @@ class Environments:
         self._any_ended = False
 
     def step(self, action: np.ndarray) -> tuple[Transition, Episodes]:
-        """Takes `action`, [E] integers from 0, in all copies.
+        """Takes `action`, [E] or [E, D] integers from 0, in all copies.
 
         If one fails and all are made again, no row is valid, and the interrupted episodes are truncated.
         """
@@ -131,11 +150,12 @@ class Environments:
         try:
             return self._step(action)
         except EnvFailure as failure:
-            frame, cut = self._frame, self._lengths > 0
+            frame, mask, cut = self._frame, self.mask, self._lengths > 0
             self._recover(failure, f"in step {self._steps}")
         none = np.zeros(self.copies, np.bool_)
         reward = np.zeros(self.copies, np.float32)
-        return Transition(frame, np.array(action, np.int64), reward, none, cut, self._frame, none), NO_EPISODES
+        action = np.array(action, np.int64)
+        return Transition(frame, action, reward, none, cut, self._frame, none, mask, self.mask), NO_EPISODES
 
     def _step(self, action: np.ndarray) -> tuple[Transition, Episodes]:
         raw, raw_reward, raw_terminated, raw_truncated, info = self._call("step", action + self._first_action)
@@ -151,9 +171,11 @@ class Environments:
             truncated &= valid
         ended = terminated | truncated
         any_ended = np.count_nonzero(ended) > 0  # takes a fifth of the time of ended.any()
+        mask = next_mask = self._masks(info, ~terminated if self._resets_late else self._all)
         next_frame = frame
         if any_ended and not self._resets_late:
             next_frame = self._with_final(frame, ended, info)
+            next_mask = self._with_final_mask(mask, terminated, truncated, info)
             self._check_finite("observation at its reset", frame)
         self._check_finite("reward", reward)
         self._check_finite("observation", next_frame)
@@ -177,8 +199,10 @@ class Environments:
             truncated=truncated,
             next_observation=next_frame,
             valid=valid,
+            mask=self.mask,
+            next_mask=next_mask,
         )
-        self._frame = frame
+        self._frame, self.mask = frame, mask
         self.observation = self.frames.push(self.observation, frame, ~valid if self._resets_late else ended)
         self._ended, self._any_ended = ended, any_ended
         return transition, episodes
@@ -221,6 +245,7 @@ class Environments:
             "returns": self.returns,
             "lengths": self._lengths,
             "ended": self._ended,
+            **({} if self.mask is None else {"mask": self.mask}),
         }
 
     def load_state(self, state: Mapping[str, Any]) -> np.ndarray:
@@ -269,6 +294,45 @@ class Environments:
         next_frame = frame.copy()
         next_frame[ended] = self.frames.read([final[i] for i in np.flatnonzero(ended)])
         return next_frame
+
+    def _with_final_mask(
+        self, mask: np.ndarray | None, terminated: np.ndarray, truncated: np.ndarray, info: dict[str, Any]
+    ) -> np.ndarray | None:
+        """`mask`, but for each ended episode that of its last observation. At a terminal state all actions are allowed."""
+        if mask is None:
+            return None
+        cut = truncated & ~terminated
+        mask = np.where(terminated[:, None], True, mask)
+        final = self._masks(info.get("final_info", {}), cut)
+        return mask if final is None else np.where(cut[:, None], final, mask)
+
+    def _masks(self, info: Mapping[str, Any], needed: np.ndarray) -> np.ndarray | None:
+        """[E, S] bool: the masks in `info` where they are `needed`, [E] bool; elsewhere all actions are allowed.
+
+        None if masks are not used. Raises EnvFailure if a mask is missing or allows no action.
+        """
+        if not self._masked:
+            return None
+        given: Any = info.get("action_mask")
+        missing = needed if given is None else needed & ~info.get("_action_mask", self._all)
+        if missing.any():
+            self._refuse_masks(missing, "gave no action mask", f"expected info['action_mask'], received {sorted(info)}")
+        mask = np.ones((self.copies, self.choices.total), np.bool_)
+        if self._native:
+            try:
+                mask[needed] = [self.action_map.read_mask(given[i]) for i in np.flatnonzero(needed)]
+            except ValueError as error:
+                self._refuse_masks(needed, "cannot be masked", f"received {one_line(error)}")
+        else:
+            mask[needed] = given[needed]  # `RecordedEnv` has read them
+        if not (possible := self.choices.leaves_any(mask)).all():
+            self._refuse_masks(
+                ~possible, "allows no action", "its action mask is 0 everywhere in a state that is not terminal"
+            )
+        return mask
+
+    def _refuse_masks(self, which: np.ndarray, did: str, why: str) -> NoReturn:
+        raise EnvFailure([self._first_index + i for i in np.flatnonzero(which).tolist()], did, why)
 
     def _check_finite(self, what: str, values: np.ndarray) -> None:
         if values.dtype.kind != "f" or np.count_nonzero(np.isfinite(values)) == values.size:

@@ -1,4 +1,4 @@
-"""Which spaces DQN can learn: observations are one Box or Discrete, actions are Discrete."""
+"""Which observation spaces DQN can learn: one Box or Discrete. For actions see `actions.py`."""
 
 import gymnasium
 from gymnasium import spaces
@@ -6,15 +6,9 @@ from gymnasium import spaces
 from hvd_dqn.errors import InputError
 
 
-def check_spaces(id: str, observation: gymnasium.Space, action: gymnasium.Space) -> None:
-    """Raises InputError unless observations are one Box of at most three axes or Discrete, and actions Discrete."""
+def check_observations(id: str, observation: gymnasium.Space) -> None:
+    """Raises InputError unless observations are one Box of at most three axes or Discrete."""
     wrapper = "register your own id, whose entry point wraps it in"
-    if not isinstance(action, spaces.Discrete):
-        kind = "continuous" if isinstance(action, spaces.Box) else type(action).__name__
-        raise InputError(
-            f"The environment `{id}` has {kind} actions, but DQN needs a Discrete action space. Received: {action}. "
-            f"Use another environment, or {wrapper} gymnasium.wrappers.DiscretizeAction."
-        )
     if not isinstance(observation, spaces.Box | spaces.Discrete):
         kind = {"Dict": "dictionary", "Tuple": "tuple"}.get(name := type(observation).__name__, name)
         raise InputError(

@@ -11,36 +11,57 @@ import warnings
 from typing import Any
 
 import gymnasium
+from gymnasium import spaces
 from gymnasium.envs.registration import EnvSpec
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, VectorEnv
 
 from hvd_dqn.envs import worker_processes
-from hvd_dqn.envs.spaces import check_spaces
-from hvd_dqn.envs.wrappers import EnvFailure, make, one_line
+from hvd_dqn.envs.actions import ActionMap, ActionSettings
+from hvd_dqn.envs.spaces import check_observations
+from hvd_dqn.envs.wrappers import EnvFailure, RecordedEnv, make, one_line
 from hvd_dqn.errors import InputError
 
 
-def build(id: str, copies: int, kwargs: dict[str, Any], vectorization: str, first_index: int) -> VectorEnv:
-    """A vector of `copies` environments. Raises InputError if it cannot be made, or if DQN cannot learn its spaces."""
-    spec = find_spec(id)
+def build(
+    id: str,
+    copies: int,
+    kwargs: dict[str, Any],
+    vectorization: str,
+    first_index: int,
+    actions: ActionSettings | None = None,
+    masked: bool | None = None,
+) -> tuple[VectorEnv, ActionMap]:
+    """A vector of `copies` environments, and what the agent's actions mean in it.
+
+    `masked` is whether masks are used; None finds out. Raises InputError if it cannot be made, or if DQN cannot learn
+    its spaces.
+    """
+    spec, actions = find_spec(id), actions or ActionSettings()
     try:
         native, own = None, spec.vector_entry_point is not None and not spec.additional_wrappers
         if own and vectorization == "auto" and copies > 1:  # a single copy is faster without a vector class
             native = _native(id, spec, copies, kwargs)
         if native is not None:
-            check_spaces(id, native.single_observation_space, native.single_action_space)
-            return native
-        makers = [functools.partial(make, spec, kwargs, first_index + i) for i in range(copies)]
+            action_map = _native_actions(native, make(spec, kwargs, first_index, actions), id, actions, masked)
+            if action_map is not None:
+                check_observations(id, native.single_observation_space)
+                return native, action_map
+            native.close()
+        makers = [functools.partial(make, spec, kwargs, first_index + i, actions) for i in range(copies)]
         with contextlib.ExitStack() as failing:
-            made = []
+            made: list[RecordedEnv] = []
             for maker in makers[:1] if vectorization == "async" else makers:
                 made.append(maker())
                 failing.callback(made[-1].close)
                 if len(made) == 1:
-                    check_spaces(id, made[0].observation_space, made[0].action_space)
+                    check_observations(id, made[0].observation_space)
+                    if masked is None:
+                        masked = actions.mask and made[0].finds_mask(id)
+                made[-1].action_map.masked = bool(masked)
             if vectorization == "async":
                 failing.close()
-                return worker_processes.start(makers)
+                makers = [functools.partial(maker, masked=bool(masked)) for maker in makers]
+                return worker_processes.start(makers), made[0].action_map
             # copy=False avoids a deep copy: `Frames` copies or converts every array anyway.
             vector = SyncVectorEnv(
                 [functools.partial(_identity, copy) for copy in made],
@@ -48,11 +69,31 @@ def build(id: str, copies: int, kwargs: dict[str, Any], vectorization: str, firs
                 autoreset_mode=AutoresetMode.SAME_STEP,
             )
             failing.pop_all()
-            return vector
+            return vector, made[0].action_map
     except InputError:
         raise
     except Exception as error:
         raise refusal(id, kwargs, error) from error
+
+
+def _native_actions(
+    native: VectorEnv, alone: RecordedEnv, id: str, actions: ActionSettings, masked: bool | None
+) -> ActionMap | None:
+    """What the actions of a vector class mean.
+
+    None if the class must not be used: it takes other numbers than the agent's, or gives no masks as the environment
+    `alone` does.
+    """
+    with contextlib.closing(alone):
+        if not isinstance(native.single_action_space, spaces.Discrete):
+            return None
+        action_map = ActionMap(id, native.single_action_space, actions)
+        if masked is None and actions.mask and alone.finds_mask(id):
+            masked = True
+        if masked and "action_mask" not in native.reset(seed=1)[1]:
+            return None
+        action_map.masked = bool(masked)
+        return action_map
 
 
 def _identity(copy: gymnasium.Env) -> gymnasium.Env:

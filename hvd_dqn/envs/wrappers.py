@@ -10,7 +10,11 @@ from typing import Any
 
 import gymnasium
 import numpy as np
+from gymnasium import spaces
 from gymnasium.envs.registration import EnvSpec
+
+from hvd_dqn.envs.actions import ActionMap, ActionSettings, NumberedActions, mask_method
+from hvd_dqn.errors import InputError
 
 # The most actions that are recorded of an episode, 40 B each in a list; an array of 8 B each is half as fast. Longer
 # episodes are not restored, which would also take long. Atari's longest has 27,000 steps.
@@ -46,8 +50,11 @@ class RecordedEnv(gymnasium.Wrapper[Any, Any, Any, Any]):
     records = False  # from its next reset on
     saved_trace: dict[str, Any] | None = None  # the trace for `retrace`
 
-    def __init__(self, env: gymnasium.Env, number: int) -> None:
+    def __init__(self, env: gymnasium.Env, number: int, action_map: ActionMap) -> None:
         super().__init__(env)
+        # If its masks are used, `info["action_mask"]` is [S] bool at every reset and step.
+        self.action_map, self._mask_method = action_map, mask_method(env)
+        self._mask: np.ndarray | None = None  # [S] the current one
         self._number = number
         self._seed: int | None = None
         self._before: dict[str, Any] | None = None  # the generator's state; None if the episode began with the seed
@@ -63,13 +70,16 @@ class RecordedEnv(gymnasium.Wrapper[Any, Any, Any, Any]):
         elif self.records:
             self._before = self._generator_state()
         try:
-            return self.env.reset(seed=seed, options=options or None)  # a vector's partial reset leaves {}
+            observation, info = self.env.reset(seed=seed, options=options or None)  # a vector's partial reset leaves {}
+            return observation, self._masked(info) if self.action_map.masked else info
         except Exception as error:
             raise self._failure(error) from error
 
     def step(self, action: Any) -> tuple[Any, Any, bool, bool, dict[str, Any]]:
         try:
             result = self.env.step(action)
+            if self.action_map.masked:
+                result = (*result[:4], self._masked(result[4], is_terminal=bool(result[2])))
         except Exception as error:
             raise self._failure(error) from error
         actions = self._actions
@@ -80,6 +90,38 @@ class RecordedEnv(gymnasium.Wrapper[Any, Any, Any, Any]):
             return (np.array(result[0]), *result[1:])
         return result
 
+    def _masked(self, info: dict[str, Any], is_terminal: bool = False) -> dict[str, Any]:
+        """`info` with the mask as the agent reads it. All actions are allowed at a terminal state, where none follows."""
+        if is_terminal:
+            self._mask = np.ones(self.action_map.choices.total, np.bool_)
+        elif (given := self._given_mask(info)) is not None:
+            self._mask = self.action_map.read_mask(given)
+        else:
+            raise ValueError("expected an action mask, as at the first reset, received none")
+        return {**info, "action_mask": self._mask}
+
+    def _given_mask(self, info: Mapping[str, Any]) -> Any:
+        mask = info.get("action_mask")
+        return self._mask_method() if mask is None and self._mask_method is not None else mask
+
+    def finds_mask(self, id: str) -> bool:
+        """Whether a reset of this copy gives a mask. Afterwards it must be reset with a seed. Raises InputError."""
+        try:
+            with preserved_global_generators():
+                given = self._given_mask(self.reset(seed=1)[1])
+        except Exception:
+            return False  # the first reset of the run will fail too, and report it
+        if given is None:
+            return False
+        try:
+            self.action_map.read_mask(given)
+        except ValueError as error:
+            raise InputError(
+                f"The environment `{id}` gives {error}. Expected: one of 0 and 1 for each action, for several dimensions a "
+                "tuple of one mask each, or those masks concatenated. To learn without masks: --env.action_mask off."
+            ) from error
+        return True
+
     def trace(self) -> dict[str, Any] | None:
         """The trace: an array of actions and JSON values. None if it is incomplete."""
         if len(self._actions) == self._room or self._seed is None:
@@ -87,7 +129,7 @@ class RecordedEnv(gymnasium.Wrapper[Any, Any, Any, Any]):
         return {
             "seed": self._seed,
             "before": jsonable(self._before),
-            "actions": np.array(self._actions, np.int64),
+            "actions": np.array(self._actions, np.int64).reshape(-1, *self.action_map.choices.shape),
             "now": jsonable(self._generator_state()),
         }
 
@@ -129,8 +171,11 @@ class RecordedEnv(gymnasium.Wrapper[Any, Any, Any, Any]):
             self.records = kept
 
     def _probe(self) -> bool:
-        space: Any = self.action_space
-        parts = space.start + np.random.default_rng(0).integers(space.n, size=(4, PROBE_STEPS))
+        action_map, rng = self.action_map, np.random.default_rng(0)
+        first = int(self.action_space.start) if isinstance(self.action_space, spaces.Discrete) else 0
+        parts = first + action_map.choices.random(rng, 4 * PROBE_STEPS).reshape(
+            4, PROBE_STEPS, *action_map.choices.shape
+        )
         began = time.monotonic()
         self.reset(seed=1)
         self._play(parts[0])
@@ -145,15 +190,23 @@ class RecordedEnv(gymnasium.Wrapper[Any, Any, Any, Any]):
         return self.retrace() is not None and future == self._play(parts[2]) + self._begin() + self._play(parts[3])
 
     def _play(self, actions: np.ndarray) -> list[bytes]:
-        """What the environment returns for `actions`. It is reset when an episode ends."""
+        """What the environment returns for `actions`, or others if the mask forbids them. Resets it if an episode ends."""
         seen = []
         for action in actions:
+            if self._mask is not None:
+                action = self._allowed(action)
             observation, reward, terminated, truncated, _ = self.step(action)
             ended = bool(terminated), bool(truncated)
             seen += [np.asarray(observation).tobytes(), np.float64(reward).tobytes(), bytes(ended)]
             if any(ended):
                 seen += self._begin()
         return seen
+
+    def _allowed(self, action: Any) -> Any:
+        """An action that the mask allows; which one follows from `action`."""
+        rng, start = np.random.default_rng(np.abs(np.atleast_1d(action))), getattr(self.action_space, "start", 0)
+        assert self._mask is not None
+        return start + self.action_map.choices.random(rng, 1, self._mask[None])[0]
 
     def _begin(self) -> list[bytes]:
         return [np.asarray(self.reset()[0]).tobytes()]
@@ -171,9 +224,20 @@ class RecordedEnv(gymnasium.Wrapper[Any, Any, Any, Any]):
         return EnvFailure([self._number], "failed", f"{type(error).__name__}: {one_line(error)}", text)
 
 
-def make(spec: EnvSpec, kwargs: dict[str, Any], number: int) -> RecordedEnv:
+def make(
+    spec: EnvSpec,
+    kwargs: dict[str, Any],
+    number: int,
+    actions: ActionSettings | None = None,
+    masked: bool = False,
+) -> RecordedEnv:
     # Gymnasium's checker warns about wrong observations and rewards. One checked copy in the whole job is enough.
-    return RecordedEnv(gymnasium.make(spec, **{"disable_env_checker": None if number == 0 else True, **kwargs}), number)
+    env = gymnasium.make(spec, **{"disable_env_checker": None if number == 0 else True, **kwargs})
+    action_map = ActionMap(spec.id, env.action_space, actions or ActionSettings())
+    action_map.masked = masked
+    if action_map.numbers is not env.action_space:
+        env = NumberedActions(env, action_map)
+    return RecordedEnv(env, number, action_map)
 
 
 @contextlib.contextmanager

@@ -13,6 +13,7 @@ from hvd_dqn.agent.objectives import Dqn, Objective
 from hvd_dqn.agent.policy import Policy
 from hvd_dqn.agent.preprocess import NoStatistics, Preprocess, RunningStatistics
 from hvd_dqn.config import Config
+from hvd_dqn.envs.actions import ActionSettings
 from hvd_dqn.envs.environments import Environments
 from hvd_dqn.errors import InputError
 from hvd_dqn.ranks.placement import compute_alone, compute_concurrently
@@ -40,6 +41,7 @@ def make_environments(config: Config, world: World, copies: int, vectorization: 
         first_index=world.rank * copies,
         rank=world.rank,
         restarts=restarts,
+        actions=ActionSettings(env.action_bins, config.agent.factored, env.action_mask == "auto"),
     )
 
 
@@ -63,8 +65,8 @@ def make_preprocess(config: Config, envs: Environments) -> Preprocess:
     )
 
 
-def make_objective(config: Config) -> Objective:
-    return Dqn(double=config.agent.double, loss=config.agent.loss)
+def make_objective(config: Config, envs: Environments) -> Objective:
+    return Dqn(double=config.agent.double, loss=config.agent.loss, sizes=envs.choices.sizes)
 
 
 def make_network(
@@ -72,7 +74,14 @@ def make_network(
 ) -> Network:
     agent = config.agent
     return build_network(
-        agent.network, preprocess, envs.actions, objective, hidden=agent.hidden, dueling=agent.dueling, rng=rng
+        agent.network,
+        preprocess,
+        envs.actions,
+        objective,
+        hidden=agent.hidden,
+        dueling=agent.dueling,
+        rng=rng,
+        sizes=envs.choices.sizes,
     )
 
 
@@ -96,7 +105,7 @@ def make_learner(
     planned: int = 0,
 ) -> Learner:
     """The learner. `planned` is the number of updates that it will take."""
-    learner, objective = config.learner, make_objective(config)
+    learner, objective = config.learner, make_objective(config, envs)
     _choose_threads(config, envs, preprocess, world)
     return Learner(
         lambda: make_network(config, envs, preprocess, objective, rng),
@@ -154,7 +163,7 @@ def trained_network(config: Config, envs: Environments, world: World, snapshot: 
     """
     statistics, preprocess = make_statistics(config, envs), make_preprocess(config, envs)
     _choose_threads(config, envs, preprocess, world)
-    network = make_network(config, envs, preprocess, make_objective(config), np.random.default_rng(config.seed))
+    network = make_network(config, envs, preprocess, make_objective(config, envs), np.random.default_rng(config.seed))
     try:
         statistics.load_state(snapshot.state["normalizer"])
         preprocess.set_statistics(statistics.mean, statistics.scale)
@@ -185,7 +194,7 @@ def make_policy(
     values: Callable[[np.ndarray], np.ndarray],
     rng: np.random.Generator | int | None = None,
 ) -> Policy:
-    return Policy(values, envs.frames, envs.observation_space, envs.action_space, rng)
+    return Policy(values, envs.frames, envs.observation_space, envs.action_map, rng)
 
 
 def make_evaluator(

@@ -83,11 +83,12 @@ class Evaluator:
         return returns[: len(episodes)], lengths[: len(episodes)]
 
     def _act(self, rngs: list[np.random.Generator]) -> np.ndarray:
-        action = self._policy.choose(self._envs.observation)
+        mask = self._envs.mask
+        action = self._policy.choose(self._envs.observation, mask)
         if self._epsilon > 0:
             for i, rng in enumerate(rngs):
                 if rng.random() < self._epsilon:
-                    action[i] = rng.integers(self._envs.actions)
+                    action[i] = self._envs.choices.random(rng, 1, None if mask is None else mask[i : i + 1])[0]
         return action
 
     def close(self) -> None:
