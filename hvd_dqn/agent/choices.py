@@ -49,8 +49,7 @@ class Choices:
         """[N] bool: whether `mask` [N, S] allows an action at all, which takes a number in every dimension."""
         if not self.factored:
             return mask.any(axis=1)
-        possible: np.ndarray = self._by_dimension(mask, False).any(axis=2).all(axis=1)
-        return possible
+        return np.all(self._by_dimension(mask, False).any(axis=2), axis=1, keepdims=True)[:, 0]
 
     def _by_dimension(self, values: np.ndarray, fill: float | bool) -> np.ndarray:
         """[N, D, widest] of [N, S]; dimensions with fewer numbers end with `fill`."""

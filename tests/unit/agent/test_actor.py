@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 
 from hvd_dqn.agent.actor import Actor
+from hvd_dqn.agent.choices import Choices
 
+THREE = Choices((3,))
 Q = np.array([[0.0, 2.0, 1.0], [5.0, 2.0, 1.0]])
 
 
@@ -15,12 +17,12 @@ def rows(observation):
 
 
 def test_without_exploration_the_largest_value_is_chosen():
-    actor = Actor(rows, 3, np.random.default_rng(0))
+    actor = Actor(rows, THREE, np.random.default_rng(0))
     assert actor.act(np.array([[0], [1], [0]]), np.zeros(3)).tolist() == [1, 0, 1]
 
 
 def test_each_environment_explores_with_its_own_probability():
-    actor = Actor(rows, 3, np.random.default_rng(0))
+    actor = Actor(rows, THREE, np.random.default_rng(0))
     observation, epsilons = np.zeros((3, 1), int), np.array([0.0, 0.3, 1.0])
     actions = np.array([actor.act(observation, epsilons) for _ in range(6_000)])
     # A random action is the greedy one in a third of the cases.
@@ -32,11 +34,11 @@ def test_the_network_is_not_asked_when_all_explore():
     def never(observation):
         raise AssertionError
 
-    Actor(never, 3, np.random.default_rng(0)).act(np.zeros((4, 1)), np.ones(4))
+    Actor(never, THREE, np.random.default_rng(0)).act(np.zeros((4, 1)), np.ones(4))
 
 
 def test_a_held_action_lasts_as_often_as_the_zeta_distribution_says():
-    actor = Actor(rows, 1_000, np.random.default_rng(0), zeta=2.0)  # so many actions that two neighbours hardly agree
+    actor = Actor(rows, Choices((1_000,)), np.random.default_rng(0), zeta=2.0)  # so many actions that two neighbours hardly agree
     actions = np.array([actor.act(np.zeros((1, 1), int), np.ones(1))[0] for _ in range(60_000)])
     ends = np.flatnonzero(np.diff(actions) != 0)
     lengths = np.diff(ends)
@@ -45,14 +47,14 @@ def test_a_held_action_lasts_as_often_as_the_zeta_distribution_says():
 
 
 def test_between_held_actions_the_actor_is_greedy():
-    actor = Actor(rows, 3, np.random.default_rng(0), zeta=3.0)
+    actor = Actor(rows, THREE, np.random.default_rng(0), zeta=3.0)
     actions = np.array([actor.act(np.zeros((1, 1), int), np.full(1, 0.05))[0] for _ in range(5_000)])
     assert 0.85 < (actions == 1).mean() < 0.99
 
 
 @pytest.mark.parametrize("zeta", [None, 2.0])
 def test_a_restored_actor_goes_on_alike(zeta):
-    first, second = (Actor(rows, 3, np.random.default_rng(seed), zeta) for seed in (0, 1))
+    first, second = (Actor(rows, THREE, np.random.default_rng(seed), zeta) for seed in (0, 1))
     observation, epsilons = np.zeros((4, 1), int), np.full(4, 0.5)
     for _ in range(10):
         first.act(observation, epsilons)
