@@ -43,13 +43,15 @@ class Choices:
     def allows(self, mask: np.ndarray, action: np.ndarray) -> np.ndarray:
         """[N] bool: whether `mask` [N, S] allows each action, [N] or [N, D]."""
         taken = self._begins + action.reshape(len(mask), -1)  # [N, D]
-        return np.take_along_axis(mask, taken, axis=1).all(axis=1)
+        return np.logical_and.reduce(np.take_along_axis(mask, taken, axis=1), axis=1)
 
     def leaves_any(self, mask: np.ndarray) -> np.ndarray:
         """[N] bool: whether `mask` [N, S] allows an action at all, which takes a number in every dimension."""
         if not self.factored:
             return mask.any(axis=1)
-        return np.all(self._by_dimension(mask, False).any(axis=2), axis=1, keepdims=True)[:, 0]
+        any_left = np.logical_or.reduce(self._by_dimension(mask, False), axis=2)  # [N, D]
+        possible: np.ndarray = np.logical_and.reduce(any_left, axis=1)
+        return possible
 
     def _by_dimension(self, values: np.ndarray, fill: float | bool) -> np.ndarray:
         """[N, D, widest] of [N, S]; dimensions with fewer numbers end with `fill`."""

@@ -38,7 +38,9 @@ def test_the_network_is_not_asked_when_all_explore():
 
 
 def test_a_held_action_lasts_as_often_as_the_zeta_distribution_says():
-    actor = Actor(rows, Choices((1_000,)), np.random.default_rng(0), zeta=2.0)  # so many actions that two neighbours hardly agree
+    actor = Actor(
+        rows, Choices((1_000,)), np.random.default_rng(0), zeta=2.0
+    )  # so many actions that two neighbours hardly agree
     actions = np.array([actor.act(np.zeros((1, 1), int), np.ones(1))[0] for _ in range(60_000)])
     ends = np.flatnonzero(np.diff(actions) != 0)
     lengths = np.diff(ends)
@@ -63,3 +65,38 @@ def test_a_restored_actor_goes_on_alike(zeta):
     second.load_state(state)
     for _ in range(20):
         assert np.array_equal(first.act(observation, epsilons), second.act(observation, epsilons))
+
+
+def test_a_mask_restricts_random_and_greedy_actions():
+    mask = np.array([[True, False, True], [False, True, True]])
+    for zeta in (None, 2.0):
+        actor = Actor(rows, THREE, np.random.default_rng(0), zeta)
+        actions = np.array([actor.act(np.array([[0], [1]]), np.array([0.5, 0.5]), mask) for _ in range(500)])
+        assert set(actions[:, 0]) == {0, 2}
+        assert set(actions[:, 1]) == {1, 2}
+        assert actor.act(np.array([[0], [1]]), np.zeros(2), mask)[0] in (0, 2)
+
+
+def test_a_held_action_that_becomes_invalid_is_drawn_again_and_the_new_one_is_held():
+    actor = Actor(rows, Choices((1_000,)), np.random.default_rng(0), zeta=1.01)
+    free, before, held = np.ones((1, 1_000), bool), None, 0
+    for step in range(300):
+        mask = free.copy()
+        if step % 10 == 9:
+            mask[0, before] = False
+        (action,) = actor.act(np.zeros((1, 1), int), np.ones(1), mask)
+        assert mask[0, action]
+        held += action == before
+        before = action
+    assert held > 200  # of 270
+
+
+def test_all_dimensions_of_an_environment_explore_together():
+    actor = Actor(
+        lambda o: np.tile([1.0, 0, 0, 1, 0, 0, 1, 0, 0], (len(o), 1)), Choices((3, 3, 3)), np.random.default_rng(0)
+    )
+    actions = np.array([actor.act(np.zeros((2, 1)), np.array([0.5, 0.0])) for _ in range(4_000)])
+    assert (actions[:, 1] == 0).all()
+    greedy = (actions[:, 0] == 0).all(axis=1).mean()
+    assert greedy == pytest.approx(0.5 + 0.5 / 27, abs=0.03)  # 1 / 8 if each dimension explored by itself
+    assert set(map(tuple, actions[:, 0])) == set(np.ndindex(3, 3, 3))
