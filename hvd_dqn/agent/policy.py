@@ -91,7 +91,7 @@ class Policy:
         own = self._actions.own(action)
         if not alone:
             return own
-        return own[0] if self.action_space.shape else int(own[0])
+        return int(own[0]) if own.ndim == 1 and own.dtype.kind in "iu" else own[0]
 
     def q_values(self, observation: Any) -> np.ndarray:
         """The values [S] for one observation, or [B, S] for B: float32.

@@ -81,7 +81,7 @@ class ActionMap:
         if isinstance(self.space, spaces.Discrete):
             return action + int(self.space.start)
         numbers = action if self.choices.factored else np.stack(np.unravel_index(action, self.dimensions), axis=-1)
-        return self._table[self._rows, numbers].reshape(*numbers.shape[:-1], *(self.space.shape or ()))
+        return self._table[self._rows, numbers].reshape((*numbers.shape[:-1], *(self.space.shape or ())))
 
     def read_mask(self, mask: Any) -> np.ndarray:
         """[S] bool of a mask in the environment's own form. Raises ValueError if it has another form."""
