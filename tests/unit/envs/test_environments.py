@@ -461,7 +461,7 @@ def test_a_vector_class_that_keeps_the_final_observation_to_itself_stops_the_run
         ("LunarLander-v2", {}, r"no environment `LunarLander-v2`\. .*use `LunarLander-v3` instead"),
         ("CartPole-v7", {}, r"`CartPole-v7`\. .*`v7`.*versioned environments: \[ `v0`, `v1` \]"),
         ("no_such_module:CartPole-v1", {}, r"no module `no_such_module`.*PYTHONPATH"),
-        ("Pendulum-v1", {}, r"`Pendulum-v1` has continuous actions.*Discrete.*Received: Box.*DiscretizeAction"),
+        ("Pendulum-v1", {}, r"`Pendulum-v1` has continuous actions.*--env.action_bins 3.*Received: Box"),
         ("Blackjack-v1", {}, r"tuple observations.*FlattenObservation"),
         ("Odd-v0", {}, r"dictionary observations.*Received: Dict.*FlattenObservation"),
         ("Odd-v0", {"kind": "several"}, r"MultiDiscrete observations"),
