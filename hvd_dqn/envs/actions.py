@@ -45,10 +45,9 @@ class ActionMap:
     space: gymnasium.Space  # the environment's own
     choices: Choices
     numbers: spaces.Discrete | spaces.MultiDiscrete  # the space of what the environment, made by `make`, takes
-    masked: bool  # whether masks are used, which a reset of the first copy tells; until then False
 
     def __init__(self, id: str, space: gymnasium.Space, settings: ActionSettings) -> None:
-        self.space, self.masked = space, False
+        self.space = space
         values = _values(id, space, settings.bins)
         self.dimensions = tuple(len(each) for each in values)
         # [D, widest]: what the numbers mean. Shorter dimensions end with zeros.
@@ -102,13 +101,12 @@ class ActionMap:
         return functools.reduce(np.multiply.outer, np.split(allowed, np.cumsum(self.dimensions)[:-1])).ravel()
 
     def __str__(self) -> str:
-        masked = "; masks are used" if self.masked else ""
         if len(self.dimensions) == 1:
-            return f"{self.choices.total:,}{masked}"
+            return f"{self.choices.total:,}"
         same = set(self.dimensions)
         sizes = f"{same.pop()}" if len(same) == 1 else ", ".join(map(str, self.dimensions))
         kind = "each chosen by itself (factored)" if self.choices.factored else f"{self.choices.total:,} joint actions"
-        return f"{len(self.dimensions)} dimensions of {sizes} choices, {kind}{masked}"
+        return f"{len(self.dimensions)} dimensions of {sizes} choices, {kind}"
 
 
 class NumberedActions(gymnasium.ActionWrapper):

@@ -51,6 +51,7 @@ class Environments:
     observation: np.ndarray  # [E, *frames.observation_shape]: the current one
     mask: np.ndarray | None  # [E, S] bool: the actions that it allows; None if masks are not used
     returns: np.ndarray  # [E] float64: of the current episodes, as in Episodes
+    masked: bool  # whether masks are used; False until `find_masks`
     restorable: bool  # whether `load_state` can restore unfinished episodes; False until `probe`
     restarted: int  # how often the copies were made again, also before a resume
 
@@ -79,10 +80,11 @@ class Environments:
         kwargs = dict(kwargs or {})
         self._settings = f"{id}, {copies} copies of {sorted(kwargs.items())} in stacks of {frame_stack}"
         self._uses_masks = (actions or ActionSettings()).mask
-        self._masked: bool | None = None
-        self._build: Callable[..., tuple[VectorEnv, ActionMap]] = functools.partial(
-            build, id, copies, kwargs, vectorization, first_index, actions
+        self.masked = self._knows_masks = False
+        self._build_with: Callable[[int, str], tuple[VectorEnv, ActionMap]] = lambda copies, vectorization: build(
+            id, copies, kwargs, vectorization, first_index, actions
         )
+        self._vectorization = vectorization
         self._make()
 
         self.observation_space = self._vector.single_observation_space
@@ -90,27 +92,76 @@ class Environments:
         self.action_space, self.choices = self.action_map.space, self.action_map.choices
         self.actions = self.choices.total
         self._first_action = int(self.action_space.start) if isinstance(self.action_space, spaces.Discrete) else 0
-        if not isinstance(self.action_space, spaces.Discrete) or self.action_map.masked:
-            self._settings += f" with actions {self.action_map}"
+        if not isinstance(self.action_space, spaces.Discrete):
+            self._settings += f" with {self.action_map}"
 
-        # Such a class resets an environment one step after its episode ended.
-        self._resets_late = AutoresetMode(self._vector.metadata["autoreset_mode"]) == AutoresetMode.NEXT_STEP
-        self._native = is_native(self._vector)
+        self._take_vector()
         self._all = np.ones(copies, dtype=np.bool_)
         self._all.flags.writeable = False
         self.restorable = self._probed = False
         self.restarted = 0
         self._seeds: list[int] = []
         self._steps = 0
-        self.mask = np.ones((copies, self.choices.total), np.bool_) if self.action_map.masked else None
+        self.mask = None
         self._start(np.zeros((copies, *self.frames.shape), self.frames.dtype))
 
+    def _take_vector(self) -> None:
+        # Such a class resets an environment one step after its episode ended.
+        self._resets_late = AutoresetMode(self._vector.metadata["autoreset_mode"]) == AutoresetMode.NEXT_STEP
+        self._native = is_native(self._vector)
+
     def _make(self) -> None:
-        # Decided once: all later copies must agree, and so must all ranks.
-        self._vector, self.action_map = self._build(masked=self._masked)
-        self._masked = self.action_map.masked
+        self._vector, self.action_map = self._build_with(self.copies, self._vectorization)
         self._call = functools.partial(call, self._vector, self._first_index)
         self._restorer = restorer_for(self._vector, self._first_index)
+        if self.masked and not is_native(self._vector):
+            self._call("set_attr", "masked", True)
+
+    def find_masks(self) -> None:
+        """Finds out whether the environment gives action masks, with a reset of the first copy, and uses them then.
+
+        Call it before `probe` and `reset`, which then starts as if there had been no such reset. All ranks find the same.
+        An environment's own vector class that gives no masks, although a single copy does, is replaced. Raises InputError
+        if a mask has another form than the environment's actions.
+        """
+        self._knows_masks = True
+        if not self._uses_masks:
+            return
+        found: bool | str = False
+        try:
+            if self._native:
+                found = self._finds_mask_alone()
+            else:
+                found = next(filter(None, self._call("call", "finds_mask", self._first_index)), False)
+        except EnvFailure:
+            close_vector(self._vector, CLOSING_SECONDS)
+            self._make()
+        if isinstance(found, str):
+            raise InputError(
+                f"`{self.id}` gives {found}. Expected: one of 0 and 1 for each action, for several dimensions a "
+                "tuple of one mask each, or those masks concatenated. To learn without masks: --env.action_mask off."
+            )
+        if found:
+            self.masked = True
+            if self._native and "action_mask" not in self._call("reset", seed=1)[1]:
+                close_vector(self._vector, CLOSING_SECONDS)
+                self._vectorization = "sync"
+                self._make()
+                self._take_vector()
+            elif not self._native:
+                self._call("set_attr", "masked", True)
+            self._settings += ", masked"
+            self.mask = np.ones((self.copies, self.choices.total), np.bool_)
+
+    def _finds_mask_alone(self) -> bool | str:
+        try:
+            vector, _ = self._build_with(1, "sync")
+        except InputError:
+            return False  # there is only the vector class
+        try:
+            return call(vector, self._first_index, "call", "finds_mask", self._first_index)[0]
+        finally:
+            close_vector(vector, CLOSING_SECONDS)
 
     def reset(self, seeds: Sequence[int]) -> None:
         """Starts an episode in every copy, from its own seed. A native vector class takes only the first seed."""
@@ -124,7 +175,7 @@ class Environments:
     def _first_frames(self, seeds: list[int], **options: Any) -> np.ndarray:
         raw, info = self._call("reset", seed=seeds[0] if self._native else seeds, **options)
         frame = self.frames.read(raw)
-        if self._uses_masks and not self._masked and "action_mask" in info:
+        if self._uses_masks and self._knows_masks and not self.masked and "action_mask" in info:
             raise RunError(
                 f"{self.id} on rank {self._rank} gives an action mask at this reset, but gave none at its first one. "
                 "Let it give masks always, or turn them off with --env.action_mask off."
@@ -311,7 +362,7 @@ class Environments:
 
         None if masks are not used. Raises EnvFailure if a mask is missing or allows no action.
         """
-        if not self._masked:
+        if not self.masked:
             return None
         given: Any = info.get("action_mask")
         missing = needed if given is None else needed & ~info.get("_action_mask", self._all)

@@ -11,7 +11,6 @@ import warnings
 from typing import Any
 
 import gymnasium
-from gymnasium import spaces
 from gymnasium.envs.registration import EnvSpec
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, VectorEnv
 
@@ -29,12 +28,10 @@ def build(
     vectorization: str,
     first_index: int,
     actions: ActionSettings | None = None,
-    masked: bool | None = None,
 ) -> tuple[VectorEnv, ActionMap]:
     """A vector of `copies` environments, and what the agent's actions mean in it.
 
-    `masked` is whether masks are used; None finds out. Raises InputError if it cannot be made, or if DQN cannot learn
-    its spaces.
+    Raises InputError if it cannot be made, or if DQN cannot learn its spaces.
     """
     spec, actions = find_spec(id), actions or ActionSettings()
     try:
@@ -42,11 +39,11 @@ def build(
         if own and vectorization == "auto" and copies > 1:  # a single copy is faster without a vector class
             native = _native(id, spec, copies, kwargs)
         if native is not None:
-            action_map = _native_actions(native, make(spec, kwargs, first_index, actions), id, actions, masked)
-            if action_map is not None:
+            action_map = ActionMap(id, native.single_action_space, actions)
+            if action_map.numbers is native.single_action_space:
                 check_observations(id, native.single_observation_space)
                 return native, action_map
-            native.close()
+            native.close()  # it takes other actions than the agent's numbers
         makers = [functools.partial(make, spec, kwargs, first_index + i, actions) for i in range(copies)]
         with contextlib.ExitStack() as failing:
             made: list[RecordedEnv] = []
@@ -55,12 +52,8 @@ def build(
                 failing.callback(made[-1].close)
                 if len(made) == 1:
                     check_observations(id, made[0].observation_space)
-                    if masked is None:
-                        masked = actions.mask and made[0].finds_mask(id)
-                made[-1].action_map.masked = bool(masked)
             if vectorization == "async":
                 failing.close()
-                makers = [functools.partial(maker, masked=bool(masked)) for maker in makers]
                 return worker_processes.start(makers), made[0].action_map
             # copy=False avoids a deep copy: `Frames` copies or converts every array anyway.
             vector = SyncVectorEnv(
@@ -74,26 +67,6 @@ def build(
         raise
     except Exception as error:
         raise refusal(id, kwargs, error) from error
-
-
-def _native_actions(
-    native: VectorEnv, alone: RecordedEnv, id: str, actions: ActionSettings, masked: bool | None
-) -> ActionMap | None:
-    """What the actions of a vector class mean.
-
-    None if the class must not be used: it takes other numbers than the agent's, or gives no masks as the environment
-    `alone` does.
-    """
-    with contextlib.closing(alone):
-        if not isinstance(native.single_action_space, spaces.Discrete):
-            return None
-        action_map = ActionMap(id, native.single_action_space, actions)
-        if masked is None and actions.mask and alone.finds_mask(id):
-            masked = True
-        if masked and "action_mask" not in native.reset(seed=1)[1]:
-            return None
-        action_map.masked = bool(masked)
-        return action_map
 
 
 def _identity(copy: gymnasium.Env) -> gymnasium.Env:

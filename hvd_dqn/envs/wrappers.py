@@ -14,7 +14,6 @@ from gymnasium import spaces
 from gymnasium.envs.registration import EnvSpec
 
 from hvd_dqn.envs.actions import ActionMap, ActionSettings, NumberedActions, mask_method
-from hvd_dqn.errors import InputError
 
 # The most actions that are recorded of an episode, 40 B each in a list; an array of 8 B each is half as fast. Longer
 # episodes are not restored, which would also take long. Atari's longest has 27,000 steps.
@@ -48,11 +47,11 @@ class RecordedEnv(gymnasium.Wrapper[Any, Any, Any, Any]):
     """
 
     records = False  # from its next reset on
+    masked = False  # whether `info["action_mask"]` is [S] bool at every reset and step
     saved_trace: dict[str, Any] | None = None  # the trace for `retrace`
 
     def __init__(self, env: gymnasium.Env, number: int, action_map: ActionMap) -> None:
         super().__init__(env)
-        # If its masks are used, `info["action_mask"]` is [S] bool at every reset and step.
         self.action_map, self._mask_method = action_map, mask_method(env)
         self._mask: np.ndarray | None = None  # [S] the current one
         self._number = number
@@ -71,15 +70,15 @@ class RecordedEnv(gymnasium.Wrapper[Any, Any, Any, Any]):
             self._before = self._generator_state()
         try:
             observation, info = self.env.reset(seed=seed, options=options or None)  # a vector's partial reset leaves {}
-            return observation, self._masked(info) if self.action_map.masked else info
+            return observation, self._masked_info(info) if self.masked else info
         except Exception as error:
             raise self._failure(error) from error
 
     def step(self, action: Any) -> tuple[Any, Any, bool, bool, dict[str, Any]]:
         try:
             result = self.env.step(action)
-            if self.action_map.masked:
-                result = (*result[:4], self._masked(result[4], is_terminal=bool(result[2])))
+            if self.masked:
+                result = (*result[:4], self._masked_info(result[4], is_terminal=bool(result[2])))
         except Exception as error:
             raise self._failure(error) from error
         actions = self._actions
@@ -90,7 +89,7 @@ class RecordedEnv(gymnasium.Wrapper[Any, Any, Any, Any]):
             return (np.array(result[0]), *result[1:])
         return result
 
-    def _masked(self, info: dict[str, Any], is_terminal: bool = False) -> dict[str, Any]:
+    def _masked_info(self, info: dict[str, Any], is_terminal: bool = False) -> dict[str, Any]:
         """`info` with the mask as the agent reads it. All actions are allowed at a terminal state, where none follows."""
         if is_terminal:
             self._mask = np.ones(self.action_map.choices.total, np.bool_)
@@ -104,23 +103,22 @@ class RecordedEnv(gymnasium.Wrapper[Any, Any, Any, Any]):
         mask = info.get("action_mask")
         return self._mask_method() if mask is None and self._mask_method is not None else mask
 
-    def finds_mask(self, id: str) -> bool:
-        """Whether a reset of this copy gives a mask. Afterwards it must be reset with a seed. Raises InputError."""
+    def finds_mask(self, number: int) -> bool | str:
+        """Whether a reset gives a mask, or what is wrong with it. Only copy `number` tries it; others return False.
+
+        Afterwards the copy must be reset with a seed.
+        """
+        if number != self._number:
+            return False
         try:
             with preserved_global_generators():
                 given = self._given_mask(self.reset(seed=1)[1])
         except Exception:
             return False  # the first reset of the run will fail too, and report it
-        if given is None:
-            return False
         try:
-            self.action_map.read_mask(given)
+            return given is not None and bool(self.action_map.read_mask(given).size)
         except ValueError as error:
-            raise InputError(
-                f"The environment `{id}` gives {error}. Expected: one of 0 and 1 for each action, for several dimensions a "
-                "tuple of one mask each, or those masks concatenated. To learn without masks: --env.action_mask off."
-            ) from error
-        return True
+            return str(error)
 
     def trace(self) -> dict[str, Any] | None:
         """The trace: an array of actions and JSON values. None if it is incomplete."""
@@ -224,17 +222,10 @@ class RecordedEnv(gymnasium.Wrapper[Any, Any, Any, Any]):
         return EnvFailure([self._number], "failed", f"{type(error).__name__}: {one_line(error)}", text)
 
 
-def make(
-    spec: EnvSpec,
-    kwargs: dict[str, Any],
-    number: int,
-    actions: ActionSettings | None = None,
-    masked: bool = False,
-) -> RecordedEnv:
+def make(spec: EnvSpec, kwargs: dict[str, Any], number: int, actions: ActionSettings | None = None) -> RecordedEnv:
     # Gymnasium's checker warns about wrong observations and rewards. One checked copy in the whole job is enough.
     env = gymnasium.make(spec, **{"disable_env_checker": None if number == 0 else True, **kwargs})
     action_map = ActionMap(spec.id, env.action_space, actions or ActionSettings())
-    action_map.masked = masked
     if action_map.numbers is not env.action_space:
         env = NumberedActions(env, action_map)
     return RecordedEnv(env, number, action_map)

@@ -30,7 +30,7 @@ MOST_COPIES = 32  # for evaluation, on each rank: a thousand worker processes wo
 
 def make_environments(config: Config, world: World, copies: int, vectorization: str, restarts: int = 0) -> Environments:
     env = config.env
-    return Environments(
+    envs = Environments(
         env.id,
         copies,
         kwargs=env.kwargs,
@@ -43,6 +43,12 @@ def make_environments(config: Config, world: World, copies: int, vectorization: 
         restarts=restarts,
         actions=ActionSettings(env.action_bins, config.agent.factored, env.action_mask == "auto"),
     )
+    try:
+        envs.find_masks()
+    except InputError:
+        envs.close()
+        raise
+    return envs
 
 
 def make_statistics(config: Config, envs: Environments) -> RunningStatistics | NoStatistics:

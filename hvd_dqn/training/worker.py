@@ -98,7 +98,7 @@ class Worker:
             n_step=config.agent.n_step,
             gamma=config.agent.gamma,
             action_shape=self.envs.choices.shape,
-            mask_width=self.envs.actions if self.envs.action_map.masked else 0,
+            mask_width=self.envs.actions if self.envs.masked else 0,
             sharers=sharers,
         )
 
@@ -184,8 +184,8 @@ class Worker:
         rows = self.plan.describe()
         rows["network"] = f"{self.config.agent.network}, {parameters:,} parameters{compiled}"
         action_map = self.envs.action_map
-        if action_map.masked or len(action_map.dimensions) > 1:
-            rows["actions"] = str(action_map)
+        if self.envs.masked or len(action_map.dimensions) > 1:
+            rows["actions"] = f"{action_map}" + ("; masks are used" if self.envs.masked else "")
         rows["replay"] += f", {self.replay.nbytes / 1e6:,.0f} MB"
         if not self.config.checkpoint.save_replay:
             rows["after a resume"] = "the replay is filled again"

@@ -1,15 +1,25 @@
 """Actions of every space, and masks: what they mean, what is refused, and that they go on bit by bit after a restore."""
 
+import contextlib
+
 import gymnasium
 import numpy as np
 import pytest
 from gymnasium import spaces
-from gymnasium.vector import AutoresetMode, SyncVectorEnv
+from gymnasium.vector import AutoresetMode, SyncVectorEnv, VectorWrapper
 
 from hvd_dqn.envs.actions import ActionMap, ActionSettings
 from hvd_dqn.errors import InputError, RunError
-from tests.unit.envs.test_environments import made
+from tests.unit.envs import test_environments
 from tests.unit.envs.test_wrappers import checkpointed, seen
+
+
+@contextlib.contextmanager
+def made(*args, **kwargs):
+    with test_environments.made(*args, **kwargs) as envs:
+        envs.find_masks()
+        yield envs
+
 
 BOX = spaces.Box(np.float32([-1, 0]), np.float32([1, 4]))
 TWO = spaces.MultiDiscrete([2, 3], start=[5, 0])
@@ -155,7 +165,7 @@ def draw(envs, rng, steps):
 def test_masks_belong_to_their_observations_also_to_the_last_one_of_an_episode(id, kwargs, factored, vectorization):
     settings = ActionSettings(None, factored)
     with made(id, 3, kwargs=kwargs, vectorization=vectorization, actions=settings) as envs:
-        assert envs.action_map.masked
+        assert envs.masked
         envs.reset([1, 2, 3])
         ended = 0
         for transition in draw(envs, np.random.default_rng(0), 9):  # a closed door would raise
@@ -203,7 +213,7 @@ def test_masks_can_be_turned_off_and_are_off_where_there_are_none():
         assert envs.mask is None
     with made("Doors-v0", 2, kwargs={"kind": "none"}) as envs:
         assert envs.mask is None
-        assert not envs.action_map.masked
+        assert not envs.masked
 
 
 def test_a_state_without_a_valid_action_is_named_with_copy_rank_and_step():
@@ -219,11 +229,11 @@ def test_a_mask_of_another_form_is_refused_in_one_line():
     assert len(str(refused.value).splitlines()) == 1
 
 
-class LateDoors(SyncVectorEnv):
+class LateDoors(VectorWrapper):
     """A vector class of the environment's own, which resets one step late; without masks on request."""
 
     def __init__(self, num_envs, masks=True, **kwargs) -> None:
-        super().__init__([lambda: Doors(**kwargs)] * num_envs, autoreset_mode=AutoresetMode.NEXT_STEP)
+        super().__init__(SyncVectorEnv([lambda: Doors(**kwargs)] * num_envs, autoreset_mode=AutoresetMode.NEXT_STEP))
         self.masks = masks
 
     def _told(self, result):
@@ -251,7 +261,7 @@ def test_a_vector_class_that_resets_late_gives_the_masks_or_is_not_used():
         "Maskless-v0", Doors, vector_entry_point=lambda num_envs, **k: LateDoors(num_envs, masks=False, **k)
     )
     with made("Maskless-v0", 2) as envs:
-        assert envs.action_map.masked
+        assert envs.masked
         assert not isinstance(envs._vector, LateDoors)
     with made("Maskless-v0", 2, actions=ActionSettings(mask=False)) as envs:
         assert isinstance(envs._vector, LateDoors)
