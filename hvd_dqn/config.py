@@ -120,6 +120,21 @@ class Env(Section):
         "`normalize_observation`); a reward that is not finite always stops",
         source=OURS,
     )
+    action_bins: int | None = setting(
+        None,
+        "values to choose from in each dimension of continuous actions, which need this setting: equally distant, from the "
+        "lowest to the highest, so that 2 is bang-bang control",
+        unit="values",
+        source="Seyde et al. 2023, arXiv:2210.12566 (there 2 and 3)",
+        ge=2,
+        le=10_000,
+    )
+    action_mask: Literal["auto", "off"] = setting(
+        "auto",
+        "`auto`: where the environment says which actions are allowed, in info['action_mask'] or by its method action_mask(), "
+        "the others are neither explored, nor chosen, nor bootstrapped from; `off`: masks are ignored",
+        source="Gymnasium",
+    )
     restart_failed_envs: int = setting(
         0,
         "how many times a rank may make its training environments again, and how many times those of its evaluations, after "
@@ -143,6 +158,13 @@ class Agent(Section):
         False,
         "estimate state value and advantages in two separate streams",
         source="Wang et al. 2016, arXiv:1511.06581",
+    )
+    factored: bool | None = setting(
+        None,
+        "for actions of several dimensions: a head for each dimension, and the value of an action is the mean of theirs; a "
+        "Keras model then has an output for every choice of the first dimension, of the second, and so on; false: one choice "
+        "among all combinations; none: factored from more than 128 combinations on",
+        source="Seyde et al. 2023, arXiv:2210.12566; the 128: chosen by us",
     )
     double: bool = setting(
         True,

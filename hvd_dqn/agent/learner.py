@@ -1,5 +1,6 @@
 """The network, its target network and its optimizer: everything that learning changes."""
 
+import functools
 import math
 from collections.abc import Callable
 from time import perf_counter
@@ -110,8 +111,8 @@ class Learner:
         # Horovod: XLA cannot compile a phase in which ranks communicate, or may do so after others have joined.
         self.compiled = xla and (self._averages_parameters or (world.size == 1 and not world.elastic))
         self._is_timed = not self._averages_parameters and (world.size > 1 or world.elastic)
-        # One graph serves phases of any K. Weighted batches have another graph, because they have one more field.
-        self._updates = {weighted: Graph(self._run_phase, compiled=self.compiled) for weighted in (False, True)}
+        # One graph serves phases of any K. Weighted or masked batches have others, because they have more fields.
+        self._updates: dict[tuple[str, ...], Graph] = {}
         self._average = Graph(self._average_parameters)
 
     @property
@@ -137,8 +138,8 @@ class Learner:
         # XLA would compile once for each number of groups, and groups do not make it faster.
         ends = np.zeros(0, np.int32) if self.compiled else _ends(copies, batch.next_observation[0].nbytes)
         is_weighted = batch.weight is not None
-        arrays = [array for array in batch if array is not None]
-        results = self._updates[is_weighted](np.float32(learning_rate), copies, ends, *arrays)
+        fields = {name: array for name, array in batch._asdict().items() if array is not None}
+        results = self._graph(tuple(fields))(np.float32(learning_rate), copies, ends, *fields.values())
         sums, priority = Sums(*results[0]), results[1] if is_weighted else None
         numpy_weights = results[1 + is_weighted :]
         allreduce_seconds, any_skipped = float(sums.allreduce_seconds), bool(sums.skipped > 0)
@@ -165,26 +166,33 @@ class Learner:
             priority=priority,
         )
 
+    def _graph(self, names: tuple[str, ...]) -> Graph:
+        """The phase for batches with these fields."""
+        if names not in self._updates:
+            self._updates[names] = Graph(functools.partial(self._run_phase, names), compiled=self.compiled)
+        return self._updates[names]
+
     def sync_acting_weights(self) -> None:
         """Copies the current weights of `online` into `acting`."""
         self.acting.refresh(self._sync_acting())
 
     def _run_phase(
         self,
+        names: tuple[str, ...],  # of the batch's fields
         learning_rate: tf.Tensor,  # []
         copies: tf.Tensor,  # [K]
         ends: tf.Tensor,  # [S]
-        *fields: tf.Tensor,  # of the batch, [K, P * B, ...] each
+        *fields: tf.Tensor,  # [K, P * B, ...] each
     ) -> list[tf.Tensor]:
         """The phase in the graph. Returns sums, priorities [K, P * B] if the batch is weighted, and weights for NumPy."""
         self.optimizer.learning_rate.assign(learning_rate)
-        batch = Batch(*fields)
+        batch = Batch(**dict(zip(names, fields, strict=True)))
         results: Results = (tf.zeros([len(Sums._fields)]),)
         if batch.weight is not None:
             results += (tf.TensorArray(tf.float32, tf.shape(copies)[0], element_shape=[batch.weight.shape[1]]),)
 
         def update(k: tf.Tensor, results: Results, next_inputs: tf.Tensor, next_outputs: tf.Tensor) -> Results:
-            minibatch = Batch(*(field[k] for field in fields))
+            minibatch = Batch(**{name: field[k] for name, field in zip(names, fields, strict=True)})
             minibatch = minibatch._replace(
                 observation=self._preprocess(minibatch.observation), next_observation=next_inputs
             )
@@ -280,12 +288,12 @@ class Learner:
         Horovod's own accumulation is not used: it counts every pass as a step of Adam, which weakens the bias correction.
         """
         variables, share = self.online.variables, 1.0 / self._passes
-        fields = [field for field in minibatch if field is not None]
-        *parts, outputs = (tf.stack(tf.split(x, self._passes)) for x in (*fields, next_outputs))
+        fields = {name: field for name, field in minibatch._asdict().items() if field is not None}
+        *parts, outputs = (tf.stack(tf.split(x, self._passes)) for x in (*fields.values(), next_outputs))
 
         def add(p: tf.Tensor, means: tuple[Any, ...]) -> tuple[Any, ...]:
             gradients, loss, mean_q, priorities = means
-            part = Batch(*(x[p] for x in parts))
+            part = Batch(**{name: x[p] for name, x in zip(fields, parts, strict=True)})
             target = self._td_target(part, outputs[p])
             with DenseTape() as tape:
                 part_loss, part_q, priority = self._loss(part, target)

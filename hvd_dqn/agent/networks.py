@@ -127,11 +127,13 @@ def cnn(
     return Trunk([*shapes, *beside.shapes, *dense.shapes], dense.features, forward)
 
 
-def head(features: int, actions: int, outputs: int, *, dueling: bool) -> Head:
+def head(features: int, actions: int, outputs: int, *, dueling: bool, sizes: Sequence[int] = ()) -> Head:
     """One dense layer or, dueling, one for the value and one for the advantages, each fed by half of the features.
 
-    Dueling: q = v + a - mean(a) over the actions (Wang et al. 2016, arXiv:1511.06581, equation 9), for each output.
+    Dueling: q = v + a - mean(a) over the actions (Wang et al. 2016, arXiv:1511.06581, equation 9), for each output. If
+    actions have several dimensions of these `sizes`, it is the mean over the choices in the same dimension.
     """
+    assert outputs == 1 or len(sizes) < 2
 
     def per_action(x: tf.Tensor, count: int) -> tf.Tensor:
         return x if outputs == 1 else tf.reshape(x, [-1, count, outputs])  # [B, A] or [B, A, N]
@@ -144,10 +146,18 @@ def head(features: int, actions: int, outputs: int, *, dueling: bool) -> Head:
         value_features, advantage_features = tf.split(x, 2, axis=1)
         value = per_action(value_features @ weights[0] + weights[1], 1)
         advantage = per_action(advantage_features @ weights[2] + weights[3], actions)
+        if len(sizes) > 1:
+            return value + advantage - advantage @ mean_in_dimension(sizes)
         return value + advantage - tf.reduce_mean(advantage, axis=1, keepdims=True)
 
     half = features // 2
     return Head([(half, outputs), (outputs,), (half, actions * outputs), (actions * outputs,)], forward)
+
+
+def mean_in_dimension(sizes: Sequence[int]) -> np.ndarray:
+    """[S, S] float32: a row [S] times this matrix has, in place of each number, the mean of its dimension."""
+    of = np.repeat(np.arange(len(sizes)), sizes)
+    return ((of[:, None] == of) / np.repeat(sizes, sizes)).astype(np.float32)
 
 
 class FlatNetwork(Network):
@@ -177,10 +187,17 @@ class NumpyMlp(FlatNetwork):
     """An MLP with one output per action that acts in NumPy: a small batch costs a twentieth of a TensorFlow call."""
 
     def __init__(
-        self, trunk: Trunk, head: Head, preprocess: Preprocess, objective: Objective, rng: np.random.Generator
+        self,
+        trunk: Trunk,
+        head: Head,
+        preprocess: Preprocess,
+        objective: Objective,
+        rng: np.random.Generator,
+        sizes: Sequence[int] = (),
     ) -> None:
         super().__init__(trunk, head, preprocess, objective, rng)
         self._preprocess, self._dueling = preprocess, len(head.shapes) > 2
+        self._mean_in_dimension = mean_in_dimension(sizes) if len(sizes) > 1 else None
         self._fetch = Graph(self.numpy_weights)
         self._arrays: list[np.ndarray] | None = None  # the weights, until they change
 
@@ -205,7 +222,10 @@ class NumpyMlp(FlatNetwork):
             return x @ weights[-2] + weights[-1]
         value_features, advantage_features = np.split(x, 2, axis=1)
         advantage = advantage_features @ weights[-2] + weights[-1]  # [B, A]
-        return value_features @ weights[-4] + weights[-3] + advantage - advantage.mean(axis=1, keepdims=True)
+        value = value_features @ weights[-4] + weights[-3]  # [B, 1]
+        if self._mean_in_dimension is not None:
+            return value + advantage - advantage @ self._mean_in_dimension
+        return value + advantage - advantage.mean(axis=1, keepdims=True)
 
 
 def build_network(
@@ -217,8 +237,12 @@ def build_network(
     hidden: Sequence[int],
     dueling: bool,
     rng: np.random.Generator,
+    sizes: Sequence[int] = (),
 ) -> Network:
-    """Makes the network called `name` for the outputs of `preprocess`. See the setting `agent.network` for names."""
+    """Makes the network called `name` for the outputs of `preprocess`. See the setting `agent.network` for names.
+
+    If actions have several dimensions of these `sizes`, `actions` is their sum.
+    """
     if ":" in name:
         return _keras_network(name, preprocess, actions, objective, rng)
     if dueling and not hidden:
@@ -236,15 +260,16 @@ def build_network(
         raise InputError(
             f"--agent.network must be mlp, {', '.join(CONVOLUTIONS)} or module:function. Received: {name!r}."
         )
-    end = head(trunk.features, actions, objective.outputs, dueling=dueling)
+    end = head(trunk.features, actions, objective.outputs, dueling=dueling, sizes=sizes)
     parameters = sum(math.prod(shape) for shape in (*trunk.shapes, *end.shapes))
     if parameters > MOST_PARAMETERS:
         raise InputError(
             f"The network would have {parameters:,} parameters, but the limit is {MOST_PARAMETERS:,}. "
             "Lower --agent.hidden, or make observations smaller in a wrapper."
         )
-    kind = NumpyMlp if name == "mlp" and objective.outputs == 1 else FlatNetwork
-    return kind(trunk, end, preprocess, objective, rng)
+    if name == "mlp" and objective.outputs == 1:
+        return NumpyMlp(trunk, end, preprocess, objective, rng, sizes)
+    return FlatNetwork(trunk, end, preprocess, objective, rng)
 
 
 def _for_images(name: str, preprocess: Preprocess, widths: Sequence[int]) -> Trunk:
@@ -324,7 +349,7 @@ def _call_builder(name: str, input_shape: Shape, actions: int, seed: int) -> Any
     if tuple(out.shape) != (1, actions):
         raise InputError(
             f"The model of {name} must map [B, {', '.join(map(str, input_shape))}] to [B, {actions}], one value per "
-            f"action. Received: an output of shape {tuple(out.shape)} for B = 1."
+            f"action, or per choice in each dimension. Received: an output of shape {tuple(out.shape)} for B = 1."
         )
     return model
 

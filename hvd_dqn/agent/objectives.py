@@ -4,11 +4,12 @@ To add one, write a class with the members of `Objective`, return it from `hvd_d
 add its settings to the section `agent` of `hvd_dqn/config.py`.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
 import tensorflow as tf
 
-from hvd_dqn.agent.losses import double_q_target, huber, q_of, q_target, squared
+from hvd_dqn.agent.losses import by_dimension, double_q_target, huber, q_of, q_target, squared
 from hvd_dqn.agent.transition import Batch
 
 LOSSES = {"huber": huber, "squared": squared}
@@ -34,7 +35,7 @@ class Objective(Protocol):
     outputs: int  # N, numbers per action: 1, atoms or quantiles
 
     def q(self, out: tf.Tensor) -> tf.Tensor:
-        """The values [B, A] in a network's outputs, used to choose actions."""
+        """The values [B, A] in a network's outputs, used to choose actions; of each choice if there are dimensions."""
 
     def target(self, minibatch: Batch, online: Outputs, target_network: Outputs) -> tf.Tensor:
         """The target for the outputs of the actions taken, gradients stopped.
@@ -48,24 +49,35 @@ class Objective(Protocol):
 
 
 class Dqn:
-    """Q-learning by temporal differences (Mnih et al. 2015), double (van Hasselt et al. 2016, arXiv:1509.06461) or not."""
+    """Q-learning by temporal differences (Mnih et al. 2015), double (van Hasselt et al. 2016, arXiv:1509.06461) or not.
+
+    If there are several `sizes`, outputs are values of choices in that many dimensions, one dimension after another, and
+    the value of an action is the mean of those chosen (decoupled Q-networks, Seyde et al. 2023, arXiv:2210.12566).
+    """
 
     outputs = 1
 
-    def __init__(self, *, double: bool, loss: str) -> None:
+    def __init__(self, *, double: bool, loss: str, sizes: Sequence[int] = ()) -> None:
         self._double, self._loss = double, LOSSES[loss]
+        self._sizes = sizes if len(sizes) > 1 else ()
 
     def q(self, out: tf.Tensor) -> tf.Tensor:
         return out
 
     def target(self, minibatch: Batch, online: Outputs, target_network: Outputs) -> tf.Tensor:
-        q_next_target = target_network(minibatch.next_observation)  # [B, A]
+        next_mask = minibatch.next_mask
+        if next_mask is not None:
+            next_mask = self._by_dimension(next_mask, False)
+        q_next_target = self._by_dimension(target_network(minibatch.next_observation))  # [B, A] or [B, D, A]
         if not self._double:
-            return q_target(minibatch.reward, minibatch.discount, q_next_target)
-        q_next_online = online(minibatch.next_observation)  # [B, A]
-        return double_q_target(minibatch.reward, minibatch.discount, q_next_online, q_next_target)
+            return q_target(minibatch.reward, minibatch.discount, q_next_target, next_mask)
+        q_next_online = self._by_dimension(online(minibatch.next_observation))
+        return double_q_target(minibatch.reward, minibatch.discount, q_next_online, q_next_target, next_mask)
 
     def loss(self, out: tf.Tensor, action: tf.Tensor, target: tf.Tensor) -> LossTerms:
-        q = q_of(out, action)  # [B]
+        q = q_of(self._by_dimension(out), action)  # [B]
         error = q - target
         return LossTerms(self._loss(error), tf.abs(error), q)
+
+    def _by_dimension(self, values: tf.Tensor, fill: float | bool = tf.float32.min) -> tf.Tensor:
+        return by_dimension(values, self._sizes, fill) if self._sizes else values

@@ -5,6 +5,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from hvd_dqn.agent.choices import Choices
 from hvd_dqn.errors import InputError
 
 NOT_FIRST = np.zeros((), np.bool_)  # the frame is not the first of an episode
@@ -23,17 +24,20 @@ class Frames(Protocol):
 
 
 class Actions(Protocol):
-    """A Discrete space: the actions start, ..., start + n - 1."""
+    """What the agent's numbers mean in the environment's own space. `hvd_dqn.envs.actions` has the only implementation."""
 
-    n: Any
-    start: Any
+    space: Any
+    choices: Choices
+
+    def own(self, action: np.ndarray) -> np.ndarray: ...
+    def read_mask(self, mask: Any) -> np.ndarray: ...
 
 
 class Policy:
     """Chooses actions by the values of a trained network.
 
-    `values` maps [B, *frames.observation_shape] to [B, A]: preprocessing and network. Random actions are drawn from `rng`,
-    a generator or its seed.
+    `values` maps [B, *frames.observation_shape] to [B, S], the values of `choices`: preprocessing and network. Random
+    actions are drawn from `rng`, a generator or its seed.
 
     `act` and `q_values` take one observation, as the environment gives it, or B of them, and keep no state. B
     dictionaries or tuples come in a list or, as vector classes give them, as one dictionary or tuple of arrays [B, ...].
@@ -56,22 +60,24 @@ class Policy:
         values: Callable[[np.ndarray], np.ndarray],
         frames: Frames,
         observation_space: Any,
-        action_space: Actions,
+        actions: Actions,
         rng: np.random.Generator | int | None = None,
     ) -> None:
         self._values, self._frames, self.rng = values, frames, np.random.default_rng(rng)
-        self.observation_space, self.action_space = observation_space, action_space
-        self.actions, self._first_action = int(action_space.n), int(action_space.start)
+        self.observation_space, self.action_space = observation_space, actions.space
+        self.choices, self._actions = actions.choices, actions
         self.observation_shape = frames.seen_shape
         self._stacks = frames.stack > 1
 
-    def act(
-        self, observation: Any, epsilon: float = 0.0, mask: np.ndarray | list[Any] | None = None
-    ) -> int | np.ndarray:
-        """The action for one observation, an int, or for B observations, [B] int64: numbers of the action space.
+    def act(self, observation: Any, epsilon: float = 0.0, mask: Any = None) -> Any:
+        """The environment's own action for one observation, or B of them for B observations.
 
-        It is the action of the highest value or, with probability `epsilon`, a random one. `mask`, [A] bool or [B, A],
-        is True for allowed actions. Raises InputError if a shape is wrong, or if a mask allows no action.
+        One action of a Discrete space is an int, and others are arrays: [B] int64 for B observations; [*shape] or
+        [B, *shape] where the environment's actions have a shape, of its own type.
+
+        It is the action of the highest value or, with probability `epsilon`, a random one. `mask`, [A] or [B, A], is True
+        or 1 for allowed actions. For several dimensions it is a tuple of one mask each, or those concatenated, or a list
+        of B such masks. Raises InputError if a shape is wrong, or if a mask allows no action.
         """
         if not 0 <= epsilon <= 1:
             raise InputError(f"`epsilon` is a probability, from 0 to 1. Received: {epsilon}.")
@@ -79,16 +85,24 @@ class Policy:
         allowed = None if mask is None else self._read_mask(mask, len(seen), alone)
         explores = self.rng.random(len(seen)) < epsilon if epsilon > 0 else None
         if explores is not None and explores.all():
-            action = self._random(len(seen), allowed)
+            action = self.choices.random(self.rng, len(seen), allowed)
         else:
-            action = _highest(self._values(seen), allowed)
+            action = self.choices.greedy(self._values(seen), allowed)
             if explores is not None:
-                action = np.where(explores, self._random(len(seen), allowed), action)
-        action = action + self._first_action
-        return int(action[0]) if alone else action
+                explores = explores.reshape(-1, *(1 for _ in self.choices.shape))
+                action = np.where(explores, self.choices.random(self.rng, len(seen), allowed), action)
+        own = self._actions.own(action)
+        if not alone:
+            return own
+        return int(own[0]) if own.ndim == 1 and own.dtype.kind in "iu" else own[0]
 
     def q_values(self, observation: Any) -> np.ndarray:
-        """The values [A] of all actions for one observation, or [B, A] for B: float32, in the order of the actions."""
+        """The values [S] for one observation, or [B, S] for B: float32.
+
+        S = A: of all actions, in their order. If the dimensions of actions are factored (`choices.factored`), S is the sum
+        of `choices.sizes`: of all choices in the first dimension, then in the second, and so on. Then the value of an
+        action is the mean of one value of each dimension.
+        """
         seen, alone = self._read(observation)
         q = self._values(seen).astype(np.float32, copy=False)
         return q[0] if alone else q
@@ -103,32 +117,28 @@ class Policy:
             return self._itself(observation)
         return self._frames.push(seen, self._frame(observation), NOT_FIRST)
 
-    def choose(self, seen: np.ndarray) -> np.ndarray:
-        """Greedy actions [n], counted from 0, for [n, *frames.observation_shape] as `Environments` yields them."""
-        return self._values(seen).argmax(axis=1)
+    def choose(self, seen: np.ndarray, mask: np.ndarray | None = None) -> np.ndarray:
+        """Greedy actions [n] or [n, D], counted from 0, for [n, *frames.observation_shape] as `Environments` yields them."""
+        return self.choices.greedy(self._values(seen), mask)
 
     def _read(self, observation: Any) -> tuple[np.ndarray, bool]:
         """[B, *frames.observation_shape], and whether it was one observation alone."""
         return self._frames.take_stacks(observation) if self._stacks else self._frames.take(observation)
 
     def _read_mask(self, mask: Any, count: int, alone: bool) -> np.ndarray:
-        allowed = np.asarray(mask)
-        expected = (self.actions,) if alone else (count, self.actions)
-        if allowed.shape != expected or allowed.dtype != np.bool_:
+        masks = [mask] if alone else mask
+        if len(masks) != count:
+            raise InputError(f"`mask` must hold one mask for each of {count} observations. Received: {len(masks)}.")
+        try:
+            read = [self._actions.read_mask(each) for each in masks]
+        except ValueError as error:
             raise InputError(
-                f"`mask` must be bool of shape {expected}, True where an action may be taken. "
-                f"Received: {allowed.dtype} of shape {allowed.shape}."
-            )
-        allowed = allowed.reshape(count, self.actions)
-        if not allowed.any(axis=1).all():
+                f"`mask` must be True or 1 for each action of {self.action_space} that is allowed. Received: {error}."
+            ) from None
+        allowed = np.array(read, np.bool_).reshape(count, self.choices.total)
+        if not self.choices.leaves_any(allowed).all():
             raise InputError("`mask` must leave at least one action. Received: one that is False for all.")
         return allowed
-
-    def _random(self, count: int, allowed: np.ndarray | None) -> np.ndarray:
-        if allowed is None:
-            return self.rng.integers(self.actions, size=count)
-        # Each of several independent numbers is the highest with the same probability.
-        return _highest(self.rng.random(allowed.shape), allowed)
 
     def _frame(self, observation: Any) -> np.ndarray:
         """The frame of one observation, or [B, ...] of B."""
@@ -137,8 +147,3 @@ class Policy:
 
     def _itself(self, observation: Any) -> Any:
         return observation if self.observation_shape is None else np.asarray(observation)
-
-
-def _highest(values: np.ndarray, allowed: np.ndarray | None) -> np.ndarray:
-    """[B] the action of the highest value [B, A] among those `allowed`."""
-    return (values if allowed is None else np.where(allowed, values, -np.inf)).argmax(axis=1)

@@ -1,7 +1,7 @@
 """A rank's memory of past transitions: one ring of single observations per environment, sampled uniformly."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -30,7 +30,7 @@ class Draw(NamedTuple):
 
     start: np.ndarray  # int64
     end: np.ndarray  # int64
-    action: np.ndarray  # int64
+    action: np.ndarray  # int64, [K, B, D] in D dimensions
     reward: np.ndarray  # float32, summed over the steps
     discount: np.ndarray  # float32
     generation: np.ndarray  # int64
@@ -40,7 +40,9 @@ class Draw(NamedTuple):
 class Replay:
     """Rings of `slots` observations, one for each of `envs` environments, with the transitions between them.
 
-    A slot holds an observation and the action, reward and step type of the transition that starts there. The write head
+    A slot holds an observation and the action, reward and step type of the transition that starts there. An action is an
+    array of `action_shape`. If `mask_width` is not 0, a slot also holds the mask of the actions that its observation
+    allows, of this many numbers and in as many bits. The write head
     is the slot of the newest observation, where no transition starts yet. An episode's last observation takes a slot of
     its own, where none ever starts. So a transition costs one observation, and an episode one more.
 
@@ -69,6 +71,8 @@ class Replay:
         frame_stack: int = 1,
         n_step: int = 1,
         gamma: float = 0.99,
+        action_shape: tuple[int, ...] = (),
+        mask_width: int = 0,
         sharers: int = 1,
     ) -> None:
         # A full ring has slots - 1 besides the head. The newest n - 1 of them may lack a window, and the oldest k - 1 a
@@ -77,7 +81,7 @@ class Replay:
             raise ValueError(
                 f"A ring needs at least n_step + frame_stack + 1 = {n_step + frame_stack + 1} slots. Received: {slots}."
             )
-        needed = sharers * self.memory_needed(slots, envs, frame_shape, frame_dtype)
+        needed = sharers * self.memory_needed(slots, envs, frame_shape, frame_dtype, action_shape, mask_width)
         available = psutil.virtual_memory().available
         if needed > available:
             raise InputError(
@@ -88,19 +92,28 @@ class Replay:
         self._rng = rng
         self._frame_stack, self._n_step, self._gamma = frame_stack, n_step, gamma
         self._frames = np.zeros((envs, slots, *frame_shape), frame_dtype)
-        self._actions = np.zeros((envs, slots), np.int64)
+        self._actions = np.zeros((envs, slots, *action_shape), np.int64)
         self._rewards = np.zeros((envs, slots), np.float32)
         self._step_types = np.full((envs, slots), NOTHING)
         self._episode_steps = np.zeros((envs, slots), np.int32)  # steps since the episode's first observation
+        self._mask_width = mask_width
+        self._masks = np.zeros((envs, slots, _bytes(mask_width)), np.uint8) if mask_width else None
         # Slots passed since the start. Modulo `slots` this is the write head; itself, it tells how full the ring is.
         self._write_positions = np.zeros(envs, np.int64)
 
     @staticmethod
-    def memory_needed(slots: int, envs: int, frame_shape: tuple[int, ...], frame_dtype: np.dtype | type) -> int:
+    def memory_needed(
+        slots: int,
+        envs: int,
+        frame_shape: tuple[int, ...],
+        frame_dtype: np.dtype | type,
+        action_shape: tuple[int, ...] = (),
+        mask_width: int = 0,
+    ) -> int:
         """Bytes of one replay's arrays."""
         frame = math.prod(frame_shape) * np.dtype(frame_dtype).itemsize
         # Action, reward, step type, episode step. 10^6 Atari frames: 10^6 * (84 * 84 + 17) B = 7.1 GB.
-        return envs * (slots * (frame + 8 + 4 + 1 + 4) + 8)
+        return envs * (slots * (frame + 8 * math.prod(action_shape) + 4 + 1 + 4 + _bytes(mask_width)) + 8)
 
     @property
     def nbytes(self) -> int:
@@ -116,21 +129,27 @@ class Replay:
         Invalid rows change nothing, except that a truncated one ends the current episode.
         """
         assert transition.observation.shape == transition.next_observation.shape == self._frames[:, 0].shape
+        assert (transition.mask is None) == (transition.next_mask is None) == (self._masks is None)
         rows = np.flatnonzero(transition.valid)
         cut = None if len(rows) == self._envs else transition.truncated & ~transition.valid
         if cut is not None:
-            transition = Transition(*(values[rows] for values in transition))
+            taken = {name: values[rows] for name, values in transition._asdict().items() if values is not None}
+            transition = Transition(**taken)
         terminated, truncated = transition.terminated, transition.truncated
         frames = self._frames.reshape(-1, *self._frames.shape[2:])
         at = self._write_slots(rows)  # flat indices: twice as fast as pairs
         frames[at] = transition.observation
-        self._actions.reshape(-1)[at] = transition.action
+        self._flat_actions()[at] = transition.action
+        if transition.mask is not None:
+            self._flat_masks()[at] = np.packbits(transition.mask, axis=1)
         self._rewards.reshape(-1)[at] = transition.reward
         self._step_types.reshape(-1)[at] = np.where(terminated, TERMINATED, np.where(truncated, TRUNCATED, GOES_ON))
         # If the episode continues, the next cycle overwrites this with an equal observation. If it has ended, the slot
         # is kept, because truncation bootstraps from it.
         at = self._advance(rows, self._episode_steps.reshape(-1)[at] + 1)
         frames[at] = transition.next_observation
+        if transition.next_mask is not None:
+            self._flat_masks()[at] = np.packbits(transition.next_mask, axis=1)
         ended = rows[terminated | truncated]
         if len(ended):
             self._advance(ended, 0)
@@ -188,7 +207,7 @@ class Replay:
         return Draw(
             start=start.reshape(shape),
             end=self._moved(end, 1).reshape(shape),
-            action=self._actions.reshape(-1)[start].reshape(shape),
+            action=self._flat_actions()[start].reshape(*shape, *self._actions.shape[2:]),
             reward=reward.astype(np.float32).reshape(shape),
             discount=discount.astype(np.float32).reshape(shape),
             generation=generation.reshape(shape),
@@ -203,7 +222,20 @@ class Replay:
             discount=draw.discount,
             next_observation=self._stacks(draw.end),
             weight=draw.weight,
+            next_mask=None if self._masks is None else self._mask_of(draw.end),
         )
+
+    def _mask_of(self, at: np.ndarray) -> np.ndarray:
+        """[..., S] bool: the masks at the flat indices `at`."""
+        packed = self._flat_masks().take(at, axis=0)
+        return np.unpackbits(packed, axis=-1, count=self._mask_width).view(np.bool_)
+
+    def _flat_actions(self) -> np.ndarray:
+        return self._actions.reshape(-1, *self._actions.shape[2:])
+
+    def _flat_masks(self) -> np.ndarray:
+        assert self._masks is not None
+        return self._masks.reshape(-1, self._masks.shape[2])
 
     def is_held(self, draw: Draw) -> np.ndarray:
         """[K, B] bool: whether each sampled transition is still stored, that is, not overwritten."""
@@ -271,13 +303,15 @@ class Replay:
         return stacks
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """The rings themselves, [E, slots, ...] each."""
+        """The rings themselves, [E, slots, ...] each. Packed masks are there only if masks are used."""
+        masks = {} if self._masks is None else {"masks": self._masks}
         return {
             "frames": self._frames,
             "actions": self._actions,
             "rewards": self._rewards,
             "step_types": self._step_types,
             "episode_steps": self._episode_steps,
+            **masks,
         }
 
     def state(self) -> dict[str, Any]:
@@ -297,12 +331,14 @@ class Replay:
         be in memory twice. Raises InputError if the rings have other sizes.
         """
         saved, mine = state["frames"], self._frames
-        expected = (self._slots, self._envs, mine.shape[2:], mine.dtype)
-        received = (int(state["slots"]), len(saved), saved.shape[2:], saved.dtype)
+        expected = (self._slots, self._envs, mine.shape[2:], mine.dtype, *_action_sizes(self.arrays()))
+        received = (int(state["slots"]), len(saved), saved.shape[2:], saved.dtype, *_action_sizes(state))
         if received != expected:
             raise InputError(
                 "The saved replay has another size than this one. Expected: {} slots in {} environments with "
-                "observations {} {}. Received: {}, {}, {} {}.".format(*expected, *received)
+                "observations {} {}, actions {} and {} B of mask. Received: {}, {}, {} {}, {}, {} B.".format(
+                    *expected, *received
+                )
             )
         used = saved.shape[1]
         for name, array in self.arrays().items():
@@ -312,3 +348,12 @@ class Replay:
         for i, position in enumerate(state["write_positions"]):
             self._write_positions[i] = position
         self._rng.bit_generator.state = state["rng"]
+
+
+def _bytes(bits: int) -> int:
+    return -(-bits // 8)
+
+
+def _action_sizes(arrays: Mapping[str, Any]) -> tuple[tuple[int, ...], int]:
+    """The shape of an action, and the bytes of a mask."""
+    return tuple(arrays["actions"].shape[2:]), arrays["masks"].shape[2] if "masks" in arrays else 0

@@ -14,24 +14,29 @@ class Transition(NamedTuple):
     """
 
     observation: np.ndarray  # [E, *frame]
-    action: np.ndarray  # [E] int64
+    action: np.ndarray  # [E] int64, or [E, D] in D dimensions
     reward: np.ndarray  # [E] float32, after scaling and clipping
     terminated: np.ndarray  # [E] bool: the episode reached a terminal state
     truncated: np.ndarray  # [E] bool: the episode was cut off, by a time limit for instance
     next_observation: np.ndarray  # [E, *frame]
     valid: np.ndarray  # [E] bool
+    # [E, S] bool: the actions that `observation` and `next_observation` allow (see `Choices`). None if masks are not used.
+    mask: np.ndarray | None = None
+    next_mask: np.ndarray | None = None
 
 
 class Batch(NamedTuple):
     """K stacked minibatches of B n-step transitions.
 
     `reward` is the discounted sum of up to n rewards; `discount` multiplies the bootstrap value: 0 at terminal states
-    and gamma**m after m steps elsewhere. `weight` multiplies the loss of each; None if all count the same.
+    and gamma**m after m steps elsewhere. `weight` multiplies the loss of each; None if all count the same. `next_mask`
+    is True for the actions that the next observation allows (see `Choices`); None if masks are not used.
     """
 
     observation: np.ndarray  # [K, B, *observation]
-    action: np.ndarray  # [K, B] int64
+    action: np.ndarray  # [K, B] int64, or [K, B, D] in D dimensions
     reward: np.ndarray  # [K, B] float32
     discount: np.ndarray  # [K, B] float32
     next_observation: np.ndarray  # [K, B, *observation]
     weight: np.ndarray | None = None  # [K, B] float32
+    next_mask: np.ndarray | None = None  # [K, B, S] bool

@@ -23,13 +23,15 @@ Returns and the rewards of evaluations are the environment's own.
 import functools
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 from gymnasium import spaces
 from gymnasium.vector import AutoresetMode
 
+from hvd_dqn.agent.choices import Choices
 from hvd_dqn.agent.transition import Transition
+from hvd_dqn.envs.actions import ActionMap, ActionSettings
 from hvd_dqn.envs.conformity import outside
 from hvd_dqn.envs.frames import Frames, Misfit, rows_of
 from hvd_dqn.envs.registry import find_spec
@@ -74,11 +76,15 @@ class Environments:
     """
 
     observation_space: spaces.Space
-    action_space: spaces.Discrete
+    action_space: spaces.Space  # the environment's own
+    action_map: ActionMap
+    choices: Choices  # of the agent
     frames: Frames
-    actions: int
+    actions: int  # how many values choose an action: A, or the sum over all dimensions if they are factored
     observation: np.ndarray  # [E, *frames.observation_shape]: the current one
+    mask: np.ndarray | None  # [E, S] bool: the actions that it allows; None if masks are not used
     returns: np.ndarray  # [E] float64: of the current episodes, as in Episodes
+    masked: bool  # whether masks are used; False until `find_masks`
     restorable: bool  # whether `load_state` can restore unfinished episodes; False until `probe`
     restarted: int  # how often the copies were made again, also before a resume
     notes: list[str]  # how the copies came about, where a person should know it
@@ -107,6 +113,7 @@ class Environments:
         restarts: int = 0,
         holds: bool = False,
         evaluates: bool = False,
+        actions: ActionSettings | None = None,
     ) -> None:
         self.id = id
         self.copies = copies
@@ -123,9 +130,12 @@ class Environments:
             kwargs["max_episode_steps"] = max_episode_steps
         self._settings = f"{id}, {copies} copies of {sorted(kwargs.items())} in stacks of {frame_stack}"
         self._settings += "".join(f", {described(wrapper)}" for wrapper in wrappers)
-        self._build: Callable[[], Built] = functools.partial(
-            build, id, copies, kwargs, vectorization, first_index, wrappers
+        self._uses_masks = (actions or ActionSettings()).mask
+        self.masked = self._knows_masks = False
+        self._build_with: Callable[[int, str], Built] = lambda copies, vectorization: build(
+            id, copies, kwargs, vectorization, first_index, wrappers, actions
         )
+        self._vectorization = vectorization
         self.warnings = []
         self._seeks_outside = True  # until a value is found
         self._make()
@@ -134,15 +144,13 @@ class Environments:
         self.frames = Frames(
             self.observation_space, frame_stack, normalize=normalize_observation, scale=observation_scale
         )
-        action_space = self._vector.single_action_space
-        assert isinstance(action_space, spaces.Discrete)
-        self.action_space = action_space
-        self.actions = int(action_space.n)
-        self._first_action = int(action_space.start)
+        self.action_space, self.choices = self.action_map.space, self.action_map.choices
+        self.actions = self.choices.total
+        self._first_action = int(self.action_space.start) if isinstance(self.action_space, spaces.Discrete) else 0
+        if not isinstance(self.action_space, spaces.Discrete):
+            self._settings += f" with {self.action_map}"
 
-        # Such a class resets an environment one step after its episode ended.
-        self._resets_late = AutoresetMode(self._vector.metadata["autoreset_mode"]) == AutoresetMode.NEXT_STEP
-        self._native = is_native(self._vector)
+        self._take_vector()
         self._all = np.ones(copies, dtype=np.bool_)
         self._all.flags.writeable = False
         self.restorable = self._probed = False
@@ -156,14 +164,68 @@ class Environments:
         self._has_begun = False  # by `begin`, since the copies were made
         self._seeds = [0] * copies
         self._steps = 0
+        self.mask = None
         self._start(np.zeros((copies, *self.frames.shape), self.frames.dtype))
 
+    def _take_vector(self) -> None:
+        # Such a class resets an environment one step after its episode ended.
+        self._resets_late = AutoresetMode(self._vector.metadata["autoreset_mode"]) == AutoresetMode.NEXT_STEP
+        self._native = is_native(self._vector)
+
     def _make(self) -> None:
-        self._vector, self.notes = self._build()
+        self._vector, self.action_map, self.notes = self._build_with(self.copies, self._vectorization)
         self._call = functools.partial(call, self._vector, self._first_index)
         self._restorer = restorer_for(self._vector, self._first_index)
-        if self._evaluates and not is_native(self._vector):
-            self._call("set_attr", "rests", True)
+        for name, holds in (("masked", self.masked), ("rests", self._evaluates)):
+            if holds and not is_native(self._vector):
+                self._call("set_attr", name, True)
+
+    def find_masks(self) -> None:
+        """Finds out whether the environment gives action masks, with a reset of the first copy, and uses them then.
+
+        Call it before `probe` and `reset`, which then starts as if there had been no such reset. All ranks find the same.
+        An environment's own vector class that gives no masks, although a single copy does, is replaced. Raises InputError
+        if a mask has another form than the environment's actions.
+        """
+        self._knows_masks = True
+        if not self._uses_masks:
+            return
+        found: bool | str = False
+        try:
+            if self._native:
+                found = self._finds_mask_alone()
+            else:
+                found = next(filter(None, self._call("call", "finds_mask", self._first_index)), False)
+        except EnvFailure:
+            close_vector(self._vector, CLOSING_SECONDS)
+            self._make()
+        if isinstance(found, str):
+            raise InputError(
+                f"`{self.id}` gives {found}. Expected: one of 0 and 1 for each action, for several dimensions a "
+                "tuple of one mask each, or those masks concatenated. To learn without masks: --env.action_mask off."
+            )
+        if found:
+            self.masked = True
+            if self._native and "action_mask" not in self._call("reset", seed=1)[1]:
+                close_vector(self._vector, CLOSING_SECONDS)
+                self._vectorization = "sync"
+                self._make()
+                self._take_vector()
+                self.notes.append(f"The vector class of `{self.id}` is not used: it gives no action masks.")
+            elif not self._native:
+                self._call("set_attr", "masked", True)
+            self._settings += ", masked"
+            self.mask = np.ones((self.copies, self.choices.total), np.bool_)
+
+    def _finds_mask_alone(self) -> bool | str:
+        try:
+            vector = self._build_with(1, "sync").vector
+        except InputError:
+            return False  # there is only the vector class
+        try:
+            return call(vector, self._first_index, "call", "finds_mask", self._first_index)[0]
+        finally:
+            close_vector(vector, CLOSING_SECONDS)
 
     def reset(self, seeds: Sequence[int]) -> None:
         """Starts an episode in every copy, from its own seed. A native vector class takes only the first seed."""
@@ -188,7 +250,10 @@ class Environments:
                 self._start(self._first_frames([other if seed is None else seed for seed in seeds]))
                 self.rest(~begins)
                 return
+            mask = self.mask
             frame = self._first_frames(list(seeds), begins)
+            if mask is not None and self.mask is not None:
+                self.mask = np.where(begins[:, None], self.mask, mask)
         except EnvFailure as failure:
             self._recover(failure, "at its reset")
             return
@@ -208,8 +273,14 @@ class Environments:
     def _first_frames(self, seeds: Sequence[int | None], begins: np.ndarray | None = None) -> np.ndarray:
         """The frames at the beginning of the episodes of all copies or, if they are not native, of those in `begins`."""
         partly = {} if begins is None or self._native else {"options": {"reset_mask": begins}}
-        raw, _ = self._call("reset", seed=seeds[0] if self._native else seeds, **partly)
+        raw, info = self._call("reset", seed=seeds[0] if self._native else seeds, **partly)
         frame = self._read(raw)
+        if self._uses_masks and self._knows_masks and not self.masked and "action_mask" in info:
+            raise RunError(
+                f"{self.id} on rank {self._rank} gives an action mask at this reset, but gave none at its first one. "
+                "Let it give masks always, or turn them off with --env.action_mask off."
+            )
+        self.mask = self._masks(info, self._all if begins is None or self._native else begins)
         self._clean("observation", frame, begins=self._all, rows=begins)
         return frame
 
@@ -230,7 +301,7 @@ class Environments:
         self._any_ended = False
 
     def step(self, action: np.ndarray) -> tuple[Transition, Episodes]:
-        """Takes `action`, [E] integers from 0, in all copies.
+        """Takes `action`, [E] or [E, D] integers from 0, in all copies.
 
         If one fails and all are made again, no row is valid, and the interrupted episodes are truncated.
         """
@@ -238,11 +309,12 @@ class Environments:
         try:
             return self._step(action)
         except EnvFailure as failure:
-            frame, cut = self._frame, self._lengths > 0
+            frame, mask, cut = self._frame, self.mask, self._lengths > 0
             self._recover(failure, f"in step {self._steps}")
         none = np.zeros(self.copies, np.bool_)
         reward = np.zeros(self.copies, np.float32)
-        return Transition(frame, np.array(action, np.int64), reward, none, cut, self._frame, none), NO_EPISODES
+        action = np.array(action, np.int64)
+        return Transition(frame, action, reward, none, cut, self._frame, none, mask, self.mask), NO_EPISODES
 
     def _step(self, action: np.ndarray) -> tuple[Transition, Episodes]:
         raw, raw_reward, raw_terminated, raw_truncated, info = self._call("step", action + self._first_action)
@@ -260,9 +332,11 @@ class Environments:
             truncated &= valid
         ended = terminated | truncated
         any_ended = np.count_nonzero(ended) > 0  # takes a fifth of the time of ended.any()
+        mask = next_mask = self._masks(info, ~terminated if self._resets_late else self._all)
         next_frame = frame
         if any_ended and not self._resets_late:
             next_frame = self._with_final(frame, ended, info)
+            next_mask = self._with_final_mask(mask, terminated, truncated, info)
             self._clean("observation at its reset", frame, begins=ended, rows=ended)
         if np.count_nonzero(np.isfinite(reward)) < self.copies:
             raise self._nonfinite("reward", reward, ~np.isfinite(reward))
@@ -288,8 +362,10 @@ class Environments:
             truncated=truncated,
             next_observation=next_frame,
             valid=valid,
+            mask=self.mask,
+            next_mask=next_mask,
         )
-        self._frame = frame
+        self._frame, self.mask = frame, mask
         self.observation = self.frames.push(self.observation, frame, ~valid if self._resets_late else ended)
         self._ended, self._any_ended = ended, any_ended
         return transition, episodes
@@ -357,6 +433,7 @@ class Environments:
             "returns": self.returns,
             "lengths": self._lengths,
             "ended": self._ended,
+            **({} if self.mask is None else {"mask": self.mask}),
         }
 
     def load_state(self, state: Mapping[str, Any]) -> np.ndarray:
@@ -409,6 +486,45 @@ class Environments:
         last = rows_of(final, copies) if isinstance(final, Mapping | tuple) else [final[i] for i in copies]
         next_frame[ended] = self._read(last, copies)
         return next_frame
+
+    def _with_final_mask(
+        self, mask: np.ndarray | None, terminated: np.ndarray, truncated: np.ndarray, info: dict[str, Any]
+    ) -> np.ndarray | None:
+        """`mask`, but for each ended episode that of its last observation. At a terminal state all actions are allowed."""
+        if mask is None:
+            return None
+        cut = truncated & ~terminated
+        mask = np.where(terminated[:, None], True, mask)
+        final = self._masks(info.get("final_info", {}), cut)
+        return mask if final is None else np.where(cut[:, None], final, mask)
+
+    def _masks(self, info: Mapping[str, Any], needed: np.ndarray) -> np.ndarray | None:
+        """[E, S] bool: the masks in `info` where they are `needed`, [E] bool; elsewhere all actions are allowed.
+
+        None if masks are not used. Raises EnvFailure if a mask is missing or allows no action.
+        """
+        if not self.masked:
+            return None
+        given: Any = info.get("action_mask")
+        missing = needed if given is None else needed & ~info.get("_action_mask", self._all)
+        if missing.any():
+            self._refuse_masks(missing, "gave no action mask", f"expected info['action_mask'], received {sorted(info)}")
+        mask = np.ones((self.copies, self.choices.total), np.bool_)
+        if self._native:
+            try:
+                mask[needed] = [self.action_map.read_mask(given[i]) for i in np.flatnonzero(needed)]
+            except ValueError as error:
+                self._refuse_masks(needed, "cannot be masked", f"received {one_line(error)}")
+        else:
+            mask[needed] = given[needed]  # `RecordedEnv` has read them
+        if not (possible := self.choices.leaves_any(mask)).all():
+            self._refuse_masks(
+                ~possible, "allows no action", "its action mask is 0 everywhere in a state that is not terminal"
+            )
+        return mask
+
+    def _refuse_masks(self, which: np.ndarray, did: str, why: str) -> NoReturn:
+        raise EnvFailure([self._first_index + i for i in np.flatnonzero(which).tolist()], did, why)
 
     def _shows(self, frame: np.ndarray, observation: Any) -> bool:
         """Whether this observation was stored as `frame`. Readings that were held cannot be compared."""

@@ -51,7 +51,7 @@ class TraceRestorer:
     """Restores copies that are stepped one by one. Each replays its episode, and the result is compared."""
 
     def __init__(self, vector: VectorEnv, first_index: int) -> None:
-        self._first_index = first_index
+        self._first_index, self._action_shape = first_index, vector.single_action_space.shape or ()
         self._call = functools.partial(call, vector, first_index)
 
     def probe(self) -> bool:
@@ -65,7 +65,8 @@ class TraceRestorer:
             traces = self._call("call", "trace")
         except EnvFailure:  # the next step will fail too, and report it
             return {}
-        actions = [np.empty(0, np.int64) if trace is None else trace.pop("actions") for trace in traces]
+        none = np.empty((0, *self._action_shape), np.int64)
+        actions = [none if trace is None else trace.pop("actions") for trace in traces]
         counts = [len(each) for each in actions]
         return {"traces": list(traces), "counts": counts, "actions": np.concatenate(actions)}
 

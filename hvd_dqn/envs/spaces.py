@@ -1,4 +1,4 @@
-"""Which spaces DQN can learn: observations made of numbers and states, actions that are Discrete."""
+"""Which observation spaces DQN can learn: those made of numbers and states. For actions see `actions.py`."""
 
 import math
 
@@ -10,23 +10,14 @@ from hvd_dqn.errors import InputError
 Path = tuple[str | int, ...]  # the keys that lead to a leaf
 
 
-def check_spaces(id: str, observation: gymnasium.Space, action: gymnasium.Space) -> None:
-    """Raises InputError unless DQN can learn these observations (see `check_observations`), and actions are Discrete."""
+def check_kinds(id: str, observation: gymnasium.Space, action: gymnasium.Space) -> None:
+    """Raises InputError unless both are spaces of Gymnasium."""
     for what, space in (("observation", observation), ("action", action)):
         if not isinstance(space, spaces.Space):
             raise InputError(
                 f"The {what} space of `{id}` must be one of gymnasium.spaces. Received: {space!r} of "
                 f"{type(space).__module__}, as old Gym has it."
             )
-    if not isinstance(action, spaces.Discrete):
-        kind = "continuous" if isinstance(action, spaces.Box) else type(action).__name__
-        cure = "Name a wrapper of your own that makes them so: --env.wrappers module:Class."
-        if isinstance(action, spaces.Box) and action.is_bounded():
-            cure = "Cut them into some: --env.wrappers '[{DiscretizeAction: {bins: 3}}]'."
-        raise InputError(
-            f"The environment `{id}` has {kind} actions, but DQN needs a Discrete action space. Received: {action}. {cure}"
-        )
-    check_observations(id, observation)
 
 
 def leaves(space: gymnasium.Space, path: Path = ()) -> list[tuple[Path, gymnasium.Space]]:

@@ -15,10 +15,11 @@ from gymnasium.envs.registration import EnvSpec
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, VectorEnv
 
 from hvd_dqn.envs import worker_processes
+from hvd_dqn.envs.actions import ActionMap, ActionSettings
 from hvd_dqn.envs.conformity import DISPLAY, NO_DISPLAY, OLD_GYM
 from hvd_dqn.envs.registry import find_spec, hush_old_gym, newest
-from hvd_dqn.envs.spaces import check_spaces
-from hvd_dqn.envs.wrappers import EnvFailure, make, one_line
+from hvd_dqn.envs.spaces import check_kinds, check_observations
+from hvd_dqn.envs.wrappers import EnvFailure, RecordedEnv, make, one_line
 from hvd_dqn.envs.wrapping import Wrapper
 from hvd_dqn.errors import InputError
 
@@ -27,10 +28,11 @@ EXTRAS = {"Box2D": "box2d", "MuJoCo": "mujoco", "pygame": "classic-control", "ja
 
 
 class Built(NamedTuple):
-    """A vector of copies, and what a person should know of how it came about."""
+    """A vector of copies."""
 
     vector: VectorEnv
-    notes: list[str]
+    action_map: ActionMap  # what the agent's actions mean in it
+    notes: list[str]  # what a person should know of how it came about
 
 
 def build(
@@ -40,27 +42,26 @@ def build(
     vectorization: str,
     first_index: int,
     wrappers: Sequence[Wrapper] = (),
+    actions: ActionSettings | None = None,
 ) -> Built:
     """A vector of `copies` environments. Raises InputError if it cannot be made, or if DQN cannot learn its spaces.
 
     The environment's own vector class is taken if it is asked for by name ("native"), or under "auto" if it shows the
     same spaces as the environment itself: otherwise training and evaluation would see two environments.
     """
-    spec = find_spec(id)
+    spec, actions = find_spec(id), actions or ActionSettings()
     newer = newest(spec)
     notes = [f"`{spec.id}` is an old version: the newest is `{newer}`."] if newer else []
     try:
         if vectorization == "native":
-            vector = _native_by_name(id, spec, copies, kwargs, wrappers)
-            check_spaces(id, vector.single_observation_space, vector.single_action_space)
-            return Built(vector, notes)
+            return Built(*_native_by_name(id, spec, copies, kwargs, wrappers, actions), notes)
         # A single copy is faster without a vector class.
         if vectorization == "auto" and copies > 1 and spec.vector_entry_point is not None:
-            native, why_not = _native_if_alike(id, spec, copies, kwargs, wrappers)
+            native, why_not = _native_if_alike(id, spec, copies, kwargs, wrappers, actions)
             if native is not None:
-                return Built(native, notes)
+                return Built(*native, notes)
             notes.append(f"The vector class of `{id}` is not used: {why_not}.")
-        return Built(_one_by_one(id, spec, copies, kwargs, vectorization, first_index, wrappers), notes)
+        return Built(*_one_by_one(id, spec, copies, kwargs, vectorization, first_index, wrappers, actions), notes)
     except InputError:
         raise
     except Exception as error:
@@ -75,18 +76,19 @@ def _one_by_one(
     vectorization: str,
     first_index: int,
     wrappers: Sequence[Wrapper],
-) -> VectorEnv:
-    makers = [functools.partial(make, spec, kwargs, first_index + i, wrappers) for i in range(copies)]
+    actions: ActionSettings,
+) -> tuple[VectorEnv, ActionMap]:
+    makers = [functools.partial(make, spec, kwargs, first_index + i, wrappers, actions) for i in range(copies)]
     with contextlib.ExitStack() as failing:
-        made = []
+        made: list[RecordedEnv] = []
         for maker in makers[:1] if vectorization == "async" else makers:
             made.append(maker())
             failing.callback(made[-1].close)
             if len(made) == 1:
-                check_spaces(id, made[0].observation_space, made[0].action_space)
+                check_observations(id, made[0].observation_space)
         if vectorization == "async":
             failing.close()
-            return worker_processes.start(makers)
+            return worker_processes.start(makers), made[0].action_map
         # copy=False avoids a deep copy: `Frames` copies or converts every array anyway.
         vector = SyncVectorEnv(
             [functools.partial(_identity, copy) for copy in made],
@@ -94,7 +96,7 @@ def _one_by_one(
             autoreset_mode=AutoresetMode.SAME_STEP,
         )
         failing.pop_all()
-        return vector
+        return vector, made[0].action_map
 
 
 def _identity(copy: gymnasium.Env) -> gymnasium.Env:
@@ -102,36 +104,37 @@ def _identity(copy: gymnasium.Env) -> gymnasium.Env:
 
 
 def _native_if_alike(
-    id: str, spec: EnvSpec, copies: int, kwargs: dict[str, Any], wrappers: Sequence[Wrapper]
-) -> tuple[VectorEnv | None, str]:
+    id: str, spec: EnvSpec, copies: int, kwargs: dict[str, Any], wrappers: Sequence[Wrapper], actions: ActionSettings
+) -> tuple[tuple[VectorEnv, ActionMap] | None, str]:
     """The environment's own vector class, or None and the reason why it cannot stand for the environment itself."""
     if wrappers or spec.additional_wrappers:
         return None, "it takes no wrappers"
     native, why_not = _native(id, spec, copies, kwargs)
     if native is None:
         return None, why_not
-    try:
-        with contextlib.closing(make(spec, kwargs, number=1)) as plain:
-            check_spaces(id, plain.observation_space, plain.action_space)
+    with contextlib.ExitStack() as failing:
+        failing.callback(native.close)
+        with contextlib.closing(make(spec, kwargs, 1, (), actions)) as plain:
+            check_observations(id, plain.observation_space)
             for what, shown, expected in (
                 ("observations", native.single_observation_space, plain.observation_space),
-                ("actions", native.single_action_space, plain.action_space),
+                ("actions", native.single_action_space, plain.action_map.space),
             ):
                 if shown != expected:
-                    native.close()
                     return None, (
                         f"it has other {what}, {short(shown)} instead of {short(expected)}, and would train and evaluate "
                         "on two environments. --env.vectorization native takes it for both"
                     )
-    except BaseException:
-        native.close()
-        raise
-    return native, ""
+        action_map = ActionMap(id, native.single_action_space, actions)
+        if action_map.numbers is not native.single_action_space:
+            return None, "it takes other actions than the agent's numbers"
+        failing.pop_all()
+    return (native, action_map), ""
 
 
 def _native_by_name(
-    id: str, spec: EnvSpec, copies: int, kwargs: dict[str, Any], wrappers: Sequence[Wrapper]
-) -> VectorEnv:
+    id: str, spec: EnvSpec, copies: int, kwargs: dict[str, Any], wrappers: Sequence[Wrapper], actions: ActionSettings
+) -> tuple[VectorEnv, ActionMap]:
     if spec.vector_entry_point is None:
         raise InputError(
             f"--env.vectorization native needs a vector class, and `{id}` has none of its own. Use auto, sync or async."
@@ -143,7 +146,18 @@ def _native_by_name(
     native, why_not = _native(id, spec, copies, kwargs)
     if native is None:
         raise InputError(f"The vector class of `{id}` cannot be used: {why_not}. Use --env.vectorization sync.")
-    return native
+    with contextlib.ExitStack() as failing:
+        failing.callback(native.close)
+        check_kinds(id, native.single_observation_space, native.single_action_space)
+        check_observations(id, native.single_observation_space)
+        action_map = ActionMap(id, native.single_action_space, actions)
+        if action_map.numbers is not native.single_action_space:
+            raise InputError(
+                f"The vector class of `{id}` takes {short(native.single_action_space)} actions, not the agent's numbers. "
+                "Use --env.vectorization sync."
+            )
+        failing.pop_all()
+    return native, action_map
 
 
 def _native(id: str, spec: EnvSpec, copies: int, kwargs: dict[str, Any]) -> tuple[VectorEnv | None, str]:

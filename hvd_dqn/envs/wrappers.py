@@ -15,8 +15,10 @@ import numpy as np
 from gymnasium import spaces
 from gymnasium.envs.registration import EnvSpec
 
+from hvd_dqn.envs.actions import ActionMap, ActionSettings, NumberedActions, mask_method
 from hvd_dqn.envs.conformity import Fault, fault_of_error, fault_of_observation, fault_of_reset, fault_of_step
 from hvd_dqn.envs.registry import hush_old_gym
+from hvd_dqn.envs.spaces import check_kinds
 from hvd_dqn.envs.wrapping import Wrapper, wrap
 
 # The most actions that are recorded of an episode, 40 B each in a list; an array of 8 B each is half as fast. Longer
@@ -62,10 +64,13 @@ class RecordedEnv(gymnasium.Wrapper[Any, Any, Any, Any]):
     # episode began. So a vector's own reset costs nothing, and neither does a copy that has nothing left to play.
     rests = False
     resting = False
+    masked = False  # whether `info["action_mask"]` is [S] bool at every reset and step
     saved_trace: dict[str, Any] | None = None  # the trace for `retrace`
 
-    def __init__(self, env: gymnasium.Env, number: int) -> None:
+    def __init__(self, env: gymnasium.Env, number: int, action_map: ActionMap) -> None:
         super().__init__(env)
+        self.action_map, self._mask_method = action_map, mask_method(env)
+        self._mask: np.ndarray | None = None  # [S] the current one
         self._number = number
         self._seed: int | None = None
         self._before: dict[str, Any] | None = None  # the generator's state; None if the episode began with the seed
@@ -94,6 +99,8 @@ class RecordedEnv(gymnasium.Wrapper[Any, Any, Any, Any]):
         if fault := fault_of_reset(began):
             raise self._broken(fault)
         self._check_shape(began[0], "at a reset")
+        if self.masked:
+            began = (began[0], self._masked_info(began[1]))
         if self.rests:
             self._beginning = copy.deepcopy(began)
         return began
@@ -108,6 +115,8 @@ class RecordedEnv(gymnasium.Wrapper[Any, Any, Any, Any]):
             raise self._failure(error) from error
         if type(result) is not tuple or len(result) != 5:
             raise self._broken(fault_of_step(result))
+        if self.masked:
+            result = (*result[:4], self._masked_info(result[4], is_terminal=bool(result[2])))
         if self._shape is not None and getattr(result[0], "shape", None) != self._shape:
             self._check_shape(result[0], "in a step")
         actions = self._actions
@@ -118,6 +127,41 @@ class RecordedEnv(gymnasium.Wrapper[Any, Any, Any, Any]):
             return (copied(result[0]), *result[1:])
         return result
 
+    def _masked_info(self, info: dict[str, Any], is_terminal: bool = False) -> dict[str, Any]:
+        """`info` with the mask as the agent reads it. All actions are allowed at a terminal state, where none follows."""
+        if is_terminal:
+            self._mask = np.ones(self.action_map.choices.total, np.bool_)
+        else:
+            try:
+                given = self._given_mask(info)
+                if given is None:
+                    raise ValueError("expected an action mask, as at the first reset, received none")
+                self._mask = self.action_map.read_mask(given)
+            except Exception as error:  # also of the environment's own method
+                raise self._failure(error) from error
+        return {**info, "action_mask": self._mask}
+
+    def _given_mask(self, info: Mapping[str, Any]) -> Any:
+        mask = info.get("action_mask")
+        return self._mask_method() if mask is None and self._mask_method is not None else mask
+
+    def finds_mask(self, number: int) -> bool | str:
+        """Whether a reset gives a mask, or what is wrong with it. Only copy `number` tries it; others return False.
+
+        Afterwards the copy must be reset with a seed.
+        """
+        if number != self._number:
+            return False
+        try:
+            with preserved_global_generators():
+                given = self._given_mask(self.reset(seed=1)[1])
+        except Exception:
+            return False  # the first reset of the run will fail too, and report it
+        try:
+            return given is not None and bool(self.action_map.read_mask(given).size)
+        except ValueError as error:
+            return str(error)
+
     def trace(self) -> dict[str, Any] | None:
         """The trace: an array of actions and JSON values. None if it is incomplete."""
         if len(self._actions) == self._room or self._seed is None:
@@ -125,7 +169,7 @@ class RecordedEnv(gymnasium.Wrapper[Any, Any, Any, Any]):
         return {
             "seed": self._seed,
             "before": jsonable(self._before),
-            "actions": np.array(self._actions, np.int64),
+            "actions": np.array(self._actions, np.int64).reshape(-1, *self.action_map.choices.shape),
             "now": jsonable(self._generator_state()),
         }
 
@@ -195,8 +239,11 @@ class RecordedEnv(gymnasium.Wrapper[Any, Any, Any, Any]):
             self.records = kept
 
     def _probe(self) -> bool:
-        space: Any = self.action_space
-        parts = space.start + np.random.default_rng(0).integers(space.n, size=(4, PROBE_STEPS))
+        action_map, rng = self.action_map, np.random.default_rng(0)
+        first = int(self.action_space.start) if isinstance(self.action_space, spaces.Discrete) else 0
+        parts = first + action_map.choices.random(rng, 4 * PROBE_STEPS).reshape(
+            4, PROBE_STEPS, *action_map.choices.shape
+        )
         began = time.monotonic()
         self.reset(seed=1)
         self._play(parts[0])
@@ -211,15 +258,23 @@ class RecordedEnv(gymnasium.Wrapper[Any, Any, Any, Any]):
         return self.retrace() is not None and future == self._play(parts[2]) + self._begin() + self._play(parts[3])
 
     def _play(self, actions: np.ndarray) -> list[bytes]:
-        """What the environment returns for `actions`. It is reset when an episode ends."""
+        """What the environment returns for `actions`, or others if the mask forbids them. Resets it if an episode ends."""
         seen = []
         for action in actions:
+            if self._mask is not None:
+                action = self._allowed(action)
             observation, reward, terminated, truncated, _ = self.step(action)
             ended = bool(terminated), bool(truncated)
             seen += [as_bytes(observation), np.float64(reward).tobytes(), bytes(ended)]
             if any(ended):
                 seen += self._begin()
         return seen
+
+    def _allowed(self, action: Any) -> Any:
+        """An action that the mask allows; which one follows from `action`."""
+        rng, start = np.random.default_rng(np.abs(np.atleast_1d(action))), getattr(self.action_space, "start", 0)
+        assert self._mask is not None
+        return start + self.action_map.choices.random(rng, 1, self._mask[None])[0]
 
     def _begin(self) -> list[bytes]:
         return [as_bytes(self.reset()[0])]
@@ -251,13 +306,24 @@ class RecordedEnv(gymnasium.Wrapper[Any, Any, Any, Any]):
         return EnvFailure([self._number], "failed", f"{type(error).__name__}: {one_line(error)}", text)
 
 
-def make(spec: EnvSpec, kwargs: dict[str, Any], number: int, wrappers: Sequence[Wrapper] = ()) -> RecordedEnv:
+def make(
+    spec: EnvSpec,
+    kwargs: dict[str, Any],
+    number: int,
+    wrappers: Sequence[Wrapper] = (),
+    actions: ActionSettings | None = None,
+) -> RecordedEnv:
     """The copy with this global number, in `wrappers`. Every copy of a job is made here, or by a native vector class."""
     hush_old_gym()
     # Gymnasium's checker warns about wrong observations and rewards. One checked copy in the whole job is enough.
     checked = {"disable_env_checker": None if number == 0 else True}
     # Some environments change the lists and mappings that they are made with.
-    return RecordedEnv(wrap(gymnasium.make(spec, **{**checked, **copy.deepcopy(kwargs)}), wrappers), number)
+    env = wrap(gymnasium.make(spec, **{**checked, **copy.deepcopy(kwargs)}), wrappers)
+    check_kinds(spec.id, env.observation_space, env.action_space)
+    action_map = ActionMap(spec.id, env.action_space, actions or ActionSettings())
+    if action_map.numbers is not env.action_space:
+        env = NumberedActions(env, action_map)
+    return RecordedEnv(env, number, action_map)
 
 
 def copied(observation: Any) -> Any:

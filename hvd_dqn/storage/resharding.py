@@ -230,9 +230,10 @@ def gather_state(
 ) -> dict[str, Any]:
     """This rank's `rings`, as `Replay.load_state` takes them in a replay of `deal.slots` slots.
 
-    `shards` yields the old ranks' states in order. Frames, actions, rewards and step_types are read once, one row
-    [used, ...] per environment. This rank copies what it needs of a row before it reads the next row. So if rows are
-    read on demand, only one row of one old replay is in memory. `rng` is the state of this rank's generator.
+    `shards` yields the old ranks' states in order. Frames, actions, rewards, step_types and masks, if there are any, are
+    read once, one row [used, ...] per environment. This rank copies what it needs of a row before it reads the next row.
+    So if rows are read on demand, only one row of one old replay is in memory. `rng` is the state of this rank's
+    generator. Raises LookupError if masks are missing, and ValueError if arrays have other shapes than those in `into`.
 
     `into` holds arrays [E, used or more, ...] by their names in the state, for example a replay's own. They are filled
     in place. The state then consists of views of them, and in `load_state` NumPy need not copy an array to itself.
@@ -252,10 +253,13 @@ def gather_state(
     stream = (mine["shard"] << 32) + mine["env"]
 
     for number, shard in zip(range(deal.ranks), shards, strict=True):
-        for name in ("frames", "actions", "rewards", "step_types"):
+        masks = ("masks",) if "masks" in arrays or "masks" in shard else ()
+        for name in ("frames", "actions", "rewards", "step_types", *masks):
             for env, row in enumerate(shard[name]):
                 if name not in arrays:
                     arrays[name] = np.zeros((len(rings), used, *row.shape[1:]), row.dtype)
+                if arrays[name].shape[2:] != row.shape[1:]:
+                    raise ValueError(f"expected {name} of shape {arrays[name].shape[2:]}, received {row.shape[1:]}")
                 this = (number << 32) + env
                 begin, end = ends[np.searchsorted(stream, [this, this + 1])]
                 for i in range(begin, end, CHUNK):

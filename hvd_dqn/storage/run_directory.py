@@ -24,6 +24,8 @@ TASK = (
     "env.wrappers",
     "env.max_episode_steps",
     "env.observation_scale",
+    "env.action_bins",
+    "env.action_mask",
     "env.frame_stack",
     "env.reward_scale",
     "env.reward_clip",
@@ -32,7 +34,7 @@ TASK = (
     "env.normalize_reward",
 )
 # Settings that may not change in a run, because its weights have the shapes that follow from them.
-NETWORK = ("agent.network", "agent.hidden", "agent.dueling")
+NETWORK = ("agent.network", "agent.hidden", "agent.dueling", "agent.factored")
 PACKAGES = ("hvd_dqn", "tensorflow", "tensorflow-cpu", "keras", "horovod", "mpi4py", "gymnasium", "numpy")
 
 

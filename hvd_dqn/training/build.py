@@ -14,6 +14,7 @@ from hvd_dqn.agent.policy import Policy
 from hvd_dqn.agent.preprocess import NoStatistics, Preprocess, RunningStatistics
 from hvd_dqn.agent.rewards import Rewards, StoredRewards
 from hvd_dqn.config import Config
+from hvd_dqn.envs.actions import ActionSettings
 from hvd_dqn.envs.environments import Environments
 from hvd_dqn.errors import InputError
 from hvd_dqn.ranks.placement import compute_alone, compute_concurrently
@@ -35,7 +36,7 @@ def make_environments(
     """`copies` environments of this rank, for training or for evaluations."""
     env = config.env
     stores_rewards = env.normalize_reward  # as they come: see `hvd_dqn.envs.environments`
-    return Environments(
+    envs = Environments(
         env.id,
         copies,
         kwargs=env.kwargs,
@@ -52,7 +53,14 @@ def make_environments(
         restarts=env.restart_failed_envs,
         holds=env.on_nonfinite == "hold",
         evaluates=evaluates,
+        actions=ActionSettings(env.action_bins, config.agent.factored, env.action_mask == "auto"),
     )
+    try:
+        envs.find_masks()
+    except InputError:
+        envs.close()
+        raise
+    return envs
 
 
 def make_one(config: Config, world: World) -> Environments:
@@ -101,8 +109,8 @@ def make_preprocess(config: Config, envs: Environments) -> Preprocess:
     return Preprocess(layout, env.clip_observation)
 
 
-def make_objective(config: Config) -> Objective:
-    return Dqn(double=config.agent.double, loss=config.agent.loss)
+def make_objective(config: Config, envs: Environments) -> Objective:
+    return Dqn(double=config.agent.double, loss=config.agent.loss, sizes=envs.choices.sizes)
 
 
 def make_network(
@@ -110,7 +118,14 @@ def make_network(
 ) -> Network:
     agent = config.agent
     return build_network(
-        agent.network, preprocess, envs.actions, objective, hidden=agent.hidden, dueling=agent.dueling, rng=rng
+        agent.network,
+        preprocess,
+        envs.actions,
+        objective,
+        hidden=agent.hidden,
+        dueling=agent.dueling,
+        rng=rng,
+        sizes=envs.choices.sizes,
     )
 
 
@@ -134,7 +149,7 @@ def make_learner(
     planned: int = 0,
 ) -> Learner:
     """The learner. `planned` is the number of updates that it will take."""
-    learner, objective = config.learner, make_objective(config)
+    learner, objective = config.learner, make_objective(config, envs)
     _choose_threads(config, envs, preprocess, world)
     return Learner(
         lambda: make_network(config, envs, preprocess, objective, rng),
@@ -208,7 +223,7 @@ def trained_network(config: Config, envs: Environments, world: World, snapshot: 
     """
     preprocess = make_preprocess(config, envs)
     _choose_threads(config, envs, preprocess, world)
-    network = make_network(config, envs, preprocess, make_objective(config), np.random.default_rng(config.seed))
+    network = make_network(config, envs, preprocess, make_objective(config, envs), np.random.default_rng(config.seed))
     try:
         statistics = read_statistics(config, envs, snapshot)
         preprocess.set_statistics(statistics.mean, statistics.scale)
@@ -246,7 +261,7 @@ def make_policy(
     values: Callable[[np.ndarray], np.ndarray],
     rng: np.random.Generator | int | None = None,
 ) -> Policy:
-    return Policy(values, envs.frames, envs.observation_space, envs.action_space, rng)
+    return Policy(values, envs.frames, envs.observation_space, envs.action_map, rng)
 
 
 def make_evaluator(

@@ -121,13 +121,14 @@ class Evaluator:
         return returns, lengths, was_cut
 
     def _act(self, rows: np.ndarray, rngs: dict[int, np.random.Generator]) -> np.ndarray:
-        """Actions [E]. Those of the copies `rows` matter; the others rest."""
-        action = np.zeros(self.envs.copies, np.int64)
-        action[rows] = self._policy.choose(self.envs.observation[rows])
+        """Actions [E] or [E, D]. Those of the copies `rows` matter; the others rest."""
+        mask, choices = self.envs.mask, self.envs.choices
+        action = np.zeros((self.envs.copies, *choices.shape), np.int64)
+        action[rows] = self._policy.choose(self.envs.observation[rows], None if mask is None else mask[rows])
         if self._epsilon > 0:
             for copy in rows.tolist():
                 if rngs[copy].random() < self._epsilon:
-                    action[copy] = rngs[copy].integers(self.envs.actions)
+                    action[copy] = choices.random(rngs[copy], 1, None if mask is None else mask[copy : copy + 1])[0]
         return action
 
     def close(self) -> None:

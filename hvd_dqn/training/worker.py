@@ -75,7 +75,7 @@ class Worker:
         planned = self.plan.updates_after(self.plan.cycles - 1)
         self.learner = make_learner(config, self.envs, self.preprocess, world, self._rng(WEIGHTS), planned)
         self.actor = Actor(
-            self.learner.acting.q_values, self.envs.actions, self._rng(ACTING), config.agent.epsilon_zeta
+            self.learner.acting.q_values, self.envs.choices, self._rng(ACTING), config.agent.epsilon_zeta
         )
         # A rank that joins need not share the available memory: its neighbours have allocated theirs already.
         self.replay = self._make_replay(self.plan.slots_per_env, sharers=1 if joins else world.local_size)
@@ -115,6 +115,8 @@ class Worker:
             frame_stack=config.env.frame_stack,
             n_step=config.agent.n_step,
             gamma=config.agent.gamma,
+            action_shape=self.envs.choices.shape,
+            mask_width=self.envs.actions if self.envs.masked else 0,
             sharers=sharers,
         )
 
@@ -133,7 +135,8 @@ class Worker:
         """One step in each environment."""
         ledger = self.ledger
         with ledger.timed("act"):
-            action = self.actor.act(self.envs.observation, self.plan.epsilons_at(cycle, self.world.rank))
+            epsilons = self.plan.epsilons_at(cycle, self.world.rank)
+            action = self.actor.act(self.envs.observation, epsilons, self.envs.mask)
         with ledger.timed("env"):
             transition, episodes = self.envs.step(action)
         self.replay.add(transition)
@@ -264,6 +267,9 @@ class Worker:
         rows = self.plan.describe()
         rows["observations"] = self.envs.frames.layout.describe()
         rows["network"] = f"{self.config.agent.network}, {parameters:,} parameters{compiled}"
+        action_map = self.envs.action_map
+        if self.envs.masked or len(action_map.dimensions) > 1:
+            rows["actions"] = f"{action_map}" + ("; masks are used" if self.envs.masked else "")
         rows["replay"] += f", {self.replay.nbytes / 1e6:,.0f} MB"
         if self.config.env.wrappers:
             rows["wrappers"] = ", ".join(map(described, self.config.env.wrappers))

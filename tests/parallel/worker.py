@@ -58,7 +58,7 @@ def assert_equal_on_all_ranks(learner: Learner) -> None:
 
 def two_ranks_with_batch_32_are_one_with_batch_64(network, **settings):
     both = batch(3, 64, seed=1)
-    mine = Batch(*(x[:, world.rank * 32 : (world.rank + 1) * 32] for x in both[:-1]))
+    mine = Batch(*(x[:, world.rank * 32 : (world.rank + 1) * 32] for x in both[:5]))
     copies = np.array([False, True, False])
     shared, alone = make(network=network, **settings), make(Solo(), network=network, **settings)
     phase, expected = shared.update(mine, 0.01, copies), alone.update(both, 0.01, copies)

@@ -93,7 +93,7 @@ def test_k_updates_in_one_call_are_k_calls():
     b, copies = batch(6, 8), np.array([False, True, False, False, True, False])
     together.update(b, 0.01, copies)
     for k in range(6):
-        apart.update(Batch(*(x[k : k + 1] for x in b[:-1])), 0.01, copies[k : k + 1])
+        apart.update(Batch(*(x[k : k + 1] for x in b[:5])), 0.01, copies[k : k + 1])
     for one, other in zip(together.variables.values(), apart.variables.values(), strict=True):
         np.testing.assert_allclose(one.numpy(), other.numpy(), rtol=1e-5, atol=1e-6)
 
@@ -240,7 +240,7 @@ def test_a_state_can_be_taken_over_by_a_learner_that_overlaps_and_by_one_that_do
 def test_learning_fits_the_targets():
     learner = make(hidden=(64,), double=False, loss="squared")
     b = batch(1, 32)._replace(discount=np.zeros((1, 32), np.float32))  # a regression on the rewards
-    many = Batch(*(np.repeat(x, 300, axis=0) for x in b[:-1]))
+    many = Batch(*(np.repeat(x, 300, axis=0) for x in b[:5]))
     first = learner.update(b, 0.01, np.array([False])).loss
     learner.update(many, 0.01, np.zeros(300, bool))
     assert learner.update(b, 0.01, np.array([False])).loss < 0.02 * first
@@ -315,7 +315,7 @@ def test_a_transitions_weight_multiplies_its_loss():
     b = batch(1, 16)
     weight = np.repeat([2.0, 0.0], 8).astype(np.float32)[None]
     one = whole.update(b._replace(weight=weight), 0.01, np.array([False]))
-    other = half.update(Batch(*(x[:, :8] for x in b[:-1])), 0.01, np.array([False]))
+    other = half.update(Batch(*(x[:, :8] for x in b[:5])), 0.01, np.array([False]))
     assert (one.loss, one.gradient_norm) == pytest.approx((other.loss, other.gradient_norm), rel=1e-5)
     np.testing.assert_allclose(
         whole.online.variables[0].numpy(), half.online.variables[0].numpy(), rtol=1e-5, atol=1e-6
@@ -337,5 +337,59 @@ def test_an_objective_may_ask_the_target_network_about_either_observation(passes
     here, there = (learner.target.q_values(x[0]).mean(axis=1) for x in (b.observation, b.next_observation))
     q = learner.online.q_values(b.observation[0])[np.arange(8), b.action[0]]
     expected = 0.5 * np.mean((q - (there - here)) ** 2)
-    first = Batch(*(x[:1] for x in b[:-1]))
+    first = Batch(*(x[:1] for x in b[:5]))
     assert learner.update(first, 0.01, np.array([False])).loss == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize("double", [False, True])
+@pytest.mark.parametrize("passes", [1, 2])
+@pytest.mark.parametrize("sizes", [(5,), (2, 3)])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_a_forbidden_action_of_huge_value_changes_nothing(double, passes, sizes, weighted):
+    """The bias of output 1 makes it huge. With it forbidden everywhere, all is as if it were the lowest."""
+
+    def learned(bias: float, mask: np.ndarray | None) -> tuple[float, ...]:
+        rng, preprocess, objective = (
+            np.random.default_rng(0),
+            Preprocess((4,)),
+            Dqn(double=double, loss="squared", sizes=sizes),
+        )
+        build = lambda: build_network(  # noqa: E731
+            "mlp", preprocess, 5, objective, hidden=(8,), dueling=False, rng=rng, sizes=sizes
+        )
+        learner = Learner(build, preprocess, objective, Solo(), passes=passes, max_gradient_norm=None)
+        for network in (learner.online, learner.target):
+            theta = network.variables[0].numpy()
+            theta[-4] = bias  # the last five numbers are the outputs' biases
+            network.variables[0].assign(theta)
+        weight = np.ones((2, 16), np.float32) if weighted else None
+        action = np.zeros((2, 16, *((2,) if len(sizes) > 1 else ())), np.int64)
+        given = batch(2, 16)._replace(action=action, weight=weight, next_mask=mask)
+        return sums(learner.update(given, 1e-4, np.array([False, False])))[1:4]
+
+    mask = np.ones((2, 16, 5), bool)
+    mask[..., 1] = False
+    expected = learned(-1e6, None)
+    assert learned(1e6, mask) == pytest.approx(expected, rel=1e-5)
+    assert learned(1e6, None) != pytest.approx(expected, rel=1e-5)
+
+
+def test_a_factored_loss_is_that_of_the_mean_over_dimensions():
+    """Against NumPy, with dimensions of two and of three choices, and a dueling head."""
+    sizes, objective = (2, 3), Dqn(double=True, loss="huber", sizes=(2, 3))
+    rng, preprocess = np.random.default_rng(0), Preprocess((4,))
+    build = lambda: build_network("mlp", preprocess, 5, objective, hidden=(8,), dueling=True, rng=rng, sizes=sizes)  # noqa: E731
+    learner = Learner(build, preprocess, objective, Solo())
+    b = batch(1, 32)._replace(action=np.random.default_rng(1).integers(sizes, size=(1, 32, 2)))
+    split = lambda q: (q[:, :2], q[:, 2:])  # noqa: E731
+    online, target = (split(net.q_values(b.next_observation[0])) for net in (learner.online, learner.target))
+    rows = np.arange(32)
+    ahead = sum(t[rows, o.argmax(axis=1)] for o, t in zip(online, target, strict=True)) / 2
+    before = split(learner.online.q_values(b.observation[0]))
+    q = sum(part[rows, b.action[0, :, d]] for d, part in enumerate(before)) / 2
+    error = np.abs(q - (b.reward[0] + b.discount[0] * ahead))
+    phase = learner.update(b, 1e-3, np.array([False]))
+    loss = np.where(error <= 1, 0.5 * error**2, error - 0.5).mean()
+    assert (phase.loss, phase.mean_q) == pytest.approx((loss, q.mean()), rel=1e-4)
+    tensor = learner.online(tf.constant(b.observation[0])).numpy()  # NumPy acts by the same values
+    np.testing.assert_allclose(learner.online.q_values(b.observation[0]), tensor, rtol=1e-4, atol=1e-5)

@@ -3,7 +3,7 @@
 import pytest
 import tensorflow as tf
 
-from hvd_dqn.agent.losses import double_q_target, huber, q_of, q_target, squared
+from hvd_dqn.agent.losses import by_dimension, double_q_target, huber, q_of, q_target, squared
 
 
 def test_truncation_still_bootstraps_but_termination_does_not():
@@ -58,3 +58,50 @@ def test_squared_has_the_error_as_its_gradient():
             y = squared(x)
         assert y.numpy() == pytest.approx(loss)
         assert tape.gradient(y, x).numpy() == pytest.approx(error)
+
+
+# Two dimensions of two and of three choices: the shorter one is padded.
+FACTORED = (2, 3)
+
+
+def test_a_factored_value_is_the_mean_over_dimensions_and_its_maximum_is_taken_in_each():
+    q = by_dimension(tf.constant([[1.0, 3.0, 5.0, 9.0, 7.0]]), FACTORED, tf.float32.min)
+    assert q.numpy()[0].tolist() == [[1.0, 3.0, tf.float32.min], [5.0, 9.0, 7.0]]
+    for action, value in [((0, 0), 3.0), ((1, 0), 4.0), ((1, 2), 5.0)]:
+        assert q_of(q, tf.constant([action])).numpy().tolist() == [value]
+    target = q_target(tf.constant([1.0]), tf.constant([0.5]), q)
+    assert target.numpy().tolist() == [1.0 + 0.5 * (3.0 + 9.0) / 2]
+
+
+def test_a_factored_double_target_chooses_online_and_values_by_the_target_network_in_each_dimension():
+    online = by_dimension(tf.constant([[-2.0, -1.0, -7.0, -9.0, -8.0]]), FACTORED, tf.float32.min)  # chooses 1 and 0
+    target = by_dimension(tf.constant([[10.0, 4.0, 6.0, 20.0, 30.0]]), FACTORED, tf.float32.min)
+    result = double_q_target(tf.constant([1.0]), tf.constant([0.5]), online, target)
+    assert result.numpy().tolist() == [1.0 + 0.5 * (4.0 + 6.0) / 2]
+
+
+def test_a_padded_choice_is_never_trained():
+    out = tf.Variable([[1.0, 3.0, 5.0, 9.0, 7.0]])
+    with tf.GradientTape() as tape:
+        loss = tf.reduce_sum(q_of(by_dimension(out, FACTORED, tf.float32.min), tf.constant([[1, 2]])))
+    assert tape.gradient(loss, out).numpy().tolist() == [[0.0, 0.5, 0.0, 0.0, 0.5]]
+
+
+HUGE = 1e30
+
+
+@pytest.mark.parametrize("double", [False, True])
+def test_what_a_mask_forbids_is_never_bootstrapped_from(double):
+    #    q of the next state                  its mask                                   value
+    for q, mask, value in [
+        ([[HUGE, 1.0, 2.0]],                  [[False, True, True]],                     2.0),
+        ([[HUGE, 1.0, -2.0]],                 [[False, False, True]],                    -2.0),
+        ([[HUGE, 1.0, 2.0]],                  [[False, False, False]],                   None),  # terminal
+        ([[[HUGE, 4.0], [1.0, HUGE]]],        [[[False, True], [True, False]]],          2.5),
+    ]:  # fmt: skip
+        q, mask = tf.constant(q), tf.constant(mask)
+        reward, discount = tf.constant([1.0]), tf.constant([0.0 if value is None else 0.5])
+        function = double_q_target if double else q_target
+        arguments = (q, q, mask) if double else (q, mask)
+        expected = 1.0 if value is None else 1.0 + 0.5 * value
+        assert function(reward, discount, *arguments).numpy().tolist() == [expected]

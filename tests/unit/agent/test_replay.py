@@ -53,7 +53,7 @@ def sample(replay: Replay, updates: int, batch_size: int) -> Batch:
 def rows_of(batch: Batch) -> dict[int, tuple]:
     """By action: observation, reward, discount, next observation."""
     assert batch.weight is None
-    flat = [field.reshape(-1, *field.shape[2:]) for field in batch[:-1]]
+    flat = [field.reshape(-1, *field.shape[2:]) for field in batch[:5]]
     return {
         int(action): (observation.tolist(), float(reward), float(discount), next_observation.tolist())
         for observation, action, reward, discount, next_observation in zip(*flat, strict=True)
@@ -91,8 +91,8 @@ def test_batches_have_the_promised_shapes_types_and_memory_of_their_own():
         batch = sample(replay, 3, 7)
         assert batch.observation.shape == batch.next_observation.shape == (3, 7, *observation_shape)
         assert batch.action.shape == batch.reward.shape == batch.discount.shape == (3, 7)
-        assert [field.dtype for field in batch[:-1]] == [np.uint8, np.int64, np.float32, np.float32, np.uint8]
-        for field in batch[:-1]:
+        assert [field.dtype for field in batch[:5]] == [np.uint8, np.int64, np.float32, np.float32, np.uint8]
+        for field in batch[:5]:
             assert field.flags.c_contiguous
             assert not any(np.shares_memory(field, array) for array in replay.arrays().values())
 
@@ -507,3 +507,56 @@ def test_rewards_are_turned_into_learned_ones_step_by_step():
     clipped = lambda reward: np.clip(reward.astype(np.float64), -2, 2)  # noqa: E731
     rewards = replay.draw(1, 200, clipped).reward
     assert set(rewards.ravel().tolist()) == {1 + 0.5 * 2 - 0.25 * 2, 2 - 0.5 * 2 + 0.25 * 2}
+
+
+def test_actions_of_several_dimensions_and_masks_travel_with_their_observations():
+    """The mask of each observation is its number in binary, and the action (number, number + 1)."""
+    replay = new_replay(16, envs=2, action_shape=(2,), mask_width=11, n_step=2)
+    bits = lambda numbers: (numbers[:, None] >> np.arange(11)) % 2 == 1  # noqa: E731
+    number, rng = np.array([1, 1001]), np.random.default_rng(0)
+    for _ in range(60):
+        ended, valid = rng.random(2) < 0.2, rng.random(2) < 0.9
+        replay.add(
+            Transition(
+                np.float32(number[:, None]),
+                np.stack([number, number + 1], axis=1),
+                np.float32(number),
+                np.zeros(2, bool),
+                ended & valid,
+                np.float32(number[:, None] + 1),
+                valid,
+                bits(number),
+                bits(number + 1),
+            )
+        )
+        number += np.where(valid, 1 + ended, 0)
+    restored = new_replay(16, envs=2, action_shape=(2,), mask_width=11, n_step=2, seed=1)
+    restored.load_state(json_free(replay.state()))
+    for each in (replay, restored):
+        batch = sample(each, 4, 100)
+        assert batch.action.shape == (4, 100, 2)
+        np.testing.assert_array_equal(batch.action[..., 0], batch.observation[..., 0])
+        np.testing.assert_array_equal(batch.action[..., 1], batch.observation[..., 0] + 1)
+        assert batch.next_mask.dtype == np.bool_
+        following = batch.next_observation[..., 0].astype(int).ravel()
+        np.testing.assert_array_equal(batch.next_mask.reshape(-1, 11), bits(following))
+    assert replay.nbytes == Replay.memory_needed(16, 2, (1,), np.float32, (2,), 11)
+
+
+def json_free(state):
+    return {name: value.copy() if isinstance(value, np.ndarray) else value for name, value in state.items()}
+
+
+@pytest.mark.parametrize(
+    ("saved", "mine"),
+    [
+        ({}, {"mask_width": 4}),
+        ({"mask_width": 4}, {}),
+        ({"mask_width": 4}, {"mask_width": 9}),
+        ({}, {"action_shape": (2,)}),
+    ],
+)
+def test_a_replay_of_other_actions_or_masks_is_refused(saved, mine):
+    with pytest.raises(InputError, match="another size") as refused:
+        new_replay(**mine).load_state(new_replay(**saved).state())
+    assert len(str(refused.value).splitlines()) == 1

@@ -56,7 +56,8 @@ def seen(envs, play):
     shown = [envs.observation.tobytes()]
     for action in play:
         transition, episodes = envs.step(action)
-        shown += [array.tobytes() for array in (*transition, *episodes, envs.observation, envs.returns)]
+        arrays = (*transition, *episodes, envs.observation, envs.returns, envs.mask)
+        shown += [array.tobytes() for array in arrays if array is not None]
     return shown
 
 

@@ -5,6 +5,7 @@ import tracemalloc
 from collections.abc import Iterator
 
 import numpy as np
+import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
@@ -560,3 +561,38 @@ def test_within_a_limit_each_ring_keeps_its_newest(stack, old, new, cycles, end_
     unlimited = deal(shards, new[0] * new[1], limit, stack)
     assert unlimited.write_positions.max() >= limit
     assert dealt.write_positions.max() >= limit - 1 - stack
+
+
+def test_masks_and_actions_of_several_dimensions_are_dealt_with_their_observations():
+    def bits(numbers: np.ndarray) -> np.ndarray:
+        return (numbers.reshape(-1, 1) >> np.arange(13)) % 2 == 1
+
+    def new(slots: int, envs: int) -> Replay:
+        rng = np.random.default_rng(envs)
+        return Replay(slots, envs, (1,), np.float32, rng, gamma=GAMMA, n_step=2, action_shape=(2,), mask_width=13)
+
+    shards, rng = [], np.random.default_rng(0)
+    for rank in range(2):
+        replay, number = new(40, 2), np.array([1, 2000]) + 4000 * rank
+        for _ in range(70):
+            ended = rng.random(2) < 0.1
+            replay.add(
+                Transition(
+                    np.float32(number[:, None]), np.stack([number, -number], axis=1), np.float32(number), ended, ended & False,
+                    np.float32(number[:, None] + 1), np.ones(2, bool), bits(number), bits(number + 1),
+                )
+            )  # fmt: skip
+            number += 1 + ended
+        shards.append(replay.state())
+    for rings in (1, 3):
+        dealt = deal(shards, rings, 40, 1)
+        mine = new(dealt.slots, rings)
+        mine.load_state(gather_state(dealt, range(rings), shards, mine.state()["rng"], into=mine.arrays()))
+        batch = mine.gather(mine.draw(2, 300))
+        np.testing.assert_array_equal(batch.action[..., 0], batch.observation[..., 0])
+        np.testing.assert_array_equal(batch.action[..., 1], -batch.observation[..., 0])
+        following = batch.next_observation.astype(int)
+        np.testing.assert_array_equal(batch.next_mask.reshape(-1, 13), bits(following))
+    unmasked = [{name: value for name, value in shard.items() if name != "masks"} for shard in shards]
+    with pytest.raises(LookupError):
+        gather_state(dealt, range(3), unmasked, mine.state()["rng"], into=mine.arrays())

@@ -31,6 +31,7 @@ SETTINGS = {
         "frame_stack": 2,
         "reward_scale": 0.5,
         "reward_clip": 2.0,
+        "action_mask": "off",
         "restart_failed_envs": 4,
         "normalize_observation": True,
         "clip_observation": 4.0,
@@ -118,6 +119,7 @@ def test_every_setting_reaches_its_part(made):
             "reward_clip",
         )
     }
+    shared["actions"] = (None, None, False)
     shared |= {"observation_scale": None}  # CartPole has nothing that it could divide
     shared |= {"wrappers": (), "max_episode_steps": None}
     shared |= {"copies": 3, "first_index": 3, "rank": 1, "restarts": 4, "holds": True}
@@ -140,7 +142,7 @@ def test_every_setting_reaches_its_part(made):
     assert expected["planned"] > 100
     assert {name: made_learner[name] for name in expected} == expected
 
-    assert calls["Dqn"] == [{"double": False, "loss": "squared"}]
+    assert calls["Dqn"] == [{"double": False, "loss": "squared", "sizes": (2,)}]
     assert len(calls["build_network"]) == 3  # online, target, and the one that acts while the others learn
     for network in calls["build_network"]:
         assert (network["hidden"], network["dueling"]) == ((5,), True)
@@ -162,7 +164,7 @@ def test_a_rank_acts_with_its_own_part_of_the_ladder(made):
     agent, _ = made
     agent.begin_episodes()
     given, act = [], agent.actor.act
-    agent.actor.act = lambda observation, epsilons: given.append(epsilons) or act(observation, epsilons)
+    agent.actor.act = lambda observation, epsilons, mask: given.append(epsilons) or act(observation, epsilons, mask)
     for cycle in (0, 30):
         agent.step(cycle)
         assert np.array_equal(given[-1], agent.plan.epsilons_at(cycle, 1))
