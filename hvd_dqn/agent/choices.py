@@ -48,7 +48,7 @@ class Choices:
     def leaves_any(self, mask: np.ndarray) -> np.ndarray:
         """[N] bool: whether `mask` [N, S] allows an action at all, which takes a number in every dimension."""
         if not self.factored:
-            return mask.any(axis=1)
+            return np.asarray(mask.any(axis=1))
         any_left = np.logical_or.reduce(self._by_dimension(mask, False), axis=2)  # [N, D]
         possible: np.ndarray = np.logical_and.reduce(any_left, axis=1)
         return possible
