@@ -138,7 +138,8 @@ def test_setup_of_a_ready_venv_does_nothing():
 def test_pip_in_the_venv_keeps_to_the_pins():
     done = run(ROOT / ".venv" / "bin" / "pip", "install", "--dry-run", "numpy==1.26.4")
     assert done.returncode != 0
-    assert re.search(r"\(constraint\) numpy==2\.", done.stderr), done.stderr  # not for want of a network
+    said = done.stdout + done.stderr
+    assert re.search(r"\(constraint\) numpy==2\.", said), said  # not for want of a network
 
 
 def test_a_package_that_was_replaced_is_told_and_the_setup_repeated(project, tmp_path):
