@@ -53,12 +53,8 @@ def test_every_requirement_is_pinned_once():
 
 
 def test_unsupported_python_is_answered_with_the_supported_ones(project, tmp_path):
-    for name in [
-        "python3.10",
-        "python3.11",
-        "python3.12",
-        "python3.13",
-    ]:  # as pyenv's shims do for versions that are not active
+    for minor in range(10, 14):  # as pyenv's shims do for versions that are not active
+        name = f"python3.{minor}"
         write_script(tmp_path / "bin" / name, f"echo '{name}: command not found' >&2; exit 127")
     write_script(tmp_path / "bin" / "python3", "echo 3.14")
     done = run(project / "launch" / "setup.sh", env={"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}"})
@@ -142,7 +138,8 @@ def test_setup_of_a_ready_venv_does_nothing():
 def test_pip_in_the_venv_keeps_to_the_pins():
     done = run(ROOT / ".venv" / "bin" / "pip", "install", "--dry-run", "numpy==1.26.4")
     assert done.returncode != 0
-    assert "numpy==1.26.4" in done.stderr
+    said = done.stdout + done.stderr
+    assert re.search(r"\(constraint\) numpy==2\.", said), said  # not for want of a network
 
 
 def test_a_package_that_was_replaced_is_told_and_the_setup_repeated(project, tmp_path):
