@@ -17,7 +17,7 @@ from hvd_dqn.config import Config
 from hvd_dqn.config_files import configure
 from hvd_dqn.errors import InputError, RunError, tell
 from hvd_dqn.ranks.elastic import ElasticWorld
-from hvd_dqn.ranks.lockstep import BroadcastHook, in_step
+from hvd_dqn.ranks.lockstep import BroadcastHook, check_equal, in_step
 from hvd_dqn.ranks.world import Solo, World
 from hvd_dqn.reporting.session import Session, open_session
 from hvd_dqn.storage.checkpoint import Checkpoints, Snapshot
@@ -142,6 +142,11 @@ def _go_on(
         except OSError as error:
             raise InputError(f"Cannot write the run directory {run.path}: {error.strerror}.") from None
 
+    check_equal(
+        trainer.world,
+        trainer.worker.environment(),
+        "Each host must have the same version of the environment's package.",
+    )
     session = in_step(trainer.world, opened)
     last, evaluation = None, {"return_mean": math.nan, "return_std": math.nan, "episodes": 0}
     # Closing: if a record cannot be shown, the training ends at once and says goodbye to the other ranks.

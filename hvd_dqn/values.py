@@ -39,6 +39,8 @@ def read_value(written: Any, annotation: Any) -> Any:
             return _number(written)
         if isinstance(written, Real):  # NumPy's, too
             return int(written) if isinstance(written, Integral) else float(written)
+    if written is False and get_origin(kind) is Literal and "off" in get_args(kind):
+        return "off"  # which YAML takes for false unless it is quoted
     return written
 
 

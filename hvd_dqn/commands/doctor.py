@@ -272,9 +272,9 @@ def render_environment(report: dict[str, Any]) -> RenderableType:
     if "network" in report:
         network, replay, play = report["network"], report["replay"], report["random_play"]
         rows["network sees"] = (
-            f"{_shape(network['shape'])} {network['dtype']} from {network['low']:.4g} to {network['high']:.4g}, and chooses "
-            f"among {count(network['actions'], 'action')}"
+            f"{_shape(network['shape'])} {network['dtype']} from {network['low']:.4g} to {network['high']:.4g}"
         )
+        rows["and chooses"] = network["choices"]
         rows["replay keeps"] = (
             f"{_shape(replay['shape'])} {replay['dtype']}, {replay['bytes_per_transition']:,} bytes per transition"
         )

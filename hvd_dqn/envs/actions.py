@@ -102,7 +102,7 @@ class ActionMap:
 
     def __str__(self) -> str:
         if len(self.dimensions) == 1:
-            return f"{self.choices.total:,}"
+            return f"one of {self.choices.total:,}"
         same = set(self.dimensions)
         sizes = f"{same.pop()}" if len(same) == 1 else ", ".join(map(str, self.dimensions))
         kind = "each chosen by itself (factored)" if self.choices.factored else f"{self.choices.total:,} joint actions"

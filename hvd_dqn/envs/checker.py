@@ -1,17 +1,17 @@
 """Runs Gymnasium's own checker on one environment, and collects what it says."""
 
 import contextlib
+import copy
 import re
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
+import gymnasium
 from gymnasium.utils.env_checker import check_env
 
-from hvd_dqn.envs.registry import find_spec
-from hvd_dqn.envs.wrappers import make, one_line, preserved_global_generators
-from hvd_dqn.envs.wrapping import Wrapper
+from hvd_dqn.envs.registry import find_spec, hush_old_gym
+from hvd_dqn.envs.wrappers import one_line, preserved_global_generators
 
 
 def findings(id: str, kwargs: Mapping[str, Any]) -> list[str]:
@@ -19,9 +19,12 @@ def findings(id: str, kwargs: Mapping[str, Any]) -> list[str]:
 
     The environment itself is checked, without wrappers. Raises whatever the environment raises when it is made.
     """
+    hush_old_gym()
     gave_up = list[str]()
     with (
-        contextlib.closing(make(find_spec(id), dict(kwargs), number=1)) as env,
+        contextlib.closing(
+            gymnasium.make(find_spec(id), disable_env_checker=True, **copy.deepcopy(dict(kwargs)))
+        ) as env,
         warnings.catch_warnings(record=True) as warned,
         preserved_global_generators(),
     ):
@@ -32,20 +35,6 @@ def findings(id: str, kwargs: Mapping[str, Any]) -> list[str]:
             gave_up.append(f"it gave up: {type(failed).__name__}: {one_line(failed)}")
     said = [_plain(str(each.message)) for each in warned if "gymnasium" in each.filename]
     return list(dict.fromkeys(said + gave_up))
-
-
-def action_mask(id: str, kwargs: Mapping[str, Any], wrappers: Sequence[Wrapper]) -> str | None:
-    """Where the environment tells which actions are valid, in words; None if nowhere."""
-    with contextlib.closing(make(find_spec(id), dict(kwargs), 1, wrappers)) as env:
-        _, info = env.reset(seed=0)
-        method: Any = getattr(env.unwrapped, "action_mask", None)
-        if "action_mask" in info:
-            place, mask = "info['action_mask']", np.asarray(info["action_mask"])
-        elif callable(method):
-            place, mask = "action_mask()", np.asarray(method())
-        else:
-            return None
-        return f"{place}, {np.count_nonzero(mask)} of {mask.size} valid at a reset"
 
 
 def has_time_limit(id: str, kwargs: Mapping[str, Any]) -> bool:

@@ -47,6 +47,17 @@ def check_drift(
     )
 
 
+def check_equal(world: World, facts: Mapping[str, str], cure: str) -> None:
+    """Compares `facts`, each a name in words and its value, over ranks. Raises InputError, on all ranks, if any differ."""
+    chief, *others = world.gather(dict(facts))
+    for rank, theirs in enumerate(others, start=1):
+        for name, value in chief.items():
+            if theirs[name] != value:
+                raise InputError(
+                    f"All ranks must have the same {name}. Received: {value} on rank 0, {theirs[name]} on rank {rank}. {cure}"
+                )
+
+
 def in_step(world: World, action: Callable[[], T]) -> T:
     """Does `action` on every rank. A collective. If some ranks raise InputError, all ranks raise the first one's."""
     complaint = None

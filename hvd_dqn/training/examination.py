@@ -9,7 +9,7 @@ import numpy as np
 
 from hvd_dqn.agent.replay import Replay
 from hvd_dqn.config import Config
-from hvd_dqn.envs.checker import action_mask, findings, has_time_limit
+from hvd_dqn.envs.checker import findings, has_time_limit
 from hvd_dqn.envs.environments import Environments
 from hvd_dqn.envs.wrapping import described
 from hvd_dqn.errors import InputError, RunError
@@ -38,9 +38,9 @@ def examine_environment(config: Config) -> dict[str, Any]:
             report["checker"] = findings(env.id, kwargs)
         with _told(problems):
             one.try_out()
-            report["action_mask"] = action_mask(env.id, kwargs, env.wrappers)
             report["resumes_exactly"] = one.probe()
             one.reset([config.seed])
+            report["action_mask"] = _mask(one)
             report |= _seen(config, one)
             problems += _doubts(report)
             report["steps_per_second"] = [{"copies": 1, "steps": _speed(one, config.seed)}]
@@ -69,6 +69,17 @@ def _told(problems: list[str]) -> Iterator[None]:
         problems.append(f"{type(error).__name__}: {' '.join(str(error).split())}")
 
 
+def _mask(envs: Environments) -> str | None:
+    """In words; None if masks are not used."""
+    if envs.mask is None:
+        return None
+    return f"{np.count_nonzero(envs.mask[0])} of {envs.mask[0].size} actions are allowed after a reset"
+
+
+def _random_action(envs: Environments, rng: np.random.Generator) -> np.ndarray:
+    return envs.choices.random(rng, envs.copies, envs.mask)
+
+
 def _seen(config: Config, envs: Environments) -> dict[str, Any]:
     """What the network and the replay get, in random steps."""
     preprocess, frames = make_preprocess(config, envs), envs.frames
@@ -77,11 +88,13 @@ def _seen(config: Config, envs: Environments) -> dict[str, Any]:
     for _ in range(STEPS):
         inputs = preprocess.array(envs.observation)
         low, high = min(low, float(inputs.min())), max(high, float(inputs.max()))
-        transition, episodes = envs.step(rng.integers(envs.actions, size=envs.copies))
+        transition, episodes = envs.step(_random_action(envs, rng))
         rewards.add(float(transition.reward[0]))
         returns += episodes.returns.tolist()
         lengths += episodes.lengths.tolist()
     size = 1_000  # slots, so that what a ring needs once vanishes
+    mask_width = envs.actions if envs.masked else 0
+    needed = Replay.memory_needed(size, 1, frames.shape, frames.dtype, envs.choices.shape, mask_width)
     return {
         "network": {
             "shape": list(preprocess.input_shape),
@@ -89,11 +102,12 @@ def _seen(config: Config, envs: Environments) -> dict[str, Any]:
             "low": low,
             "high": high,
             "actions": envs.actions,
+            "choices": str(envs.action_map),
         },
         "replay": {
             "shape": list(frames.shape),
             "dtype": str(frames.dtype),
-            "bytes_per_transition": round(Replay.memory_needed(size, 1, frames.shape, frames.dtype) / size),
+            "bytes_per_transition": round(needed / size),
         },
         "random_play": {
             "steps": STEPS,
@@ -124,11 +138,11 @@ def _doubts(report: dict[str, Any]) -> list[str]:
 
 def _speed(envs: Environments, seed: int) -> float:
     """Steps per second over all copies, with random actions."""
-    actions = np.random.default_rng(seed).integers(envs.actions, size=(100, envs.copies))
-    envs.step(actions[0])
+    rng = np.random.default_rng(seed)
+    envs.step(_random_action(envs, rng))
     began, steps = perf_counter(), 0
     while (passed := perf_counter() - began) < SECONDS:
-        envs.step(actions[steps % len(actions)])
+        envs.step(_random_action(envs, rng))
         steps += 1
     return steps * envs.copies / passed
 

@@ -283,6 +283,15 @@ class Worker:
             rows["after a resume"] = f"new episodes begin: {self.config.env.id} cannot be saved"
         return rows
 
+    def environment(self) -> dict[str, str]:
+        """What the shapes of networks and of minibatches depend on, by name."""
+        envs = self.envs
+        return {
+            "observation space": str(envs.observation_space),
+            "action space": str(envs.action_space),
+            "use of action masks": "they are used" if envs.masked else "none are found",
+        }
+
     def state(self, total_steps: int, finished: bool) -> dict[str, Any]:
         """What all ranks share, besides the weights."""
         return {

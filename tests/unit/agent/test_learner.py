@@ -351,7 +351,7 @@ def test_a_forbidden_action_of_huge_value_changes_nothing(double, passes, sizes,
     def learned(bias: float, mask: np.ndarray | None) -> tuple[float, ...]:
         rng, preprocess, objective = (
             np.random.default_rng(0),
-            Preprocess((4,)),
+            Preprocess(single((4,))),
             Dqn(double=double, loss="squared", sizes=sizes),
         )
         build = lambda: build_network(  # noqa: E731
@@ -377,7 +377,7 @@ def test_a_forbidden_action_of_huge_value_changes_nothing(double, passes, sizes,
 def test_a_factored_loss_is_that_of_the_mean_over_dimensions():
     """Against NumPy, with dimensions of two and of three choices, and a dueling head."""
     sizes, objective = (2, 3), Dqn(double=True, loss="huber", sizes=(2, 3))
-    rng, preprocess = np.random.default_rng(0), Preprocess((4,))
+    rng, preprocess = np.random.default_rng(0), Preprocess(single((4,)))
     build = lambda: build_network("mlp", preprocess, 5, objective, hidden=(8,), dueling=True, rng=rng, sizes=sizes)  # noqa: E731
     learner = Learner(build, preprocess, objective, Solo())
     b = batch(1, 32)._replace(action=np.random.default_rng(1).integers(sizes, size=(1, 32, 2)))

@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 
+from hvd_dqn.agent.layout import single
 from hvd_dqn.agent.preprocess import RunningStatistics, merge
 from hvd_dqn.agent.rewards import Rewards, StoredRewards
 
@@ -43,7 +44,7 @@ def test_rewards_are_divided_by_the_deviation_then_scaled_then_clipped():
 
 
 def test_the_deviation_is_that_of_all_ranks_and_comes_in_the_same_collective_as_other_statistics():
-    ranks = [(RunningStatistics((3,)), Rewards(2, GAMMA)) for _ in range(3)]
+    ranks = [(RunningStatistics(single((3,))), Rewards(2, GAMMA)) for _ in range(3)]
     returns, sent = [], []
     for index, (statistics, rewards) in enumerate(ranks):
         statistics.observe(RNG.normal(size=(5, 3)))

@@ -482,7 +482,7 @@ def test_a_vector_class_that_keeps_the_final_observation_to_itself_stops_the_run
             r"--env\.wrappers '\[\{FilterObservation: \{filter_keys: \[a, b\]\}\}\]'\.$",
         ),
         ("Odd-v0", {"kind": "graph"}, r"The observations of `Odd-v0` .*Received: Graph\. Turn it into numbers"),
-        ("Odd-v0", {"kind": "nothing"}, r"observes nothing"),
+        ("Odd-v0", {"kind": "nothing"}, r"An empty Dict observation space"),
         ("Odd-v0", {"kind": "deep"}, r"observations `a` of .*shape of \(2, 2, 2, 2\).*ReshapeObservation"),
         ("Odd-v0", {"kind": "volume"}, r"must be \[D\], \[H, W\] or \[H, W, C\]\. Received: a shape of \(2, 2, 2, 2\)"),
         ("Odd-v0", {"kind": "breaks"}, r"`Odd-v0` cannot be made .*breaks.*: OSError: no simulator at port 80"),

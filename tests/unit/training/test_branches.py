@@ -6,6 +6,7 @@ import os
 import re
 import threading
 
+import gymnasium
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -17,6 +18,7 @@ from hvd_dqn.errors import InputError, JobError
 from hvd_dqn.ranks.world import Solo
 from hvd_dqn.storage.checkpoint import Checkpoints
 from hvd_dqn.training.trainer import Trainer
+from tests.unit.envs.test_environments import register
 
 RANKS = 2
 
@@ -233,3 +235,37 @@ def test_ranks_that_were_started_differently_are_refused_together(words, tmp_pat
     assert isinstance(first, InputError)
     assert str(first) == str(second)
     assert re.search(r"started with different .*ranks \[1\] differ from rank 0", str(first))
+
+
+class OddEnv(gymnasium.Env):
+    """Is another environment on rank 1, as it is where hosts have other versions of a package."""
+
+    HERE = threading.local()
+
+    def __init__(self, odd):
+        self.odd = odd if self.HERE.rank == 1 else ""
+        self.observation_space = gymnasium.spaces.Box(-1, 1, (3 if self.odd == "space" else 2,))
+        self.action_space = gymnasium.spaces.Discrete(2)
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        masks = {"action_mask": np.ones(2, np.int8)} if self.odd == "mask" else {}
+        return np.zeros(self.observation_space.shape, np.float32), masks
+
+    def step(self, action):
+        return *self.reset()[:1], 0.0, True, False, self.reset()[1]
+
+
+@pytest.mark.parametrize(("odd", "name"), [("space", "observation space"), ("mask", "use of action masks")])
+def test_ranks_whose_environments_differ_are_refused_together(odd, name, tmp_path):
+    register("PerRank-v0", OddEnv)
+    words = ["identity", "--env.id", "PerRank-v0", "--env.kwargs", f"odd={odd}", "--env.vectorization", "sync"]
+
+    def train(rank, world):
+        OddEnv.HERE.rank = rank
+        return hvd_dqn.commands.train.run([*words, "--run-dir", str(tmp_path)], world)
+
+    (first, second), _ = in_threads(train)
+    assert isinstance(first, InputError)
+    assert str(first) == str(second)
+    assert f"must have the same {name}" in str(first)

@@ -1,8 +1,12 @@
 """What the doctor finds out about an environment."""
 
 import json
+import re
 
+import gymnasium
+import numpy as np
 import pytest
+from gymnasium import spaces
 from rich.console import Console
 
 from hvd_dqn.commands import doctor
@@ -14,11 +18,37 @@ from hvd_dqn.training import examination
 from tests.unit.envs.test_conformity import Bad
 from tests.unit.envs.test_environments import register
 
+
+class Strict(gymnasium.Env):
+    """Allows one number in the first of two dimensions, and raises if the other is chosen."""
+
+    observation_space = spaces.Box(-1, 1, (2,))
+    action_space = spaces.MultiDiscrete([2, 2])
+
+    def _observed(self):
+        self.allowed = int(self.np_random.integers(2))
+        mask = np.array([self.allowed == 0, self.allowed == 1, 1, 1], np.int8)
+        return np.array([self.allowed, 1], np.float32), {"action_mask": mask}
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.steps = 0
+        return self._observed()
+
+    def step(self, action):
+        assert action[0] == self.allowed, "a forbidden action"
+        self.steps += 1
+        observation, info = self._observed()
+        return observation, 1.0, self.steps == 7, False, info
+
+
 register("Bad-v0", Bad)
+register("Strict-v0", Strict)
 
 
-def examined(**env):
-    return json.loads(json.dumps(examination.examine_environment(configure(Config(), {"env": env}))))
+def examined(agent=None, **env):
+    config = configure(Config(), {"env": env, "agent": agent or {}})
+    return json.loads(json.dumps(examination.examine_environment(config)))
 
 
 def shown(report):
@@ -36,17 +66,17 @@ def _quick(monkeypatch):
 def test_a_sound_environment_is_described_and_has_no_problem():
     report = examined(id="Taxi-v4", envs_per_rank=3)
     assert report["problems"] == []
-    assert report["action_mask"].startswith("info['action_mask'], ")
+    assert re.fullmatch(r"[2-6] of 6 actions are allowed after a reset", report["action_mask"])
     assert report["resumes_exactly"]
     assert report["network"]["shape"] == [500]
     assert (report["network"]["low"], report["network"]["high"], report["network"]["actions"]) == (0, 1, 6)
-    assert report["replay"] == {"shape": [1], "dtype": "int32", "bytes_per_transition": 21}  # 4 + 8 + 4 + 1 + 4 B
+    assert report["replay"] == {"shape": [1], "dtype": "int32", "bytes_per_transition": 22}  # 4 + 8 + 4 + 1 + 4 + 1 B
     assert report["random_play"]["episodes"] == 2  # 400 steps, a limit of 200
     assert [speed["copies"] for speed in report["steps_per_second"]] == [1, 3]
     text = shown(report)
     for words in (
         "network sees 500 float32 from 0 to 1",
-        "21 bytes per transition",
+        "22 bytes per transition",
         "speed of 3 copies",
         "No problem found.",
     ):
@@ -66,6 +96,17 @@ def test_what_is_wrong_is_told_with_the_way_out_and_the_rest_goes_on():
         assert report["spaces"]["action"] == "Discrete(2)"
         assert bool(report["checker"]) == bool(how)  # Gymnasium's own finds the same
         assert problem in shown(report)
+
+
+def test_factored_actions_and_forbidden_ones_are_played_as_in_training():
+    report = examined(id="Pendulum-v1", action_bins=3, envs_per_rank=2)
+    assert report["problems"] == []
+    assert "one of 3" in shown(report)
+    masked = examined({"factored": True}, id="Strict-v0", envs_per_rank=2)  # raises at an action that its mask forbids
+    assert masked["problems"] == []
+    assert masked["network"]["actions"] == 4
+    assert masked["action_mask"] == "3 of 4 actions are allowed after a reset"
+    assert "2 dimensions of 2 choices, each chosen by itself" in shown(masked)
 
 
 def test_wrappers_and_a_vector_class_that_is_not_used_are_told():
