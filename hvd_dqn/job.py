@@ -263,7 +263,8 @@ def evaluate_in_world(config: Config, world: World, snapshot: Snapshot) -> Evalu
         with contextlib.closing(make_one(config, world)) as envs:
             network = trained_network(config, envs, world, snapshot)
         evaluator = make_evaluator(config, world, network.q_values)
-        evaluator.envs.neutral = read_statistics(config, evaluator.envs, snapshot).mean
+        mean = read_statistics(config, evaluator.envs, snapshot).mean
+        evaluator.envs.readings.neutral = evaluator.envs.frames.layout.neutral(mean)
         return network, evaluator
 
     network, evaluator = in_step(world, build)

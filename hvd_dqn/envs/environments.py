@@ -23,7 +23,7 @@ Returns and the rewards of evaluations are the environment's own.
 import functools
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple
 
 import numpy as np
 from gymnasium import spaces
@@ -32,8 +32,10 @@ from gymnasium.vector import AutoresetMode
 from hvd_dqn.agent.choices import Choices
 from hvd_dqn.agent.transition import Transition
 from hvd_dqn.envs.actions import ActionMap, ActionSettings
+from hvd_dqn.envs.cleaning import Readings
 from hvd_dqn.envs.conformity import outside
 from hvd_dqn.envs.frames import Frames, Misfit, rows_of
+from hvd_dqn.envs.masking import Masks
 from hvd_dqn.envs.registry import find_spec
 from hvd_dqn.envs.restore import restorer_for
 from hvd_dqn.envs.vector import Built, build, call, close_vector, is_native
@@ -84,14 +86,11 @@ class Environments:
     observation: np.ndarray  # [E, *frames.observation_shape]: the current one
     mask: np.ndarray | None  # [E, S] bool: the actions that it allows; None if masks are not used
     returns: np.ndarray  # [E] float64: of the current episodes, as in Episodes
-    masked: bool  # whether masks are used; False until `find_masks`
     restorable: bool  # whether `load_state` can restore unfinished episodes; False until `probe`
     restarted: int  # how often the copies were made again, also before a resume
     notes: list[str]  # how the copies came about, where a person should know it
     warnings: list[str]  # what a person should know, each once; whoever tells it takes it out
-    unreported: np.ndarray  # [2] int64: readings that were held, and restarts, since whoever reports them set it to 0
-    first_held: str | None  # tells of the first reading that was held
-    neutral: np.ndarray  # a frame: stands in for readings that are not finite when an episode begins
+    readings: Readings
     step_limit: int | None  # after which an episode is truncated; None if there is none, or none is known
 
     def __init__(
@@ -122,7 +121,7 @@ class Environments:
         self._first_index = first_index
         self._rank = rank
         self._restarts = restarts
-        self._holds, self._evaluates = holds, evaluates
+        self._evaluates = evaluates
         kwargs = dict(kwargs or {})
         if max_episode_steps is not None:
             if "max_episode_steps" in kwargs:
@@ -131,7 +130,8 @@ class Environments:
         self._settings = f"{id}, {copies} copies of {sorted(kwargs.items())} in stacks of {frame_stack}"
         self._settings += "".join(f", {described(wrapper)}" for wrapper in wrappers)
         self._uses_masks = (actions or ActionSettings()).mask
-        self.masked = self._knows_masks = False
+        self._masks: Masks | None = None
+        self._knows_masks = False
         self._build_with: Callable[[int, str], Built] = lambda copies, vectorization: build(
             id, copies, kwargs, vectorization, first_index, wrappers, actions
         )
@@ -144,6 +144,7 @@ class Environments:
         self.frames = Frames(
             self.observation_space, frame_stack, normalize=normalize_observation, scale=observation_scale
         )
+        self.readings = Readings(self.frames.layout, holds, id, first_index, rank)
         self.action_space, self.choices = self.action_map.space, self.action_map.choices
         self.actions = self.choices.total
         self._first_action = int(self.action_space.start) if isinstance(self.action_space, spaces.Discrete) else 0
@@ -156,9 +157,7 @@ class Environments:
         self.restorable = self._probed = False
         self.restarted = 0
         self._restarted_at: deque[int] = deque(maxlen=RESTARTS_IN_A_ROW)  # the steps
-        self.unreported = np.zeros(2, np.int64)
-        self.first_held = None
-        self.neutral = np.zeros(self.frames.shape, self.frames.dtype)
+        self._unreported_restarts = 0
         limit = kwargs.get("max_episode_steps", find_spec(id).max_episode_steps)
         self.step_limit = limit if limit and limit > 0 else None  # Gymnasium takes -1 for none
         self._has_begun = False  # by `begin`, since the copies were made
@@ -179,6 +178,20 @@ class Environments:
         for name, holds in (("masked", self.masked), ("rests", self._evaluates)):
             if holds and not is_native(self._vector):
                 self._call("set_attr", name, True)
+
+    @property
+    def masked(self) -> bool:
+        """Whether masks are used; False until `find_masks`."""
+        return self._masks is not None
+
+    def take_unreported(self) -> np.ndarray:
+        """[2] int64: readings that were held, and restarts, since the last call."""
+        happened = self._unreported()
+        self.readings.held = self._unreported_restarts = 0
+        return happened
+
+    def _unreported(self) -> np.ndarray:
+        return np.array([self.readings.held, self._unreported_restarts], np.int64)
 
     def find_masks(self) -> None:
         """Finds out whether the environment gives action masks, with a reset of the first copy, and uses them then.
@@ -205,15 +218,15 @@ class Environments:
                 "tuple of one mask each, or those masks concatenated. To learn without masks: --env.action_mask off."
             )
         if found:
-            self.masked = True
             if self._native and "action_mask" not in self._call("reset", seed=1)[1]:
                 close_vector(self._vector, CLOSING_SECONDS)
                 self._vectorization = "sync"
                 self._make()
                 self._take_vector()
                 self.notes.append(f"The vector class of `{self.id}` is not used: it gives no action masks.")
-            elif not self._native:
+            if not self._native:
                 self._call("set_attr", "masked", True)
+            self._masks = Masks(self.action_map, self.copies, self._first_index, self._native)
             self._settings += ", masked"
             self.mask = np.ones((self.copies, self.choices.total), np.bool_)
 
@@ -280,8 +293,9 @@ class Environments:
                 f"{self.id} on rank {self._rank} gives an action mask at this reset, but gave none at its first one. "
                 "Let it give masks always, or turn them off with --env.action_mask off."
             )
-        self.mask = self._masks(info, self._all if begins is None or self._native else begins)
-        self._clean("observation", frame, begins=self._all, rows=begins)
+        if self._masks is not None:
+            self.mask = self._masks.read(info, self._all if begins is None or self._native else begins)
+        self.readings.check_first(frame, begins)
         return frame
 
     def _read(self, raw: Any, copies: np.ndarray | None = None) -> np.ndarray:
@@ -332,15 +346,17 @@ class Environments:
             truncated &= valid
         ended = terminated | truncated
         any_ended = np.count_nonzero(ended) > 0  # takes a fifth of the time of ended.any()
-        mask = next_mask = self._masks(info, ~terminated if self._resets_late else self._all)
+        mask = next_mask = None
+        if self._masks is not None:
+            mask = next_mask = self._masks.read(info, ~terminated if self._resets_late else self._all)
         next_frame = frame
         if any_ended and not self._resets_late:
             next_frame = self._with_final(frame, ended, info)
-            next_mask = self._with_final_mask(mask, terminated, truncated, info)
-            self._clean("observation at its reset", frame, begins=ended, rows=ended)
-        if np.count_nonzero(np.isfinite(reward)) < self.copies:
-            raise self._nonfinite("reward", reward, ~np.isfinite(reward))
-        if self._clean("observation", next_frame, begins=None if valid is self._all else ~valid):
+            if self._masks is not None and mask is not None:
+                next_mask = self._masks.with_final(mask, terminated, truncated, info)
+            self.readings.check_first(frame, ended, "observation at its reset")
+        self.readings.check_rewards(reward)
+        if self.readings.check(next_frame, self._frame, None if valid is self._all else ~valid, self._steps):
             frame[~ended] = next_frame[~ended]
 
         self.returns += reward
@@ -421,7 +437,7 @@ class Environments:
             "seeds": self._seeds,
             "steps": self._steps,
             "restarted": self.restarted,
-            "unreported": self.unreported.copy(),
+            "unreported": self._unreported(),
             **{name: mine.copy() for name, mine in self._episodes().items()},
             **(self._restorer.state() if self.restorable else {}),
         }
@@ -446,7 +462,7 @@ class Environments:
             self.probe()
         self._seeds = [int(seed) for seed in state["seeds"]]
         self._steps, self.restarted = int(state["steps"]), int(state["restarted"])
-        self.unreported = np.array(state["unreported"], np.int64)
+        self.readings.held, self._unreported_restarts = map(int, state["unreported"])
         seeds = self._fresh_seeds(RESUMED, self._steps)
         try:
             self._start(self._first_frames(seeds))
@@ -487,98 +503,11 @@ class Environments:
         next_frame[ended] = self._read(last, copies)
         return next_frame
 
-    def _with_final_mask(
-        self, mask: np.ndarray | None, terminated: np.ndarray, truncated: np.ndarray, info: dict[str, Any]
-    ) -> np.ndarray | None:
-        """`mask`, but for each ended episode that of its last observation. At a terminal state all actions are allowed."""
-        if mask is None:
-            return None
-        cut = truncated & ~terminated
-        mask = np.where(terminated[:, None], True, mask)
-        final = self._masks(info.get("final_info", {}), cut)
-        return mask if final is None else np.where(cut[:, None], final, mask)
-
-    def _masks(self, info: Mapping[str, Any], needed: np.ndarray) -> np.ndarray | None:
-        """[E, S] bool: the masks in `info` where they are `needed`, [E] bool; elsewhere all actions are allowed.
-
-        None if masks are not used. Raises EnvFailure if a mask is missing or allows no action.
-        """
-        if not self.masked:
-            return None
-        given: Any = info.get("action_mask")
-        missing = needed if given is None else needed & ~info.get("_action_mask", self._all)
-        if missing.any():
-            self._refuse_masks(missing, "gave no action mask", f"expected info['action_mask'], received {sorted(info)}")
-        mask = np.ones((self.copies, self.choices.total), np.bool_)
-        if self._native:
-            try:
-                mask[needed] = [self.action_map.read_mask(given[i]) for i in np.flatnonzero(needed)]
-            except ValueError as error:
-                self._refuse_masks(needed, "cannot be masked", f"received {one_line(error)}")
-        else:
-            mask[needed] = given[needed]  # `RecordedEnv` has read them
-        if not (possible := self.choices.leaves_any(mask)).all():
-            self._refuse_masks(
-                ~possible, "allows no action", "its action mask is 0 everywhere in a state that is not terminal"
-            )
-        return mask
-
-    def _refuse_masks(self, which: np.ndarray, did: str, why: str) -> NoReturn:
-        raise EnvFailure([self._first_index + i for i in np.flatnonzero(which).tolist()], did, why)
-
     def _shows(self, frame: np.ndarray, observation: Any) -> bool:
         """Whether this observation was stored as `frame`. Readings that were held cannot be compared."""
-        shown, views = self._read([observation]), self.frames.layout.views
-        if self._holds:
-            for mine, stored in zip(views(shown), views(frame[None]), strict=True):
-                if mine.dtype.kind == "f":
-                    np.copyto(mine, stored, where=~np.isfinite(mine))
+        shown = self._read([observation])
+        self.readings.copy_held(shown, frame[None])
         return shown.tobytes() == frame.tobytes()
-
-    def _clean(
-        self, what: str, frame: np.ndarray, begins: np.ndarray | None = None, rows: np.ndarray | None = None
-    ) -> bool:
-        """Replaces readings of `frame`, [E, *frame], that are not finite; or raises EnvFailure. Returns whether it did.
-
-        `begins` are the copies whose episodes begin with it, [E] bool. Only `rows` are looked at, [E] bool.
-        """
-        held, layout = False, self.frames.layout
-        for i, (part, values) in enumerate(zip(layout.parts, layout.views(frame), strict=True)):
-            if values.dtype.kind != "f" or np.count_nonzero(np.isfinite(values)) == values.size:
-                continue
-            bad = ~np.isfinite(values)
-            if rows is not None:
-                bad[~rows] = False
-                if not bad.any():
-                    continue
-            name = f"{what} `{part.name}`" if part.name else what
-            if not self._holds:
-                raise self._nonfinite(name, values, bad)
-            if self.first_held is None:
-                number, value = self._first_bad(values, bad)
-                self.first_held = (
-                    f"environment {number} ({self.id}) on rank {self._rank} in step {self._steps}: {value}"
-                )
-            self.unreported[0] += np.count_nonzero(bad)
-            last = np.empty_like(frame)
-            last[:] = self.neutral if begins is self._all else self._frame
-            if begins is not None and begins is not self._all:
-                last[begins] = self.neutral
-            values[bad] = layout.views(last)[i][bad]
-            held = True
-        return held
-
-    def _nonfinite(self, what: str, values: np.ndarray, bad: np.ndarray) -> EnvFailure:
-        number, value = self._first_bad(values, bad)
-        return EnvFailure(
-            [number], f"returned a non-finite {what}", f"{value}, which would make all weights non-finite"
-        )
-
-    def _first_bad(self, values: np.ndarray, bad: np.ndarray) -> tuple[int, str]:
-        """The number of the first copy that has a `bad` value, and which one."""
-        place = np.argwhere(bad)[0].tolist()
-        where = f" at index {place[1:]}" if place[1:] else ""
-        return self._first_index + place[0], f"{values[tuple(place)]}{where}"
 
     def _numbers(self) -> range:
         return range(self._first_index, self._first_index + self.copies)
@@ -613,7 +542,7 @@ class Environments:
                     f"fix it.{trace}"
                 ) from failure
             self.restarted += 1
-            self.unreported[1] += 1
+            self._unreported_restarts += 1
             left = self._restarts - self.restarted
             tell(f"{told}. All copies of this rank are made again; restarts left: {left}.{trace}")
             try:

@@ -18,7 +18,7 @@ COLUMNS = (
     "loss", "mean_q", "gradient_norm", "episodes", "return_mean", "return_max", "length_mean", "replay_size", "skipped_updates",
     *(f"time_{name}" for name in TIMED),
 )  # fmt: skip
-# Columns of runs whose settings allow it: what happened to environments, in the order of `Environments.unreported`.
+# Columns of runs whose settings allow it: what happened to environments, in the order of `Environments.take_unreported`.
 COUNTED = ("held_readings", "env_restarts")
 
 Row = dict[str, float]  # by column; NaN if there was nothing to measure

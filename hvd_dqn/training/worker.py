@@ -195,7 +195,7 @@ class Worker:
         """Gives the statistics to those who need them. Call it when they have changed."""
         self.preprocess.set_statistics(self.statistics.mean, self.statistics.scale)
         neutral = self.envs.frames.layout.neutral(self.statistics.mean)
-        self.envs.neutral = self.evaluator.envs.neutral = neutral
+        self.envs.readings.neutral = self.evaluator.envs.readings.neutral = neutral
 
     def finish_phase(self) -> Phase | None:
         """The result of the current phase; None if there is none. A collective."""
@@ -214,8 +214,7 @@ class Worker:
 
     def report(self, cycle: int) -> Row:
         """The row of metrics.csv. A collective."""
-        happened = self.envs.unreported + self.evaluator.envs.unreported
-        self.envs.unreported[:] = self.evaluator.envs.unreported[:] = 0
+        happened = self.envs.take_unreported() + self.evaluator.envs.take_unreported()
         row = self.ledger.report(
             total_steps=self.plan.total_steps_after(cycle),
             cycle=cycle,
@@ -247,7 +246,7 @@ class Worker:
     @property
     def first_held(self) -> str | None:
         """Tells of a reading that was held on this rank."""
-        return self.envs.first_held or self.evaluator.envs.first_held
+        return self.envs.readings.first_held or self.evaluator.envs.readings.first_held
 
     def evaluate(self, cycle: int, episodes: int, first: int = 0, longest: int | None = None) -> Row | None:
         """The row of evaluations.csv; None if a rank was asked to stop. A collective.

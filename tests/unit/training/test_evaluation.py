@@ -117,7 +117,7 @@ def test_what_a_failure_interrupts_in_an_evaluation_is_played_again_exactly(fail
     failing(131, 4)
     one = failing_evaluator(4)
     assert one.evaluate(20, round=3) == expected
-    assert one.envs.restarted == one.envs.unreported[1] == Fails.failures == 4
+    assert one.envs.restarted == one.envs.take_unreported()[1] == Fails.failures == 4
     told = capfd.readouterr().err
     assert told.count("hvd-dqn: Environment ") == 4
     assert "on rank 0, in an evaluation, failed in step" in told
