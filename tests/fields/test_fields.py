@@ -7,11 +7,9 @@ import itertools
 import math
 from typing import Any, NamedTuple
 
-import numpy as np
 import pytest
 
 import hvd_dqn
-from hvd_dqn.config import setting_names
 
 # Few steps in few copies, a small network and short evaluations: a row shall take some seconds.
 COMMON = {
@@ -37,10 +35,9 @@ class Row(NamedTuple):
     id: str
     package: str  # that registers it
     settings: dict[str, Any]  # what it needs
-    shape: tuple[int, ...]  # of an observation
-    actions: int
+    shape: tuple[int, ...] | None  # of what the policy takes; None for a dictionary or a tuple
+    choices: tuple[int, ...]  # the actions or, if they are factored, the choices in each dimension
     is_exact: bool | None  # whether a resumed run continues exactly; None if the probe's time limit may decide
-    waits_for: str = ""  # a setting of which this row is skipped as long as there is none
 
 
 MINATAR = {  # planes of 10 x 10, and actions that do something
@@ -54,49 +51,47 @@ HIGHWAY = {"config": {"lanes_count": 4, "vehicles_count": 10, "duration": 8}}
 # fmt: off
 ROWS = [
     # Its observation is a dictionary with a text. A wrapper of minigrid takes the image alone: three numbers a cell.
-    Row("MiniGrid-Empty-5x5-v0", "minigrid", {"env.wrappers": "minigrid.wrappers:ImgObsWrapper"}, (7, 7, 3), 7, True),
-    # The image and the direction as one vector: the text is left out first, for it cannot be flattened.
+    Row("MiniGrid-Empty-5x5-v0", "minigrid", {"env.wrappers": "minigrid.wrappers:ImgObsWrapper"}, (7, 7, 3), (7,), True),
+    # The image for a small CNN, and beside it the direction: the text alone is left out.
     Row("minigrid:MiniGrid-DoorKey-5x5-v0", "minigrid",
-        {"env.wrappers": [{"FilterObservation": {"filter_keys": ["direction", "image"]}}, "FlattenObservation"]},
-        (151,), 7, True),
+        {"env.wrappers": [{"FilterObservation": {"filter_keys": ["direction", "image"]}}], "env.observation_scale": 10,
+         "agent.network": "minatar"},
+        None, (7,), True),
     # The image, the direction and the text as one vector, by minigrid's own wrapper.
-    Row("MiniGrid-Empty-5x5-v0", "minigrid", {"env.wrappers": "minigrid.wrappers:FlatObsWrapper"}, (2835,), 7, True),
+    Row("MiniGrid-Empty-5x5-v0", "minigrid", {"env.wrappers": "minigrid.wrappers:FlatObsWrapper"}, (2835,), (7,), True),
     # MinAtar registers by a function that an entry point names. It draws from a generator of its own: not exact.
-    *(Row(f"MinAtar/{game}-v1", "minatar", {}, (10, 10, planes), actions, False)
+    *(Row(f"MinAtar/{game}-v1", "minatar", {}, (10, 10, planes), (actions,), False)
       for game, (planes, actions) in MINATAR.items()),
-    Row("minatar:MinAtar/Breakout-v0", "minatar", {}, (10, 10, 4), 6, False),
     # Grey frames, four of them stacked. Its own vector class, which shows others, is not used.
     Row("ale_py:ALE/Pong-v5", "ale_py", {"env.kwargs": {"obs_type": "grayscale"}, "env.frame_stack": 4, "agent.network": "cnn"},
-        (210, 160), 6, None),
+        (210, 160, 4), (6,), None),
     # The 128 bytes of the console's memory.
-    Row("ALE/Pong-v5", "ale_py", {"env.kwargs": {"obs_type": "ram"}}, (128,), 6, None),
+    Row("ALE/Pong-v5", "ale_py", {"env.kwargs": {"obs_type": "ram"}}, (128,), (6,), None),
     # Nested arguments; five vehicles of five numbers each. About 60 steps/s: episodes of eight steps.
-    Row("highway-fast-v0", "highway_env", {"env.kwargs": HIGHWAY}, (5, 5), 5, None),
-    # Two bins a joint: bang-bang.
-    Row("Hopper-v5", "mujoco", {"env.action_bins": 2}, (11,), 8, None, waits_for="env.action_bins"),
-    Row("HalfCheetah-v5", "mujoco", {"env.action_bins": 2}, (17,), 64, None, waits_for="env.action_bins"),
+    Row("highway-fast-v0", "highway_env", {"env.kwargs": HIGHWAY}, (5, 5), (5,), None),
+    # Three values a joint, all combinations in one head; and bang-bang control, a head for each joint.
+    Row("Hopper-v5", "mujoco", {"env.action_bins": 3}, (11,), (27,), None),
+    Row("HalfCheetah-v5", "mujoco", {"env.action_bins": 2, "agent.factored": True}, (17,), (2, 2, 2, 2, 2, 2), None),
     # The state's number becomes a one-hot vector. Taxi tells the valid actions as info["action_mask"].
-    Row("Taxi-v4", "gymnasium", {}, (), 6, True),
-    Row("FrozenLake8x8-v1", "gymnasium", {}, (), 4, True),
+    Row("Taxi-v4", "gymnasium", {}, (), (6,), True),
+    Row("FrozenLake8x8-v1", "gymnasium", {}, (), (4,), True),
     # Without a time limit of its own: random walks fall for thousands of steps.
-    Row("CliffWalking-v1", "gymnasium", {"env.max_episode_steps": 50}, (), 4, True),
-    # A tuple of three numbers, flattened.
-    Row("Blackjack-v1", "gymnasium", {"env.wrappers": "FlattenObservation"}, (45,), 2, True),
+    Row("CliffWalking-v1", "gymnasium", {"env.max_episode_steps": 50}, (), (4,), True),
+    # A tuple of three numbers: three one-hot vectors.
+    Row("Blackjack-v1", "gymnasium", {}, None, (2,), True),
     # Five actions instead of steering, gas and brake. Each reset builds a new track, which takes a while.
     Row("CarRacing-v3", "Box2D", {"env.kwargs": {"continuous": False}, "agent.network": "cnn", "env.envs_per_rank": 1},
-        (96, 96, 3), 5, None),
+        (96, 96, 3), (5,), None),
     # A state's number. It imports old gym, which prints a notice.
-    Row("Sepsis/ICU-Sepsis-v2", "icu_sepsis", {}, (), 25, None),
+    Row("Sepsis/ICU-Sepsis-v2", "icu_sepsis", {}, (), (25,), None),
 ]
 # fmt: on
 
 
 @pytest.mark.filterwarnings("ignore")  # the environments' own
-@pytest.mark.parametrize("row", ROWS, ids=lambda row: "-".join([row.id, *map(str, row.shape)]).replace("/", "-"))
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: f"{row.id} {row.shape}".replace("/", "-"))
 def test_it_is_trained_evaluated_stopped_and_resumed(row, tmp_path, capfd):
     pytest.importorskip(row.package)
-    if row.waits_for and row.waits_for not in setting_names():
-        pytest.skip(f"{row.waits_for} is not there yet")
     votes = itertools.count()
     settings = {**COMMON, "env.id": row.id, **row.settings}
     stopped = hvd_dqn.train(run_dir=tmp_path / "run", stop=lambda: next(votes) == 0, **settings)
@@ -111,8 +106,9 @@ def test_it_is_trained_evaluated_stopped_and_resumed(row, tmp_path, capfd):
 
     assert 1 <= hvd_dqn.evaluate(tmp_path / "run", episodes=2).length_mean <= 15
     policy = result.policy
-    assert policy.observation_space.shape == row.shape
-    observation = np.zeros(row.shape, policy.observation_space.dtype)
-    assert policy.action_space.contains(policy.act(observation))
-    assert policy.action_space.n == row.actions
+    assert policy.observation_shape == row.shape
+    assert policy.choices.sizes == row.choices
+    seen = policy.begin(policy.observation_space.sample())
+    assert policy.action_space.contains(policy.act(seen))
+    assert ("masks are used" in plan) == (row.id == "Taxi-v4")
     assert "unmaintained" not in capfd.readouterr().err  # old gym's notice
