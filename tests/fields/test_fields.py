@@ -90,8 +90,9 @@ ROWS = [
 
 @pytest.mark.filterwarnings("ignore")  # the environments' own
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: f"{row.id} {row.shape}".replace("/", "-"))
-def test_it_is_trained_evaluated_stopped_and_resumed(row, tmp_path, capfd):
+def test_it_is_trained_evaluated_stopped_and_resumed(row, tmp_path, capfd, monkeypatch):
     pytest.importorskip(row.package)
+    monkeypatch.chdir(tmp_path)  # MuJoCo writes its log into the current folder
     votes = itertools.count()
     settings = {**COMMON, "env.id": row.id, **row.settings}
     stopped = hvd_dqn.train(run_dir=tmp_path / "run", stop=lambda: next(votes) == 0, **settings)
