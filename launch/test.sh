@@ -19,6 +19,8 @@ mypy
 if command -v shellcheck >/dev/null; then shellcheck launch/*.sh launch/*/train* docker/*.sh .ci/run; fi
 [ $# = 0 ] || exec pytest "$@"
 failed=0
-pytest -n auto --maxprocesses 8 --dist loadfile tests/unit || failed=$? # these use one process each: several at a time
-pytest --ignore tests/unit || failed=$?
+# These use one process each: one for every core. The others start jobs of two ranks, which wait for each other, for ends and
+# for timeouts: two at a time.
+pytest -n auto --maxprocesses 8 --dist loadfile tests/unit tests/fields || failed=$?
+pytest -n 2 --dist loadfile --ignore tests/unit --ignore tests/fields || failed=$?
 exit $failed
