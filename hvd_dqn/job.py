@@ -9,13 +9,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from operator import attrgetter
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TextIO
 
 from hvd_dqn.agent.networks import Network
 from hvd_dqn.agent.policy import Policy
 from hvd_dqn.config import Config
 from hvd_dqn.config_files import configure
 from hvd_dqn.errors import InputError, RunError, tell
+from hvd_dqn.printing import MOST_LINES, few_printed_lines
 from hvd_dqn.ranks.elastic import ElasticWorld
 from hvd_dqn.ranks.lockstep import BroadcastHook, check_equal, in_step
 from hvd_dqn.ranks.world import Solo, World
@@ -82,9 +83,10 @@ def train_in_world(
     checkpoints = Checkpoints(run.path, world, config.checkpoint.keep, config.checkpoint.compress)
     start = starting_weights(run, config, world, start_from, resume, say)
     snapshot = newest(checkpoints, run, config, world, say) if resume else None
-    trainer = in_step(world, lambda: Trainer(config, world, snapshot, stop, start=start))
-    with contextlib.closing(trainer):
-        return _go_on(trainer, name, run, snapshot, checkpoints, start, progress=progress)
+    with _results(world) if progress else contextlib.nullcontext() as results:
+        trainer = in_step(world, lambda: Trainer(config, world, snapshot, stop, start=start))
+        with contextlib.closing(trainer):
+            return _go_on(trainer, name, run, snapshot, checkpoints, start, results)
 
 
 def train_elastically(
@@ -96,6 +98,21 @@ def train_elastically(
     """
     world = ElasticWorld()
     sys.stdout = sys.__stdout__  # any rank may become the chief, which prints the results
+    with _results(world) as results:
+        return _train_in_generations(config, name, run, world, stop, results, resume=resume, start_from=start_from)
+
+
+def _train_in_generations(
+    config: Config,
+    name: str,
+    run: Run,
+    world: ElasticWorld,
+    stop: Callable[[], bool],
+    results: TextIO,
+    *,
+    resume: bool,
+    start_from: Path | None,
+) -> Result:
     checkpoints = Checkpoints(run.path, world, config.checkpoint.keep, config.checkpoint.compress)
     trainer: Trainer | None = None
     while True:
@@ -118,11 +135,16 @@ def train_elastically(
                 if trainer is not None:  # it never began, and was made for another number of ranks
                     trainer.close()
                 trainer = Trainer(config, world, found, stop, joins=snapshot is not None, start=start)
-            return _go_on(trainer, name, run, found, checkpoints, start, again)
+            return _go_on(trainer, name, run, found, checkpoints, start, results, again)
         except Exception as error:
             if not world.recovers_from(error):
                 raise
             world.regroup()
+
+
+def _results(world: World) -> contextlib.AbstractContextManager[TextIO]:
+    """The stream for results. Inside, what environments print is kept short, and only the chief's is shown."""
+    return few_printed_lines(MOST_LINES if world.rank == 0 else 0)
 
 
 def _go_on(
@@ -132,13 +154,13 @@ def _go_on(
     snapshot: Snapshot | None,
     checkpoints: Checkpoints,
     start: Snapshot | None,
+    results: TextIO | None,
     again: bool = False,
-    progress: bool = True,
 ) -> Result:
     def opened() -> Session:
         started_from = None if start is None else start.path
         try:
-            return open_session(run, name, trainer, snapshot, again, started_from, progress)
+            return open_session(run, name, trainer, snapshot, results, again, started_from)
         except OSError as error:
             raise InputError(f"Cannot write the run directory {run.path}: {error.strerror}.") from None
 

@@ -21,6 +21,7 @@ from hvd_dqn.bench.allreduce import time_allreduce
 from hvd_dqn.bench.results import count
 from hvd_dqn.commands.options import read_doctor
 from hvd_dqn.graphs import DenseTape, Graph
+from hvd_dqn.printing import few_printed_lines
 from hvd_dqn.ranks.lockstep import in_step
 from hvd_dqn.ranks.placement import launched_ranks
 from hvd_dqn.ranks.world import World
@@ -42,7 +43,8 @@ def run(arguments: Sequence[str], world: World) -> None:
         print(json.dumps(result)) if options.as_json else show(render(result))
         return
     # The chief alone: the others wait for it here, so that its speed is that of a rank which has the machine to itself.
-    found = in_step(world, lambda: examine_environment(config) if world.rank == 0 else None)
+    with few_printed_lines():
+        found = in_step(world, lambda: examine_environment(config) if world.rank == 0 else None)
     if found is not None:
         print(json.dumps(found)) if options.as_json else show(render_environment(found))
 

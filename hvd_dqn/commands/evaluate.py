@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from hvd_dqn.commands.options import EvaluateOptions, parse
 from hvd_dqn.errors import tell
 from hvd_dqn.loading import load_tensorflow, loading
+from hvd_dqn.printing import few_printed_lines
 from hvd_dqn.ranks.lockstep import in_step
 from hvd_dqn.ranks.world import World
 from hvd_dqn.storage.run_directory import Run
@@ -21,7 +22,9 @@ def run(arguments: Sequence[str], world: World) -> None:
         from hvd_dqn import job
 
     config = in_step(world, lambda: job.evaluation_settings(config, options.episodes, options.seed, options.epsilon))
-    result = job.evaluate_in_world(config, world, job.weights_of_run(directory, world, best=options.best, say=tell))
+    snapshot = job.weights_of_run(directory, world, best=options.best, say=tell)
+    with few_printed_lines():
+        result = job.evaluate_in_world(config, world, snapshot)
     if options.as_json:
         print(json.dumps(result._asdict()))
     else:

@@ -88,7 +88,7 @@ def _one_by_one(
                 check_observations(id, made[0].observation_space)
         if vectorization == "async":
             failing.close()
-            return worker_processes.start(makers), made[0].action_map
+            return worker_processes.start(makers, shows_first=first_index == 0), made[0].action_map
         # copy=False avoids a deep copy: `Frames` copies or converts every array anyway.
         vector = SyncVectorEnv(
             [functools.partial(_identity, copy) for copy in made],

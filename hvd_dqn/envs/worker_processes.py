@@ -16,15 +16,16 @@ import gymnasium
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode
 
 from hvd_dqn.envs.wrappers import EnvFailure, one_line
+from hvd_dqn.printing import MOST_LINES, FewLines
 
 
-def start(makers: Sequence[Callable[[], gymnasium.Env]]) -> AsyncVectorEnv:
-    """One process for each of `makers`, in which it makes its environment."""
+def start(makers: Sequence[Callable[[], gymnasium.Env]], shows_first: bool = True) -> AsyncVectorEnv:
+    """One process for each of `makers`, in which it makes its environment. At most the first shows what it prints."""
     # What Gymnasium logs of a worker's end, with its traceback, is in our own message.
     warnings.filterwarnings("ignore", module=r"gymnasium\.vector\.async_vector_env")
     with _plain_children():
         return AsyncVectorEnv(
-            [functools.partial(_make_in_worker, maker) for maker in makers],
+            [functools.partial(_make_in_worker, maker, shows_first and i == 0) for i, maker in enumerate(makers)],
             copy=False,
             # Spawned, because a forked child would share the parent's MPI and TensorFlow threads.
             context="spawn",
@@ -32,9 +33,10 @@ def start(makers: Sequence[Callable[[], gymnasium.Env]]) -> AsyncVectorEnv:
         )
 
 
-def _make_in_worker(maker: Callable[[], gymnasium.Env]) -> gymnasium.Env:
+def _make_in_worker(maker: Callable[[], gymnasium.Env], shows: bool) -> gymnasium.Env:
     if multiprocessing.parent_process() is not None:  # Gymnasium also makes one in the rank itself, for its spaces
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole terminal: the rank decides how to end
+        sys.stdout = FewLines(MOST_LINES if shows else 0)
     return maker()
 
 

@@ -5,6 +5,7 @@ import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
+from typing import TextIO
 
 from hvd_dqn.errors import InputError, tell
 from hvd_dqn.reporting.plots import plot
@@ -27,7 +28,7 @@ class ChiefSession:
     reports: Writers
     evaluations: Writers
     display: Progress
-    is_quiet: bool  # the lines of the result are not printed
+    results: TextIO | None  # where the lines of the result are printed; None: nowhere
 
     def __enter__(self) -> "ChiefSession":
         return self
@@ -39,7 +40,7 @@ class ChiefSession:
         elif record.kind == "evaluation":
             self.evaluations.write(record.row)
             self.display.evaluation(record.row)
-        elif record.kind == "warning" and self.is_quiet:
+        elif record.kind == "warning" and self.results is None:
             warnings.warn(record.text, RuntimeWarning, stacklevel=2)
         elif record.kind in ("message", "warning"):
             self.display.message(record.text)
@@ -64,7 +65,7 @@ class ChiefSession:
         try:
             plot([self.run.path], self.run.path / "curve.png")
         except InputError as error:  # the run itself has succeeded
-            if self.is_quiet:
+            if self.results is None:
                 warnings.warn(str(error), RuntimeWarning, stacklevel=2)
             else:
                 tell(str(error))
@@ -77,8 +78,8 @@ class ChiefSession:
 
     def _conclude(self, text: str) -> None:
         """Prints a line of the result."""
-        if not self.is_quiet:
-            print(text, flush=True)
+        if self.results is not None:
+            print(text, file=self.results, flush=True)
 
     def close(self) -> None:
         self.display.close()
@@ -119,13 +120,13 @@ def open_session(
     name: str,
     trainer: Trainer,
     snapshot: Snapshot | None,
+    results: TextIO | None,
     again: bool = False,
     started_from: Path | None = None,
-    progress: bool = True,
 ) -> Session:
     """Creates the run directory or continues it. `again` replaces one from an unfinished start. Raises InputError.
 
-    `started_from` is the checkpoint of a new run's first weights. Without `progress` nothing is printed.
+    `started_from` is the checkpoint of a new run's first weights. Without a stream for `results` nothing is printed.
     """
     if trainer.world.rank != 0:
         return NullSession()
@@ -158,7 +159,7 @@ def open_session(
     evaluations = Writers(
         CsvWriter(run.path / "evaluations.csv", EVALUATION_COLUMNS, evaluated), TensorBoardWriter(board / "evaluation")
     )
-    display = Progress(config.total_steps, open_stream() if progress else None)
+    display = Progress(config.total_steps, None if results is None else open_stream())
     display.plan(trainer.worker.describe())
     if started_from is not None:
         display.message(f"Starting from the weights of {started_from}.")
@@ -167,4 +168,4 @@ def open_session(
         ended = f" The run had ended; it continues to {config.total_steps:,}." if snapshot.state.get("finished") else ""
         settings = f" Changed settings: {', '.join(changed)}." if changed else ""
         display.message(f"Resuming from {where}.{ended}{settings}")
-    return ChiefSession(run, trainer, reports, evaluations, display, is_quiet=not progress)
+    return ChiefSession(run, trainer, reports, evaluations, display, results)

@@ -17,7 +17,7 @@ ORDER = (
     {"envs", "storage"},
     {"agent"},
     {"ranks"},
-    {"config_files", "config", "values", "errors", "graphs", "loading"},
+    {"config_files", "config", "values", "errors", "graphs", "loading", "printing"},
 )
 LAYER_OF = {name: layer for layer, names in enumerate(ORDER) for name in names}
 ONLY_IN = {

@@ -861,7 +861,7 @@ def test_an_evaluation_that_was_broken_off_is_told_once(due, tmp_path):
     snapshot = Checkpoints(run.path, Solo()).newest(print)
     snapshot = snapshot._replace(total_steps=600, state=snapshot.state | {"evaluation_due": due})
     trainer = Trainer(settings, Solo())
-    with open_session(run, "cartpole", trainer, snapshot):
+    with open_session(run, "cartpole", trainer, snapshot, sys.stdout):
         pass
     trainer.close()
     assert read_csv(run.path / "evaluations.csv")["total_steps"].tolist() == ([300] if due else [300, 600])
