@@ -136,6 +136,16 @@ def test_normalised_values_are_float32_and_end_at_ten_deviations():
     np.testing.assert_array_equal(known().array(np.float32([[-1e6, 1e6]])), [[-10, 10]])
 
 
+@pytest.mark.parametrize("dtype", [np.float64, np.int32])
+def test_a_time_stamp_keeps_its_last_digits(dtype):
+    """float32 resolves 128 at 1.7e9."""
+    preprocess = Preprocess(numbers((1,), dtype))
+    preprocess.set_statistics(np.array([1.7e9]), np.array([0.5]))
+    stamps = np.array([[1.7e9 - 3], [1.7e9], [1.7e9 + 8]], dtype)
+    for inputs in (preprocess.array(stamps), preprocess(tf.constant(stamps)).numpy()):
+        assert inputs.ravel().tolist() == [-1.5, 0, 4]
+
+
 def test_each_frame_of_a_stack_is_normalised_like_a_single_one():
     frames = RNG.normal(size=(3, 4, 2)).astype(np.float32)  # [stack, batch, element]
     single = [known().array(frame) for frame in frames]
