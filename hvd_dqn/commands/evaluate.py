@@ -29,7 +29,7 @@ def run(arguments: Sequence[str], world: World) -> None:
         print(json.dumps(result._asdict()))
     else:
         print(
-            f"return {result.return_mean:.2f} ± {result.return_std:.2f} (min {result.return_min:g}, max "
+            f"return {result.return_mean:.4g} ± {result.return_std:.3g} (min {result.return_min:g}, max "
             f"{result.return_max:g}), length {result.length_mean:.1f}, over {result.episodes} episodes, "
             f"epsilon {options.epsilon:g}, with the weights after {result.total_steps:,} total steps"
         )

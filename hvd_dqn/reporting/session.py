@@ -9,7 +9,7 @@ from typing import TextIO
 
 from hvd_dqn.errors import InputError, tell
 from hvd_dqn.reporting.plots import plot
-from hvd_dqn.reporting.progress import Progress, open_stream
+from hvd_dqn.reporting.progress import Progress, open_stream, short
 from hvd_dqn.reporting.writers import CsvWriter, TensorBoardWriter, Writers
 from hvd_dqn.storage.checkpoint import Snapshot
 from hvd_dqn.storage.run_directory import Run, differing, now
@@ -71,9 +71,9 @@ class ChiefSession:
                 tell(str(error))
         self._conclude(f"{self.run.about()['preset']}: {where_the_time_went(trainer.worker.ledger)}")
         self._conclude(
-            f"{self.run.about()['preset']}: return {row['return_mean']:.1f} ± {row['return_std']:.1f} over "
+            f"{self.run.about()['preset']}: return {short(row['return_mean'])} ± {short(row['return_std'])} over "
             f"{row['episodes']:.0f} episodes after {row['total_steps']:,.0f} total steps and {row['seconds']:.0f} s on "
-            f"{size} rank{'s' * (size > 1)}; best evaluation {best_return:.1f} at {best_steps:,}; see {self.run.path}"
+            f"{size} rank{'s' * (size > 1)}; best evaluation {short(best_return)} at {best_steps:,}; see {self.run.path}"
         )
 
     def _conclude(self, text: str) -> None:

@@ -71,7 +71,7 @@ def test_evaluate_plays_the_newest_or_the_best_weights(identity):
     assert (result["episodes"], result["return_mean"]) == (7, 10.0)
     best = hvd_dqn("evaluate", folder, "--best", "--episodes", "3", "--epsilon", "1.0", "--seed", "5")
     assert re.match(r"return [\d.]+ ± .* over 3 episodes, epsilon 1, with the weights after", best.stdout)
-    assert not best.stdout.startswith("return 10.00 ± 0.00")  # at random about 2.5
+    assert not best.stdout.startswith("return 10 ± 0 ")  # at random about 2.5
     again, other = (
         hvd_dqn("evaluate", folder, "--episodes", "3", "--epsilon", "1.0", "--seed", seed).stdout for seed in "56"
     )
