@@ -69,6 +69,16 @@ def test_episodes_are_shared_out_without_loss_even_to_a_rank_that_gets_none(size
     assert length / count == pytest.approx(alone["length_mean"])
 
 
+def test_seeds_fit_the_signed_integers_of_simulators_and_differ():
+    one, seeds = evaluator(10), []
+    begin = one.envs.begin
+    one.envs.begin = lambda given: seeds.extend(seed for seed in given if seed is not None) or begin(given)
+    one.evaluate(60, round=1)  # half of 60 numbers of 32 bits would be too large
+    one.close()
+    assert len(set(seeds)) == 60
+    assert 0 <= min(seeds) < max(seeds) < 2**31
+
+
 @pytest.mark.parametrize(("episodes", "size", "copies"), [(20, 1, 20), (20, 3, 7), (2, 3, 1), (1_000, 2, 32)])
 def test_a_rank_has_a_copy_per_episode_but_never_more_than_it_can_hold(episodes, size, copies):
     config = Config.model_validate({"env": {"id": "CartPole-v1"}, "evaluation": {"episodes": episodes}})
