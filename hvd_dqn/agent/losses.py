@@ -35,14 +35,55 @@ def double_q_target(
     `reward` and `discount` are [B]; `discount` is 0 at terminal states and gamma**n elsewhere. Returns [B], gradients
     stopped.
     """
-    best = tf.argmax(_allowed(q_next_online, next_mask), axis=-1)
-    return tf.stop_gradient(reward + discount * q_of(q_next_target, best))
+    return tf.stop_gradient(reward + discount * q_of(q_next_target, greedy(q_next_online, next_mask)))
+
+
+def greedy(q: tf.Tensor, mask: tf.Tensor | None = None) -> tf.Tensor:
+    """The actions [B] or [B, D] of the highest values, among those that `mask` allows."""
+    return tf.argmax(_allowed(q, mask), axis=-1)
+
+
+def soft_target(
+    reward: tf.Tensor,
+    discount: tf.Tensor,
+    q_next_target: tf.Tensor,
+    temperature: float,
+    next_mask: tf.Tensor | None = None,
+) -> tf.Tensor:
+    """Bootstraps with the soft maximum, temperature * logsumexp(q / temperature) (Vieillard et al. 2020, arXiv:2007.14430).
+
+    That is the value of the softmax policy pi plus temperature * its entropy, equation 1 there: sum(pi * (q - temperature *
+    log pi)). `reward` and `discount` are [B]. Returns [B], gradients stopped.
+    """
+    soft = soft_maximum(q_next_target, temperature, next_mask)
+    return tf.stop_gradient(reward + discount * soft)
+
+
+def soft_maximum(q: tf.Tensor, temperature: float, mask: tf.Tensor | None = None) -> tf.Tensor:
+    """[B] of q [B, A]. It tends to the maximum as the temperature tends to 0."""
+    highest = tf.reduce_max(_allowed(q, mask), axis=-1, keepdims=True)
+    # Relative to the maximum: exp(q / 0.03) overflows float32 at q = 2.7.
+    return highest[..., 0] + temperature * tf.reduce_logsumexp((_allowed(q, mask) - highest) / temperature, axis=-1)
+
+
+def munchausen_bonus(q_target: tf.Tensor, action: tf.Tensor, temperature: float, lowest: float) -> tf.Tensor:
+    """temperature * log pi(a|s), clipped to [lowest, 0], for the softmax policy of q [B, A] (Vieillard et al. 2020, section 3).
+
+    Returns [B]. The caller scales it by alpha and adds it to the reward.
+    """
+    log_policy = q_of(q_target, action) - soft_maximum(q_target, temperature)
+    return tf.stop_gradient(tf.clip_by_value(log_policy, lowest, 0.0))
 
 
 def q_of(q: tf.Tensor, action: tf.Tensor) -> tf.Tensor:
     """The values [B] of the actions taken, among those of all actions."""
     # A product with a one-hot mask: on CPU several times faster than tf.gather and its gradient for a few actions.
     return _over_dimensions(tf.reduce_sum(q * tf.one_hot(action, q.shape[-1], dtype=q.dtype), axis=-1))
+
+
+def row_of(out: tf.Tensor, action: tf.Tensor) -> tf.Tensor:
+    """[B, N]: the outputs of the actions [B] taken, among those of all actions, [B, A, N]."""
+    return tf.reduce_sum(out * tf.one_hot(action, out.shape[1], dtype=out.dtype)[..., None], axis=1)
 
 
 def by_dimension(values: tf.Tensor, sizes: Sequence[int], fill: float | bool) -> tf.Tensor:

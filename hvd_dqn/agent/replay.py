@@ -20,6 +20,10 @@ NOTHING, GOES_ON, TERMINATED, TRUNCATED = np.arange(4, dtype=np.uint8)
 ROUNDS = 64
 
 
+def as_stored(reward: np.ndarray) -> np.ndarray:
+    return reward.astype(np.float64)
+
+
 class Draw(NamedTuple):
     """K x B sampled transitions, [K, B] each, without their observations.
 
@@ -183,7 +187,7 @@ class Replay:
         self,
         updates: int,
         batch_size: int,
-        learned: Callable[[np.ndarray], np.ndarray] = lambda reward: reward.astype(np.float64),
+        learned: Callable[[np.ndarray], np.ndarray] = as_stored,
     ) -> Draw:
         """Draws K = `updates` minibatches of B = `batch_size` transitions.
 

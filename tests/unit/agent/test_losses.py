@@ -1,9 +1,22 @@
 """Targets and losses against tables worked out by hand."""
 
+import numpy as np
 import pytest
 import tensorflow as tf
 
-from hvd_dqn.agent.losses import by_dimension, double_q_target, huber, q_of, q_target, squared
+from hvd_dqn.agent.losses import (
+    by_dimension,
+    double_q_target,
+    greedy,
+    huber,
+    munchausen_bonus,
+    q_of,
+    q_target,
+    row_of,
+    soft_maximum,
+    soft_target,
+    squared,
+)
 
 
 def test_truncation_still_bootstraps_but_termination_does_not():
@@ -105,3 +118,39 @@ def test_what_a_mask_forbids_is_never_bootstrapped_from(double):
         arguments = (q, q, mask) if double else (q, mask)
         expected = 1.0 if value is None else 1.0 + 0.5 * value
         assert function(reward, discount, *arguments).numpy().tolist() == [expected]
+
+
+def test_the_soft_maximum_is_the_value_of_the_softmax_policy_with_its_entropy():
+    for q, temperature in [([1.0, 2.0, -1.0], 1.0), ([1.0, 2.0, -1.0], 0.03), ([50.0, 50.0, -80.0], 0.03)]:
+        scaled = np.array(q, np.float64) / temperature
+        policy = np.exp(scaled - scaled.max())
+        policy /= policy.sum()
+        entropy = -np.sum(policy * np.log(np.maximum(policy, 1e-300)))
+        expected = policy @ q + temperature * entropy
+        assert soft_maximum(tf.constant([q]), temperature).numpy() == pytest.approx([expected], rel=1e-5)
+        masked = soft_maximum(tf.constant([[*q, 99.0]]), temperature, tf.constant([[True, True, True, False]]))
+        assert masked.numpy() == pytest.approx([expected], rel=1e-5)
+    target = soft_target(tf.constant([1.0]), tf.constant([0.5]), tf.constant([[2.0, 2.0]]), 1.0)
+    assert target.numpy() == pytest.approx([1 + 0.5 * (2 + np.log(2))])
+
+
+def test_the_munchausen_bonus_is_the_scaled_log_policy_within_its_limits():
+    #              q           action temperature lowest  bonus
+    for q, action, temperature, lowest, expected in [
+        ([0.0, 0.0], 0, 1.0, -1.0, -np.log(2)),
+        ([0.0, 0.0], 1, 0.03, -1.0, -0.03 * np.log(2)),
+        ([np.log(3), 0.0], 0, 1.0, -1.0, np.log(3 / 4)),
+        ([np.log(3), 0.0], 1, 1.0, -9.0, np.log(1 / 4)),
+        ([np.log(3), 0.0], 1, 1.0, -1.0, -1.0),
+        ([5.0, 0.0], 1, 0.03, -1.0, -1.0),
+    ]:
+        bonus = munchausen_bonus(tf.constant([q], tf.float32), tf.constant([action]), temperature, lowest)
+        assert bonus.numpy() == pytest.approx([expected], abs=1e-6)
+
+
+def test_the_greedy_action_is_allowed_and_its_row_is_picked():
+    q = tf.constant([[1.0, 3.0, 2.0], [0.0, -1.0, -2.0]])
+    assert greedy(q).numpy().tolist() == [1, 0]
+    assert greedy(q, tf.constant([[True, False, True], [False, True, True]])).numpy().tolist() == [2, 1]
+    rows = row_of(tf.reshape(tf.range(12.0), [2, 3, 2]), tf.constant([1, 2]))
+    assert rows.numpy().tolist() == [[2, 3], [10, 11]]
