@@ -15,15 +15,16 @@ LEAST = 1e-6
 class SumTree:
     """Sums of `leaves` float64 values, in levels of which each number is the sum of `FAN` numbers below it.
 
-    Drawing n leaves and changing n of them takes a few NumPy calls for each of log(leaves) / log(FAN) levels. Sums are
+    The highest level has at most `TOP` numbers, and is searched as a whole. So drawing n leaves of a million, and changing
+    them, takes a few NumPy calls: a tree of two branches to a node would take as many for each of its 20 levels. Sums are
     recomputed from the numbers below them, so no rounding errors add up.
     """
 
-    FAN = 32
+    FAN, TOP = 16, 1 << 16
 
     def __init__(self, leaves: int) -> None:
-        self._levels = [np.zeros(-(-leaves // self.FAN) * self.FAN)]  # the leaves first, the root's children last
-        while len(self._levels[-1]) > self.FAN:
+        self._levels = [np.zeros(-(-leaves // self.FAN) * self.FAN)]  # the leaves first
+        while len(self._levels[-1]) > self.TOP:
             above = len(self._levels[-1]) // self.FAN
             self._levels.append(np.zeros(-(-above // self.FAN) * self.FAN))
         self.leaves = self._levels[0][:leaves]  # a view: read it, and write by `set`
@@ -48,14 +49,16 @@ class SumTree:
 
     def find(self, place: np.ndarray) -> np.ndarray:
         """[n]: for places [n] in [0, total) the leaves in whose part of the line they lie."""
-        node: np.ndarray = np.zeros(len(place), np.int64)
-        rest = np.array(place, np.float64)
-        for level in reversed(self._levels):
+        top = self._levels[-1].cumsum()
+        # Rounding may put a place at the end of the last part that is not empty, or behind it.
+        rest = np.minimum(place, np.nextafter(top[-1], 0))
+        node: np.ndarray = top.searchsorted(rest, side="right")
+        rest = rest - np.where(node > 0, top[node - 1], 0.0)
+        for level in self._levels[-2::-1]:
             ends = level.reshape(-1, self.FAN)[node].cumsum(axis=1)  # [n, FAN]
-            # Rounding may put a place at the end of the last child that is not empty, or behind it.
             rest = np.minimum(rest, np.nextafter(ends[:, -1], 0))
             child = (ends <= rest[:, None]).sum(axis=1)
-            rest = rest - np.where(child > 0, np.take_along_axis(ends, np.maximum(child - 1, 0)[:, None], 1)[:, 0], 0)
+            rest = rest - np.where(child > 0, ends[np.arange(len(ends)), child - 1], 0.0)
             node = node * self.FAN + child
         return node
 

@@ -9,7 +9,7 @@ from hvd_dqn.agent.transition import Transition
 RNG = np.random.default_rng(0)
 
 
-@pytest.mark.parametrize("leaves", [1, 31, 32, 33, 1_025, 40_000])
+@pytest.mark.parametrize("leaves", [1, 31, 32, 17, 1_025, 40_000, 2_000_000])
 def test_a_tree_finds_the_leaf_in_whose_part_of_the_line_a_place_lies(leaves):
     tree, values = SumTree(leaves), np.zeros(leaves)
     for size in (leaves, 7, 300):
