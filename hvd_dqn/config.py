@@ -166,9 +166,32 @@ class Agent(Section):
         "among all combinations; none: factored from more than 128 combinations on",
         source="Seyde et al. 2023, arXiv:2210.12566; the 128: chosen by us",
     )
+    objective: Literal["dqn", "munchausen", "c51", "quantile"] = setting(
+        "dqn",
+        "what the network learns of an action: its value (`dqn`; `munchausen`: with a bonus for likely actions and a soft "
+        "maximum), probabilities of fixed returns (`c51`), or quantiles of its return (`quantile`)",
+        source="Mnih et al. 2015; Vieillard et al. 2020, arXiv:2007.14430; Bellemare et al. 2017, arXiv:1707.06887; "
+        "Dabney et al. 2018, arXiv:1710.10044",
+    )
+    atoms: int = setting(
+        51,
+        "how many equally distant returns have a probability; only with `objective` c51",
+        source="Bellemare et al. 2017",
+        ge=2,
+    )
+    support: tuple[float, ...] = setting(
+        (-10.0, 10.0),
+        "the lowest and the highest of these returns, as they are learned: scaled and clipped; only with `objective` c51",
+        source="Bellemare et al. 2017, for clipped rewards",
+        min_length=2,
+        max_length=2,
+    )
+    quantiles: int = setting(
+        200, "how many quantiles; only with `objective` quantile", source="Dabney et al. 2018, section 5.2", ge=1
+    )
     double: bool = setting(
         True,
-        "double DQN: the online network chooses the next action, and the target network values it",
+        "double DQN: the online network chooses the next action, and the target network values it; `munchausen` chooses none",
         source="van Hasselt et al. 2016, arXiv:1509.06461",
     )
     n_step: int = setting(
@@ -217,6 +240,28 @@ class Replay(Section):
         unit="transitions",
         source="Stable-Baselines3 zoo",
         ge=1,
+    )
+    priority_exponent: float = setting(
+        0.0,
+        "alpha: transitions are drawn with probabilities in proportion to priority**alpha; 0 draws all alike",
+        source="Schaul et al. 2016, arXiv:1511.05952 (there 0.6); Hessel et al. 2018 (0.5)",
+        ge=0,
+        le=1,
+    )
+    importance_start: float = setting(
+        0.4,
+        "beta at the start: the loss of a transition is multiplied by (N * probability)**-beta, which at 1 undoes its more "
+        "frequent drawing; only with `priority_exponent`",
+        source="Schaul et al. 2016",
+        ge=0,
+        le=1,
+    )
+    importance_end: float = setting(
+        1.0,
+        "beta at the end of the run, to which it changes linearly; only with `priority_exponent`",
+        source="Schaul et al. 2016",
+        ge=0,
+        le=1,
     )
 
 

@@ -9,9 +9,11 @@ import numpy as np
 
 from hvd_dqn.agent.learner import Learner
 from hvd_dqn.agent.networks import Network, build_network
-from hvd_dqn.agent.objectives import Dqn, Objective
+from hvd_dqn.agent.objectives import Categorical, Dqn, Munchausen, Objective, Quantile
 from hvd_dqn.agent.policy import Policy
 from hvd_dqn.agent.preprocess import NoStatistics, Preprocess, RunningStatistics
+from hvd_dqn.agent.prioritized import PrioritizedReplay
+from hvd_dqn.agent.replay import Replay
 from hvd_dqn.agent.rewards import Rewards, StoredRewards
 from hvd_dqn.config import Config
 from hvd_dqn.envs.actions import ActionSettings
@@ -109,8 +111,54 @@ def make_preprocess(config: Config, envs: Environments) -> Preprocess:
     return Preprocess(layout, env.clip_observation)
 
 
+# Settings that only some objectives have.
+OBJECTIVES_OF = {"loss": ("dqn", "munchausen"), "atoms": ("c51",), "support": ("c51",), "quantiles": ("quantile",)}
+
+
 def make_objective(config: Config, envs: Environments) -> Objective:
-    return Dqn(double=config.agent.double, loss=config.agent.loss, sizes=envs.choices.sizes)
+    agent = config.agent
+    for name, objectives in OBJECTIVES_OF.items():
+        if agent.objective not in objectives and getattr(agent, name) != type(agent).model_fields[name].default:
+            raise InputError(
+                f"--agent.{name} has no effect with --agent.objective {agent.objective}: it is for {' and '.join(objectives)}. "
+                f"Received: {getattr(agent, name)}. Leave it out."
+            )
+    if agent.objective == "dqn":
+        return Dqn(double=agent.double, loss=agent.loss, sizes=envs.choices.sizes)
+    if envs.choices.factored:
+        raise InputError(
+            f"--agent.objective {agent.objective} needs one choice among all actions, but those of {config.env.id} are "
+            f"factored: {envs.action_map}. Choose --agent.objective dqn, or --agent.factored false with few --env.action_bins."
+        )
+    if agent.objective == "munchausen":
+        return Munchausen(loss=agent.loss)
+    if agent.objective == "quantile":
+        return Quantile(double=agent.double, quantiles=agent.quantiles)
+    low, high = agent.support
+    if not low < high:
+        raise InputError(f"--agent.support is a lowest and a highest return, like -10,10. Received: {low:g},{high:g}.")
+    return Categorical(double=agent.double, support=np.linspace(low, high, agent.atoms).tolist())
+
+
+def make_replay(
+    config: Config, envs: Environments, rng: np.random.Generator, *, slots: int, sharers: int
+) -> Replay | PrioritizedReplay:
+    """Rings of `slots` for each of the environments."""
+    named: dict[str, Any] = {
+        "frame_stack": config.env.frame_stack,
+        "n_step": config.agent.n_step,
+        "gamma": config.agent.gamma,
+        "action_shape": envs.choices.shape,
+        "mask_width": envs.actions if envs.masked else 0,
+        "sharers": sharers,
+    }
+    frames, exponent = envs.frames, config.replay.priority_exponent
+    if exponent == 0:
+        for name in ("importance_start", "importance_end"):
+            if getattr(config.replay, name) != type(config.replay).model_fields[name].default:
+                raise InputError(f"--replay.{name} has no effect without --replay.priority_exponent. Leave it out.")
+        return Replay(slots, envs.copies, frames.shape, frames.dtype, rng, **named)
+    return PrioritizedReplay(slots, envs.copies, frames.shape, frames.dtype, rng, exponent=exponent, **named)
 
 
 def make_network(

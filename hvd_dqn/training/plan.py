@@ -174,6 +174,11 @@ class Plan:
         factor = linear(steps - learner.learn_start, 1.0, self.learning_rate_factor, self.config.ranks.warmup_steps)
         return learner.learning_rate * factor * linear(steps, 1.0, learner.learning_rate_end, self.config.total_steps)
 
+    def importance_at(self, cycle: int) -> float:
+        """The exponent beta of importance weights."""
+        replay, steps = self.config.replay, self.total_steps_after(cycle)
+        return linear(steps, replay.importance_start, replay.importance_end, self.config.total_steps)
+
     def evaluates_at(self, cycle: int) -> bool:
         return self._passes_multiple(cycle, self.config.evaluation.period)
 

@@ -12,7 +12,8 @@ import numpy as np
 from hvd_dqn.agent.actor import Actor
 from hvd_dqn.agent.learner import Phase
 from hvd_dqn.agent.preprocess import merge
-from hvd_dqn.agent.replay import Replay
+from hvd_dqn.agent.prioritized import PrioritizedReplay
+from hvd_dqn.agent.replay import Draw, Replay
 from hvd_dqn.config import Config
 from hvd_dqn.envs.environments import Environments
 from hvd_dqn.envs.vector import short
@@ -28,6 +29,7 @@ from hvd_dqn.training.build import (
     make_evaluator,
     make_learner,
     make_preprocess,
+    make_replay,
     make_rewards,
     make_statistics,
     restore_weights,
@@ -84,6 +86,7 @@ class Worker:
         _check_one_environment(self.envs, self.evaluator.envs)
         self._thread = ThreadPoolExecutor(1, "learner") if config.learner.overlap else None
         self._phase: Callable[[], Phase] | None = None  # the current phase
+        self._drawn: Draw  # its transitions, if they have priorities
         self.learned_at = -1  # the cycle in which that phase began
         self.updates = 0
         self.best: tuple[float, int] | None = None  # (mean return, total steps) of the best evaluation
@@ -104,21 +107,8 @@ class Worker:
         key = (self.world.rank, stream, *([self.plan.resumed_at] if self.plan.resumed_at else []))
         return np.random.default_rng(np.random.SeedSequence(self.config.seed, spawn_key=key))
 
-    def _make_replay(self, slots: int, sharers: int = 1) -> Replay:
-        config = self.config
-        return Replay(
-            slots,
-            self.plan.envs_per_rank,
-            self.envs.frames.shape,
-            self.envs.frames.dtype,
-            self._rng(SAMPLING),
-            frame_stack=config.env.frame_stack,
-            n_step=config.agent.n_step,
-            gamma=config.agent.gamma,
-            action_shape=self.envs.choices.shape,
-            mask_width=self.envs.actions if self.envs.masked else 0,
-            sharers=sharers,
-        )
+    def _make_replay(self, slots: int, sharers: int = 1) -> Replay | PrioritizedReplay:
+        return make_replay(self.config, self.envs, self._rng(SAMPLING), slots=slots, sharers=sharers)
 
     def _evaluated_q_values(self, observation: np.ndarray) -> np.ndarray:
         self._beat("evaluation")
@@ -181,7 +171,13 @@ class Worker:
             merge((self.statistics, self.rewards), self.world.sum)
         self.use_statistics()
         with self.ledger.timed("sample"):
-            draw = self.replay.draw(updates, plan.batch_per_rank * plan.passes, self.rewards.learned)
+            size = plan.batch_per_rank * plan.passes
+            if isinstance(self.replay, PrioritizedReplay):
+                importance = plan.importance_at(cycle)
+                draw = self.replay.draw(updates, size, self.rewards.learned, importance, self.world.max)
+                self._drawn = draw
+            else:
+                draw = self.replay.draw(updates, size, self.rewards.learned)
             batch = self.replay.gather(draw)
         work = batch, plan.learning_rate_at(cycle), plan.target_copies_at(cycle)
         if self._thread is None:
@@ -205,6 +201,10 @@ class Worker:
         began = perf_counter()
         phase = update()
         waited = perf_counter() - began
+        if isinstance(self.replay, PrioritizedReplay):
+            assert phase.priority is not None
+            with self.ledger.timed("sample"):
+                self.replay.update_priorities(self._drawn, phase.priority)
         # Of a phase that overlaps acting only the end is waited for.
         allreduce_seconds = phase.allreduce_seconds * min(1.0, waited / phase.seconds)
         self.ledger.phase(

@@ -150,13 +150,11 @@ def test_the_weighted_sum_over_ranks_is_that_of_one_rank_over_the_union(importan
     gradient = [RNG.normal(size=8) for _ in ranks]
     size, count = len(ranks), sum(len(memory._starts()) for memory in ranks)
     # Ours: each rank draws by its own sum; its weights, before they are divided by the largest, are share**-importance.
-    ours = np.mean([
-        sum(
-            memory._tree.leaves[i] / memory._sum_of_starts() * (memory._tree.leaves[i] / memory._sum_of_starts()) ** -importance * g[i]
-            for i in memory._starts()
-        )
-        for memory, g in zip(ranks, gradient, strict=True)
-    ])  # fmt: skip
+    ours = 0.0
+    for memory, g in zip(ranks, gradient, strict=True):
+        for i in memory._starts():
+            share = memory._tree.leaves[i] / memory._sum_of_starts()
+            ours += share * share**-importance * g[i] / size
     # The whole memory drawn with P(i) = p_i / (size * its rank's sum), weighted by (N P(i))**-importance.
     union = 0.0
     for memory, g in zip(ranks, gradient, strict=True):
