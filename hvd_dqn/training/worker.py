@@ -447,5 +447,5 @@ def _check_not_finished(plan: Plan, snapshot: Snapshot | None) -> None:
     if snapshot is not None and plan.first_cycle >= plan.cycles and snapshot.state.get("finished", True):
         raise InputError(
             f"There is nothing left to train: the run has already taken {plan.resumed_at:,} total steps. "
-            f"Raise --total-steps above that. Received: {plan.config.total_steps:,}."
+            f"Raise --total-steps above that. Received: {plan.total_steps:,}."
         )
