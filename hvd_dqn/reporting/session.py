@@ -153,10 +153,12 @@ def open_session(
         run.resume(config, about, reported)
     board, columns = run.path / "tensorboard", (*COLUMNS, *counted(config))
     reports = Writers(
-        CsvWriter(run.path / "metrics.csv", columns, reported, optional=COUNTED), TensorBoardWriter(board / "training")
+        CsvWriter(run.path / "metrics.csv", columns, reported, optional=COUNTED),
+        TensorBoardWriter(board / "training", reported),
     )
     evaluations = Writers(
-        CsvWriter(run.path / "evaluations.csv", EVALUATION_COLUMNS, evaluated), TensorBoardWriter(board / "evaluation")
+        CsvWriter(run.path / "evaluations.csv", EVALUATION_COLUMNS, evaluated),
+        TensorBoardWriter(board / "evaluation", evaluated),
     )
     display = Progress(trainer.worker.plan.total_steps, open_stream() if progress else None)
     display.plan(trainer.worker.describe())
