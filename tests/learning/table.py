@@ -24,13 +24,16 @@ YIELD = {"OMPI_MCA_mpi_yield_when_idle": "1"}
 TIMEOUT = 14_400  # for eight ranks on two cores
 
 
-def train(preset: str, ranks: int, scaling: str, seed: int, out: Path) -> Run:
-    """The finished run, found in `out` or made now; `commit` in its run.json is that of the code that made it."""
+def train(preset: str, ranks: int, scaling: str, seed: int, out: Path, more: Sequence[str] = ()) -> Run:
+    """The finished run, found in `out` or made now; `commit` in its run.json is that of the code that made it.
+
+    `more` are settings, which must be the same for all runs in `out`.
+    """
     made = Run(out / f"{preset}-{ranks}-{scaling}-{seed}")
     if not made.exists or "result" not in made.about():
         shutil.rmtree(made.path, ignore_errors=True)  # of a run that was broken off
         launcher, commit = ["horovodrun", "-np", str(ranks)] if ranks > 1 else [], revision()
-        words = ["train", preset, "--seed", str(seed), "--ranks.scaling", scaling, "--run_dir", str(made.path)]
+        words = ["train", preset, "--seed", str(seed), "--ranks.scaling", scaling, "--run_dir", str(made.path), *more]
         crowded = YIELD if ranks > cores() else {}
         done = run([*launcher, "hvd-dqn", *words], timeout=TIMEOUT, **ONE_THREAD, **crowded)
         if done.returncode:
@@ -39,10 +42,12 @@ def train(preset: str, ranks: int, scaling: str, seed: int, out: Path) -> Run:
     return made
 
 
-def trained(preset: str, ranks: int, scaling: str, seeds: Sequence[int], out: Path) -> list[Run]:
+def trained(
+    preset: str, ranks: int, scaling: str, seeds: Sequence[int], out: Path, more: Sequence[str] = ()
+) -> list[Run]:
     """A run for each seed, as many at once as there are cores for their ranks."""
     with ThreadPoolExecutor(max(1, cores() // ranks)) as pool:
-        return list(pool.map(lambda seed: train(preset, ranks, scaling, seed, out), seeds))
+        return list(pool.map(lambda seed: train(preset, ranks, scaling, seed, out, more), seeds))
 
 
 def main() -> None:
