@@ -104,16 +104,16 @@ def test_the_forecast_adds_up(monkeypatch, capsys):
     assert (found["preset"], found["ranks"], found["nodes"]) == ("identity", 64, 3)
     assert found["plan"]["global batch"] == "64 ranks x 32 = 2,048 (weak scaling)"
     memory, disk, time = found["memory"], found["disk"], found["time"]
-    # A one-byte state in each of 15 slots; action, reward, step type and episode step are 17 B more.
-    assert memory["replay"] == 4 * (plan.slots_per_env * (1 + 17) + 8)
+    # A state of four bytes in each of 15 slots; action, reward, step type and episode step are 17 B more.
+    assert memory["replay"] == 4 * (plan.slots_per_env * (4 + 17) + 8)
     parameters = 4 * 32 + 32 + 32 * 4 + 4
     assert disk["per_rank"] == memory["replay"]
     # Online and target network, two moments, and the number of steps; then the gradient and the message.
     assert disk["checkpoint"] - 64 * disk["per_rank"] == 4 * 4 * parameters + 8
     assert memory["networks"] == 6 * 4 * parameters + 8
-    # Two updates of 32: observations are a byte, actions 8, reward and discount 4; twice.
+    # Two updates of 32: observations and rewards are four bytes, actions 8, discounts 4; twice.
     assert plan.updates_per_phase == 2
-    assert memory["minibatches"] == 2 * 2 * 32 * (1 + 1 + 8 + 4 + 4)
+    assert memory["minibatches"] == 2 * 2 * 32 * (4 + 4 + 8 + 4 + 4)
     assert 50e6 < memory["program"] < 5e9
     assert memory["rank"] == sum(memory[name] for name in ("program", "networks", "replay", "minibatches"))
     assert memory["node"] == 24 * memory["rank"]
