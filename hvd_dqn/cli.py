@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING
 from hvd_dqn import __version__
 from hvd_dqn.errors import InputError, JobError, RunError, nearest, tell
 from hvd_dqn.loading import load_tensorflow, loading
-from hvd_dqn.ranks.placement import is_elastic, set_thread_defaults
+from hvd_dqn.ranks.placement import is_elastic, launched_rank, launched_ranks, set_thread_defaults
 
 if TYPE_CHECKING:  # it imports NumPy, whose number of threads must be set first
     from hvd_dqn.ranks.world import World
 
-COMMANDS = ("train", "evaluate", "plot", "bench", "doctor", "presets")  # modules of hvd_dqn.commands
+COMMANDS = ("train", "plan", "evaluate", "plot", "bench", "doctor", "presets")  # modules of hvd_dqn.commands
 
 USAGE = """\
 usage: hvd-dqn COMMAND ...
@@ -23,6 +23,7 @@ usage: hvd-dqn COMMAND ...
   train PRESET | --config FILE | --env.id ID
                                 [--section.setting VALUE ...] [--run-dir DIR] [--resume] [--from RUN_DIR]
                                 [--elastic] [--timeline FILE]
+  plan PRESET | ...             [--ranks 64] [--ranks-per-node N] [--check] [--json] and all that `train` takes
   evaluate RUN_DIR              [--episodes 100] [--seed S] [--epsilon E] [--best] [--json]
   plot RUN_DIR...               [-o FILE.png]
   bench learner | allreduce     [--json]
@@ -59,8 +60,10 @@ def run_command(argv: Sequence[str]) -> None:
             stop_request.install(for_all="--elastic" not in argv)
         if any(word.partition("=")[0] == "--timeline" for word in argv):
             os.environ["HOROVOD_TIMELINE"] = "DYNAMIC"  # Horovod reads this when it starts
+        _check_size(argv)
         with loading():
-            world = connect()
+            # A plan is made on a login node as well as inside a job, and starts nothing.
+            world = Solo() if argv[:1] == ["plan"] else connect()
         # Only the chief prints results.
         with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere if world.rank else sys.stdout):
             command = in_step(world, lambda: find_command(argv[0] if argv else "--help"))
@@ -76,6 +79,20 @@ def run_command(argv: Sequence[str]) -> None:
         sys.exit(1)
     except (RunError, KeyboardInterrupt) as error:
         (world or Solo()).abort(str(error) or "interrupted")
+
+
+def _check_size(argv: Sequence[str]) -> None:
+    """Refuses a training that so many ranks cannot carry out before they are connected, which takes many seconds."""
+    if argv[:1] != ["train"] or is_elastic() or launched_ranks() == 1:
+        return
+    from hvd_dqn.commands.plan import check_size
+
+    try:
+        check_size(argv[1:], launched_ranks())
+    except InputError:
+        if launched_rank() == 0:
+            raise
+        sys.exit(2)
 
 
 def find_command(name: str) -> "Callable[[Sequence[str], World], None]":

@@ -153,6 +153,8 @@ start() {
     line="PATH=$(show "$root/.venv/bin"):\$PATH $(show "${settings[@]}" "$@")"
     if [ -n "$dry_run" ]; then echo "$line"; exit 0; fi
     check
+    # What so many ranks cannot carry out is said in a second, before they start.
+    [ "${words[0]}" != train ] || hvd-dqn plan --check --ranks "$ranks" "${words[@]:1}" || exit
     echo "+ $line" >&2
     exec "$@"
 }

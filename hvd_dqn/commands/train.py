@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from hvd_dqn.commands.options import TrainOptions, read_settings
-from hvd_dqn.config import Config
+from hvd_dqn.config import Config, Ranks
 from hvd_dqn.errors import InputError
 from hvd_dqn.loading import load_tensorflow, loading
 from hvd_dqn.ranks.lockstep import in_step
@@ -66,10 +66,20 @@ def _check_elastic(options: TrainOptions, config: Config) -> None:
         raise InputError(
             "--elastic needs --ranks.scaling weak: under strong scaling, a lost rank takes its share of environments with it."
         )
+    watching = [name for name in ("silence_seconds", "stall_seconds") if getattr(config.ranks, name) != _default(name)]
+    if options.elastic and watching:
+        raise InputError(
+            f"--ranks.{watching[0].replace('_', '-')} is for the watchdog, which an --elastic job does not have: Horovod "
+            "itself notices lost ranks and goes on without them. Leave it out."
+        )
     if options.elastic and not options.run_dir:
         raise InputError(
             "--elastic needs --run-dir DIR, on a file system that all hosts share: any rank may become the one that writes."
         )
+
+
+def _default(name: str) -> object:
+    return Ranks.model_fields[name].default
 
 
 def _check_timeline(options: TrainOptions, world: World) -> None:

@@ -165,6 +165,12 @@ def launched_ranks() -> int:
     return max(srun_tasks(), *(int(os.environ.get(name, 1)) for name in SIZE_VARIABLES))
 
 
+def launched_rank() -> int:
+    """This process's rank according to its launcher; 0 without one."""
+    names = ("OMPI_COMM_WORLD_RANK", "HOROVOD_RANK", "SLURM_PROCID", "PMIX_RANK", "PMI_RANK")
+    return next((int(os.environ[name]) for name in names if name in os.environ), 0)
+
+
 def pin_gpu() -> str | None:
     """Restricts this rank to one GPU, with memory growth. Returns that GPU's id, or None if there is no GPU.
 

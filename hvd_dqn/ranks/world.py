@@ -19,6 +19,23 @@ import numpy as np
 from hvd_dqn.errors import InputError, RunError
 from hvd_dqn.ranks.placement import FUSED_FLOATS, pin_gpu
 
+LARGEST_FP16 = 65_504.0
+
+
+def predivision(size: int, elastic: bool = False) -> int:
+    """What gradients are divided by before ranks sum them as 16-bit floats; the sum is divided by the rest of `size`.
+
+    Without it a sum overflows where gradients are above 65,504 / size. Divided by all of `size`, most of DQN's gradients
+    would be rounded to zero on many ranks: half of the bits to either side, by a power of two, which is exact. 1 in an
+    elastic job, whose size may change while Horovod keeps the factor.
+    """
+    return 1 if elastic else 1 << (((size - 1).bit_length() + 1) // 2)
+
+
+def largest_gradient(size: int, elastic: bool = False) -> float:
+    """Gradients up to this can be averaged by `size` ranks as 16-bit floats."""
+    return LARGEST_FP16 * min(1.0, predivision(size, elastic) / size)
+
 
 class World(Protocol):
     """All ranks of a job, as one of them sees them.
@@ -179,8 +196,14 @@ class HorovodWorld:
 
     def wrap(self, optimizer: Any, compression: str) -> Any:
         kind = self._hvd.Compression.fp16 if compression == "fp16" else self._hvd.Compression.none
-        # Horovod: `groups=1` sends all gradients of an update as one message.
-        wrapped = self._hvd.DistributedOptimizer(optimizer, groups=1, compression=kind, op=self._hvd.Average)
+        # Horovod: `groups=1` sends all gradients of an update as one message. It is divided before it is summed.
+        wrapped = self._hvd.DistributedOptimizer(
+            optimizer,
+            groups=1,
+            compression=kind,
+            op=self._hvd.Average,
+            gradient_predivide_factor=float(predivision(self.size, self.elastic)) if compression == "fp16" else 1.0,
+        )
         # Horovod: it makes a tf.function of the averaging, and autograph reads its source: seconds of every start.
         # Generic names: tensor names depend on how often a rank has traced, and ranks that join have traced less often.
         average = wrapped._allreduce_grads.python_function

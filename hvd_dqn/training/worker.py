@@ -18,10 +18,10 @@ from hvd_dqn.envs.environments import Environments
 from hvd_dqn.envs.vector import short
 from hvd_dqn.envs.wrapping import described
 from hvd_dqn.errors import InputError, RunError
-from hvd_dqn.ranks.world import World
+from hvd_dqn.ranks.world import Solo, World
 from hvd_dqn.storage.arrays import UNREADABLE
 from hvd_dqn.storage.checkpoint import Damaged, Snapshot, small
-from hvd_dqn.storage.resharding import deal, gather_state
+from hvd_dqn.storage.resharding import deal, gather_state, survey
 from hvd_dqn.training.build import (
     counted,
     make_environments,
@@ -327,8 +327,7 @@ class Worker:
 
     def _layout(self) -> dict[str, int]:
         """The values that must be unchanged for an exact resume."""
-        plan = self.plan
-        return {"ranks": plan.size, "envs_per_rank": plan.envs_per_rank, "capacity": self.config.replay.capacity}
+        return layout(self.config, self.world.size)
 
     def regroup(self, snapshot: Snapshot, joined: bool) -> None:
         """Continues from `snapshot` with the current ranks. Environments and replay are kept."""
@@ -390,10 +389,10 @@ class Worker:
     def _reshard(self, snapshot: Snapshot) -> None:
         """Takes this rank's share of all transitions, if the number of ranks or the size of the rings has changed."""
         plan, capacity = self.plan, self.config.replay.capacity
-        shards = [snapshot.part(rank)["replay"] for rank in range(snapshot.ranks)]
-        needed = ("step_types", "episode_steps", "write_positions", "slots")
+        # Alone unless the ranks have shared the reading: see `surveyed`.
+        found = snapshot.survey or survey(snapshot, Solo(), self.config.env.frame_stack)
         dealt = deal(
-            (small({name: shard[name] for name in needed}) for shard in shards),
+            found.episodes,
             plan.envs,
             plan.slots_per_env,
             self.config.env.frame_stack,
@@ -402,7 +401,7 @@ class Worker:
         self.replay = self._make_replay(dealt.slots)
         first, mine = self.world.rank * plan.envs_per_rank, self.replay.state()
         rings = range(first, first + plan.envs_per_rank)
-        self.replay.load_state(gather_state(dealt, rings, shards, mine["rng"], into=self.replay.arrays()))
+        self.replay.load_state(gather_state(dealt, rings, found.replays, mine["rng"], into=self.replay.arrays()))
         self.messages.append(dealt.describe(plan.size) + ". New episodes begin.")
 
     def close(self) -> None:
@@ -410,6 +409,20 @@ class Worker:
             self._thread.shutdown(wait=False)  # if this rank failed during a phase, do not wait for its end
         self.envs.close()
         self.evaluator.close()
+
+
+def layout(config: Config, size: int) -> dict[str, int]:
+    """What must be unchanged for an exact resume."""
+    ranks = size if config.ranks.scaling == "strong" else 1
+    envs_per_rank = config.env.envs_per_rank // ranks
+    return {"ranks": size, "envs_per_rank": envs_per_rank, "capacity": config.replay.capacity}
+
+
+def surveyed(snapshot: Snapshot, config: Config, world: World) -> Snapshot:
+    """The checkpoint with a survey of its replays if their transitions are to be redistributed. A collective then."""
+    if not snapshot.complete or snapshot.state.get("layout") == layout(config, world.size):
+        return snapshot
+    return snapshot._replace(survey=survey(snapshot, world, config.env.frame_stack))
 
 
 def _check_one_environment(training: Environments, evaluation: Environments) -> None:
@@ -446,5 +459,5 @@ def _check_not_finished(plan: Plan, snapshot: Snapshot | None) -> None:
     if snapshot is not None and plan.first_cycle >= plan.cycles and snapshot.state.get("finished", True):
         raise InputError(
             f"There is nothing left to train: the run has already taken {plan.resumed_at:,} total steps. "
-            f"Raise --total-steps above that. Received: {plan.config.total_steps:,}."
+            f"Raise --total-steps above that. Received: {plan.total_steps:,}."
         )
