@@ -1,0 +1,158 @@
+"""What this job may use of its host: the least of what the kernel, control groups (cgroups) and Slurm allow."""
+
+import contextlib
+import math
+import os
+import re
+import resource
+from collections.abc import Iterator, Mapping
+from pathlib import Path, PurePosixPath
+from typing import NamedTuple
+
+ROOT = Path("/")
+OTHER_FILES = 256  # that a rank has open besides the watchdog's connections, about: libraries, pipes, MPI's sockets
+MEGABYTE = 1 << 20  # Slurm's megabytes
+
+
+class Limit(NamedTuple):
+    """A limit, and where it comes from, in words for display."""
+
+    value: float
+    source: str
+
+
+def cores(environ: Mapping[str, str] | None = None, root: Path = ROOT) -> Limit:
+    """How many cores this process may use together with its neighbours of the same job; a fraction under a CPU quota.
+
+    SLURM_CPUS_ON_NODE is the job's on this node, shared by all its tasks there, and SLURM_CPUS_PER_TASK one task's. The
+    second counts in tasks of srun alone: in a batch script, or in ranks of mpirun, it says nothing of this process.
+    """
+    environ = os.environ if environ is None else environ
+    found = [Limit(len(os.sched_getaffinity(0)), "affinity")]
+    found += filter(None, [cpu_quota(root), _of_slurm(environ, "SLURM_CPUS_ON_NODE")])
+    if "SLURM_STEP_NUM_TASKS" in environ and "OMPI_COMM_WORLD_RANK" not in environ:
+        found += filter(None, [_of_slurm(environ, "SLURM_CPUS_PER_TASK")])
+    return min(found, key=lambda limit: limit.value)
+
+
+def cpu_quota(root: Path = ROOT) -> Limit | None:
+    """The least CPU time per wall time that a cgroup of this process allows, in cores. Its processes share it."""
+    found = []
+    for folder in _groups("cpu", root):
+        numbers = [_number(folder, name) for name in ("cpu.cfs_quota_us", "cpu.cfs_period_us")]  # v1
+        with contextlib.suppress(OSError):
+            numbers = [_digits(word) for word in (folder / "cpu.max").read_text().split()]  # v2: "max 100000"
+        quota, period = numbers if len(numbers) == 2 else (None, None)
+        if quota and period:
+            found.append(Limit(quota / period, f"CPU quota of {folder}"))
+    return min(found, key=lambda limit: limit.value, default=None)
+
+
+def available_memory(sharers: int = 1, environ: Mapping[str, str] | None = None, root: Path = ROOT) -> Limit:
+    """How many bytes the `sharers` processes of this job on this host may still take, together with all their neighbours.
+
+    SLURM_MEM_PER_NODE and SLURM_MEM_PER_CPU, for each of SLURM_CPUS_ON_NODE, are the job's on this node. Whether Slurm
+    enforces them by a cgroup or not, the processes here have used some of it; each is taken to use as much as this one.
+    """
+    environ = os.environ if environ is None else environ
+    found = [Limit(_kilobytes(root / "proc/meminfo", "MemAvailable"), "the host")]
+    for folder in _groups("memory", root):
+        found += _of_group(folder)
+    used = sharers * _kilobytes(root / "proc/self/status", "VmRSS")
+    per_node, per_cpu = (_of_slurm(environ, f"SLURM_MEM_PER_{what}") for what in ("NODE", "CPU"))
+    if per_node:
+        found.append(Limit(per_node.value * MEGABYTE - used, per_node.source))
+    if per_cpu and (on_node := _of_slurm(environ, "SLURM_CPUS_ON_NODE")):
+        found.append(Limit(per_cpu.value * on_node.value * MEGABYTE - used, per_cpu.source))
+    least = min(found, key=lambda limit: limit.value)
+    return least._replace(value=max(0.0, least.value))
+
+
+def allow_open_files(needed: int) -> None:
+    """Raises this process's own limit of open files as far as it may. The default, 1,024, is for a thousand ranks too low."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = needed if hard == resource.RLIM_INFINITY else min(needed, hard)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
+def _of_group(folder: Path) -> Iterator[Limit]:
+    """What may still be taken in a memory cgroup. Cached pages of files are given back when others need memory."""
+    usage, cached = "memory.current", ("inactive_file", "active_file", "slab_reclaimable")  # v2
+    limits = [_number(folder, name) for name in ("memory.max", "memory.high")]  # above `high` it is slowed to a crawl
+    if (folder / "memory.limit_in_bytes").exists():  # v1
+        usage, cached = "memory.usage_in_bytes", ("total_inactive_file", "total_active_file")
+        limits = [_number(folder, "memory.limit_in_bytes"), _statistics(folder).get("hierarchical_memory_limit")]
+    statistics = _statistics(folder)
+    used = (_number(folder, usage) or 0) - sum(statistics.get(name, 0) for name in cached)
+    for limit in limits:
+        if limit is not None:
+            yield Limit(limit - used, f"memory limit of {folder}")
+
+
+def _groups(controller: str, root: Path) -> Iterator[Path]:
+    """The folders of the cgroups that limit this process: its own and all above it, as far as they are mounted here.
+
+    A container sees its own group as the root of what is mounted, or in a name space of its own as the root of all.
+    """
+    with contextlib.suppress(OSError, ValueError):
+        paths: dict[str, PurePosixPath] = {}  # by controller, "" for version 2
+        for line in (root / "proc/self/cgroup").read_text().splitlines():
+            _, controllers, group = line.split(":", 2)
+            paths |= dict.fromkeys(controllers.split(","), PurePosixPath(group))
+        for line in (root / "proc/self/mountinfo").read_text().splitlines():
+            mount, filesystem = (part.split() for part in line.split(" - ", 1))
+            kind, options = filesystem[0], filesystem[-1].split(",")
+            if kind == "cgroup2":
+                path = paths.get("")
+            else:
+                path = paths.get(controller) if kind == "cgroup" and controller in options else None
+            if path is None:
+                continue
+            mounted, at = (_unescaped(word) for word in mount[3:5])
+            inside = PurePosixPath()  # if the group lies outside of what is mounted, that is what a container sees
+            if path.is_relative_to(mounted) and ".." not in path.parts:
+                inside = path.relative_to(mounted)
+            for folder in (inside, *inside.parents):
+                yield root / at.lstrip("/") / folder
+
+
+def _unescaped(word: str) -> str:
+    r"""A path of mountinfo, where a blank is \040."""
+    return re.sub(r"\\([0-7]{3})", lambda match: chr(int(match[1], 8)), word)
+
+
+def _number(folder: Path, name: str) -> int | None:
+    try:
+        return _digits((folder / name).read_text())
+    except OSError:
+        return None
+
+
+def _digits(text: str) -> int | None:
+    """None for "max" and for -1, which both mean no limit."""
+    text = text.strip()
+    return int(text) if text.isdecimal() else None
+
+
+def _statistics(folder: Path) -> dict[str, int]:
+    try:
+        lines = (folder / "memory.stat").read_text().splitlines()
+    except OSError:
+        return {}
+    return {name: int(value) for name, value in (line.split() for line in lines)}
+
+
+def _of_slurm(environ: Mapping[str, str], name: str) -> Limit | None:
+    """None where Slurm set no limit; --mem=0 means all of the node's memory."""
+    number = _digits(environ.get(name, ""))
+    return Limit(number, f"{name}={number}") if number else None
+
+
+def _kilobytes(file: Path, name: str) -> float:
+    """The bytes in a line such as "MemAvailable:   20620 kB"; infinity if there is none."""
+    with contextlib.suppress(OSError):
+        for line in file.read_text().splitlines():
+            if line.startswith(f"{name}:"):
+                return 1024 * float(line.split()[1])
+    return 0.0 if name == "VmRSS" else math.inf
