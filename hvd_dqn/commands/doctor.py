@@ -73,7 +73,7 @@ def examine(world: World) -> dict[str, Any]:
 
 def _read_error(world: World, places: Sequence[tuple[str, int, int]]) -> str | None:
     """Why this rank may not read the memory of the next one on its host; None if it may, or if there is none."""
-    others = places[world.rank + 1 :] + places[: world.rank]
+    others = [*places[world.rank + 1 :], *places[: world.rank]]
     return next((read_error(*place) for host, *place in others if host == world.hostname), None)
 
 

@@ -11,7 +11,6 @@ import socket
 import subprocess
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
-from pathlib import Path
 from typing import Any
 
 from hvd_dqn import __version__
@@ -131,7 +130,9 @@ def other_mpi(ranks: Ranks) -> Iterator[str]:
 def family(said: str) -> tuple[str, str]:
     """The maker of an MPI and its major version, whose launchers and libraries belong together."""
     words = said.lower()
-    maker = next((name for name in ("open mpi", "openrte", "intel", "mvapich", "mpich", "hydra") if name in words), words)
+    maker = next(
+        (name for name in ("open mpi", "openrte", "intel", "mvapich", "mpich", "hydra") if name in words), words
+    )
     maker = {"openrte": "open mpi", "hydra": "mpich"}.get(maker, maker)
     version = re.search(r"(\d+)\.\d", said)
     return maker, version[1] if version and maker == "open mpi" else ""  # the others keep one interface
@@ -140,7 +141,11 @@ def family(said: str) -> tuple[str, str]:
 def unreadable_neighbours(ranks: Ranks) -> Iterator[str]:
     for host, neighbours in by_host(ranks):
         errors = [rank["read_error"] for rank in neighbours if rank.get("read_error")]
-        if errors and neighbours[0]["settings"].get(SINGLE_COPY) != "none" and "Open MPI" in neighbours[0].get("mpi", ""):
+        if (
+            errors
+            and neighbours[0]["settings"].get(SINGLE_COPY) != "none"
+            and "Open MPI" in neighbours[0].get("mpi", "")
+        ):
             yield (
                 f"The ranks on {host} may not read each other's memory ({errors[0]}), as often in containers. Open MPI tries "
                 f"it for large messages: set {SINGLE_COPY}=none."
@@ -152,8 +157,8 @@ def small_shared_memory(ranks: Ranks) -> Iterator[str]:
         size, needed = neighbours[0]["shared_memory"], SEGMENT * len(neighbours)
         if size is not None and len(neighbours) > 1 and size < needed:
             yield (
-                f"/dev/shm on {host} has {size / 1e6:,.0f} MB, and the {len(neighbours)} ranks need {needed / 1e6:,.0f}: give a "
-                "container --shm-size 1g, or remount it with a larger size."
+                f"/dev/shm on {host} has {size / 1e6:,.0f} MB, and the {len(neighbours)} ranks need {needed / 1e6:,.0f}: "
+                "give a container --shm-size 1g, or remount it with a larger size."
             )
 
 

@@ -13,7 +13,6 @@ from hvd_dqn.ranks.placement import (
     gpu_conflict,
     is_alone,
     is_elastic,
-    is_launched,
     launched_rank,
     launched_ranks,
     set_communication_defaults,

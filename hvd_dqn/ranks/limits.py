@@ -109,7 +109,7 @@ def _groups(controller: str, root: Path) -> Iterator[Path]:
                 path = paths.get(controller) if kind == "cgroup" and controller in options else None
             if path is None:
                 continue
-            mounted, at = (_unescaped(word) for word in mount[3:5])
+            mounted, at = _unescaped(mount[3]), _unescaped(mount[4])
             inside = PurePosixPath()  # if the group lies outside of what is mounted, that is what a container sees
             if path.is_relative_to(mounted) and ".." not in path.parts:
                 inside = path.relative_to(mounted)
