@@ -92,6 +92,9 @@ def made(monkeypatch):
             calls.setdefault(name, []).append(inspect.signature(part).bind(*values, **named).arguments)
             return part(*values, **named)
 
+        for own, value in vars(part).items():
+            if isinstance(value, staticmethod):
+                setattr(make, own, value.__func__)
         monkeypatch.setattr(module, name, make)
 
     for name in ("Environments", "Learner", "build_network", "Evaluator", "Dqn"):
@@ -129,7 +132,7 @@ def test_every_setting_reaches_its_part(made):
     assert agent.preprocess.array(np.full((1, 8), 9, np.float32)).max() == 4
 
     (replay,) = calls["Replay"]
-    expected = {"n_step": 2, "gamma": 0.9, "frame_stack": 2, "sharers": 2}
+    expected = {"n_step": 2, "gamma": 0.9, "frame_stack": 2}
     assert {name: replay[name] for name in expected} == expected
 
     (actor,) = calls["Actor"]
@@ -201,12 +204,13 @@ def test_a_phase_gets_what_is_planned_and_what_it_says_is_reported(made):
     agent.begin_episodes()
     given = []
 
-    def update(batch, learning_rate, copies):
+    def update(parts, learning_rate, copies):
+        (batch,) = parts
         given.append((batch.reward.shape, learning_rate, copies.tolist()))
         n = len(copies)
         return Phase(n, 2.0 * n, 3.0 * n, 4.0 * n, 6, 0, False, 1.0, 0.0, None)
 
-    agent.learner.update = update
+    agent.learner.update_in_parts = update
     expected = []
     for cycle in range(agent.plan.cycles):
         agent.step(cycle)
