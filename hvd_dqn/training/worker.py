@@ -2,7 +2,7 @@
 
 import functools
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from time import perf_counter
 from typing import Any, Literal
@@ -13,7 +13,6 @@ from hvd_dqn.agent.actor import Actor
 from hvd_dqn.agent.learner import Phase
 from hvd_dqn.agent.preprocess import merge
 from hvd_dqn.agent.replay import Replay
-from hvd_dqn.agent.transition import Batch
 from hvd_dqn.config import Config
 from hvd_dqn.envs.environments import Environments
 from hvd_dqn.envs.vector import short
@@ -213,19 +212,20 @@ class Worker:
         self.use_statistics()
         with self.ledger.timed("sample"):
             draw = self.replay.draw(updates, plan.batch_per_rank * plan.passes, self.rewards.learned)
-            together = self._updates_together(updates)
-            parts: Iterable[Batch]
+            together, update = self._updates_together(updates), self.learner.update
+            work: Any
             if together == updates:
-                parts = (self.replay.gather(draw),)
-            else:  # each is gathered when its turn comes, in `finish_phase` and before the replay changes
+                work = self.replay.gather(draw)
+            else:  # each part is gathered when its turn comes, in `finish_phase` and before the replay changes
                 begins = range(0, updates, together)
-                parts = (self.replay.gather(draw.part(begin, begin + together)) for begin in begins)
-        work = parts, plan.learning_rate_at(cycle), plan.target_copies_at(cycle)
+                work = (self.replay.gather(draw.part(begin, begin + together)) for begin in begins)
+                update = self.learner.update_in_parts
+        settings = plan.learning_rate_at(cycle), plan.target_copies_at(cycle)
         if self._thread is None:
-            self._phase = functools.partial(self.learner.update_in_parts, *work)
+            self._phase = functools.partial(update, work, *settings)
         else:
             self.learner.sync_acting_weights()
-            self._phase = self._thread.submit(self.learner.update_in_parts, *work).result
+            self._phase = self._thread.submit(update, work, *settings).result
         self.updates, self.learned_at = self.updates + updates, cycle
 
     def use_statistics(self) -> None:

@@ -204,13 +204,12 @@ def test_a_phase_gets_what_is_planned_and_what_it_says_is_reported(made):
     agent.begin_episodes()
     given = []
 
-    def update(parts, learning_rate, copies):
-        (batch,) = parts
+    def update(batch, learning_rate, copies):
         given.append((batch.reward.shape, learning_rate, copies.tolist()))
         n = len(copies)
         return Phase(n, 2.0 * n, 3.0 * n, 4.0 * n, 6, 0, False, 1.0, 0.0, None)
 
-    agent.learner.update_in_parts = update
+    agent.learner.update = update
     expected = []
     for cycle in range(agent.plan.cycles):
         agent.step(cycle)
