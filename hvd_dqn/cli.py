@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 from hvd_dqn import __version__
 from hvd_dqn.errors import InputError, JobError, LibraryError, RunError, nearest, tell
 from hvd_dqn.loading import load_tensorflow, loading
-from hvd_dqn.ranks.placement import is_elastic, local_rank, set_thread_defaults
+from hvd_dqn.ranks.limits import check_libraries_fit
+from hvd_dqn.ranks.placement import is_elastic, local_rank, local_size, set_thread_defaults
 
 if TYPE_CHECKING:  # it imports NumPy, whose number of threads must be set first
     from hvd_dqn.ranks.world import World
@@ -59,6 +60,8 @@ def run_command(argv: Sequence[str]) -> None:
             stop_request.install(for_all="--elastic" not in argv)
         if any(word.partition("=")[0] == "--timeline" for word in argv):
             os.environ["HOROVOD_TIMELINE"] = "DYNAMIC"  # Horovod reads this when it starts
+        if argv and argv[0] in ("train", "evaluate", "bench", "doctor"):  # those that load TensorFlow
+            check_libraries_fit(local_size())
         with loading():
             world = connect(examines=argv[:1] == ["doctor"])
         # Only the chief prints results.

@@ -5,12 +5,16 @@ import math
 import os
 import re
 import resource
+import socket
 from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
+from hvd_dqn.errors import InputError
+
 ROOT = Path("/")
 OTHER_FILES = 256  # that a rank has open besides the watchdog's connections, about: libraries, pipes, MPI's sockets
+LIBRARIES = 300_000_000  # bytes of memory in a rank that trains CartPole; with less than 250 MB it was killed
 MEGABYTE = 1 << 20  # Slurm's megabytes
 
 
@@ -51,21 +55,29 @@ def cpu_quota(root: Path = ROOT) -> Limit | None:
 def available_memory(sharers: int = 1, environ: Mapping[str, str] | None = None, root: Path = ROOT) -> Limit:
     """How many bytes the `sharers` processes of this job on this host may still take, together with all their neighbours.
 
-    SLURM_MEM_PER_NODE and SLURM_MEM_PER_CPU, for each of SLURM_CPUS_ON_NODE, are the job's on this node. Whether Slurm
-    enforces them by a cgroup or not, the processes here have used some of it; each is taken to use as much as this one.
+    Whether Slurm enforces its limit by a cgroup or not, these processes have used some of it. Each is taken to use as
+    much as this one.
     """
     environ = os.environ if environ is None else environ
     found = [Limit(_kilobytes(root / "proc/meminfo", "MemAvailable"), "the host")]
     for folder in _groups("memory", root):
-        found += _of_group(folder)
+        taken = _used_by_group(folder)
+        found += [Limit(limit - taken, f"memory limit of {folder}") for limit in _limits_of_group(folder)]
     used = sharers * _kilobytes(root / "proc/self/status", "VmRSS")
-    per_node, per_cpu = (_of_slurm(environ, f"SLURM_MEM_PER_{what}") for what in ("NODE", "CPU"))
-    if per_node:
-        found.append(Limit(per_node.value * MEGABYTE - used, per_node.source))
-    if per_cpu and (on_node := _of_slurm(environ, "SLURM_CPUS_ON_NODE")):
-        found.append(Limit(per_cpu.value * on_node.value * MEGABYTE - used, per_cpu.source))
+    found += [limit._replace(value=limit.value - used) for limit in _slurms_memory(environ)]
     least = min(found, key=lambda limit: limit.value)
     return least._replace(value=max(0.0, least.value))
+
+
+def check_libraries_fit(ranks: int) -> None:
+    """Raises InputError if `ranks` of this host cannot even load their libraries: the kernel would kill them without a word."""
+    limit = total_memory()
+    if ranks * LIBRARIES > limit.value:
+        raise InputError(
+            f"TensorFlow alone takes about {LIBRARIES / 1e6:.0f} MB in each rank, and this job may have "
+            f"{limit.value / 1e6:,.0f} MB here ({limit.source}). Received: {ranks} rank{'s' * (ranks > 1)} on "
+            f"{socket.gethostname()}. Ask for more memory (sbatch --mem, docker run -m), or start fewer ranks."
+        )
 
 
 def allow_open_files(needed: int) -> None:
@@ -76,18 +88,38 @@ def allow_open_files(needed: int) -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
-def _of_group(folder: Path) -> Iterator[Limit]:
-    """What may still be taken in a memory cgroup. Cached pages of files are given back when others need memory."""
+def total_memory(environ: Mapping[str, str] | None = None, root: Path = ROOT) -> Limit:
+    """How many bytes all processes of this job may have on this host, whatever they have by now."""
+    environ = os.environ if environ is None else environ
+    found = [Limit(_kilobytes(root / "proc/meminfo", "MemTotal"), "the host"), *_slurms_memory(environ)]
+    for folder in _groups("memory", root):
+        found += [Limit(limit, f"memory limit of {folder}") for limit in _limits_of_group(folder)]
+    return min(found, key=lambda limit: limit.value)
+
+
+def _slurms_memory(environ: Mapping[str, str]) -> Iterator[Limit]:
+    """SLURM_MEM_PER_NODE, and SLURM_MEM_PER_CPU for each of SLURM_CPUS_ON_NODE: the job's on this node."""
+    per_node, per_cpu = (_of_slurm(environ, f"SLURM_MEM_PER_{what}") for what in ("NODE", "CPU"))
+    if per_node:
+        yield Limit(per_node.value * MEGABYTE, per_node.source)
+    if per_cpu and (on_node := _of_slurm(environ, "SLURM_CPUS_ON_NODE")):
+        yield Limit(per_cpu.value * on_node.value * MEGABYTE, per_cpu.source)
+
+
+def _limits_of_group(folder: Path) -> list[int]:
+    """The limits of a memory cgroup in bytes. One of version 1 also knows the least above it."""
+    found = [_number(folder, name) for name in ("memory.max", "memory.high", "memory.limit_in_bytes")]
+    found.append(_statistics(folder).get("hierarchical_memory_limit"))
+    return [limit for limit in found if limit is not None]
+
+
+def _used_by_group(folder: Path) -> int:
+    """The bytes that a memory cgroup has. Cached pages of files are given back when others need memory."""
     usage, cached = "memory.current", ("inactive_file", "active_file", "slab_reclaimable")  # v2
-    limits = [_number(folder, name) for name in ("memory.max", "memory.high")]  # above `high` it is slowed to a crawl
-    if (folder / "memory.limit_in_bytes").exists():  # v1
+    if (folder / "memory.usage_in_bytes").exists():  # v1
         usage, cached = "memory.usage_in_bytes", ("total_inactive_file", "total_active_file")
-        limits = [_number(folder, "memory.limit_in_bytes"), _statistics(folder).get("hierarchical_memory_limit")]
     statistics = _statistics(folder)
-    used = (_number(folder, usage) or 0) - sum(statistics.get(name, 0) for name in cached)
-    for limit in limits:
-        if limit is not None:
-            yield Limit(limit - used, f"memory limit of {folder}")
+    return (_number(folder, usage) or 0) - sum(statistics.get(name, 0) for name in cached)
 
 
 def _groups(controller: str, root: Path) -> Iterator[Path]:

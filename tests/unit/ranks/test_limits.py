@@ -241,6 +241,26 @@ def test_in_a_group_of_three_gigabytes_a_larger_replay_is_refused_in_one_line(tm
     assert not (tmp_path / "run").exists()
 
 
+def test_all_processes_of_a_job_together_may_have_its_least_limit(tmp_path):
+    files = v2_memory("sys/fs/cgroup/a", str(4 * GB), 3 * GB)
+    root = machine(tmp_path, "0::/a\n", V2, files)
+    assert limits.total_memory({}, root) == (4 * GB, f"memory limit of {root}/sys/fs/cgroup/a")
+    assert limits.total_memory({"SLURM_MEM_PER_NODE": "2048"}, root) == (2 * GB, "SLURM_MEM_PER_NODE=2048")
+
+
+@needs_cgroups
+def test_a_group_too_small_for_tensorflow_itself_is_told_in_one_line(tmp_path):
+    with cgroups.limited(memory=400 * MB) as groups:
+        for ranks, code in [("2", 2), ("1", 0)]:
+            command = [*groups.enter, "hvd-dqn", "train", "--help"]
+            done = run(command, timeout=60, OMPI_COMM_WORLD_LOCAL_SIZE=ranks)
+            assert done.returncode == code, done.stderr
+            assert (
+                "TensorFlow alone takes about 300 MB in each rank, and this job may have 419 MB" in done.stderr
+            ) == (code == 2)
+            assert len(done.stderr.splitlines()) == (code == 2)
+
+
 def test_the_limit_of_open_files_is_raised_as_far_as_it_may_be():
     code = """
 import resource
