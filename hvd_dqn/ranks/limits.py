@@ -115,9 +115,9 @@ def _limits_of_group(folder: Path) -> list[int]:
 
 def _used_by_group(folder: Path) -> int:
     """The bytes that a memory cgroup has. Cached pages of files are given back when others need memory."""
-    usage, cached = "memory.current", ("inactive_file", "active_file", "slab_reclaimable")  # v2
+    usage, cached = "memory.current", ["inactive_file", "active_file", "slab_reclaimable"]  # v2
     if (folder / "memory.usage_in_bytes").exists():  # v1
-        usage, cached = "memory.usage_in_bytes", ("total_inactive_file", "total_active_file")
+        usage, cached = "memory.usage_in_bytes", ["total_inactive_file", "total_active_file"]
     statistics = _statistics(folder)
     return (_number(folder, usage) or 0) - sum(statistics.get(name, 0) for name in cached)
 

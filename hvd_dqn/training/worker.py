@@ -212,7 +212,8 @@ class Worker:
         self.use_statistics()
         with self.ledger.timed("sample"):
             draw = self.replay.draw(updates, plan.batch_per_rank * plan.passes, self.rewards.learned)
-            together, update = self._updates_together(updates), self.learner.update
+            together = self._updates_together(updates)
+            update: Callable[..., Phase] = self.learner.update
             work: Any
             if together == updates:
                 work = self.replay.gather(draw)
