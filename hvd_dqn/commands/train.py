@@ -8,7 +8,7 @@ from pathlib import Path
 from hvd_dqn.commands.options import TrainOptions, read_settings
 from hvd_dqn.config import Config, Ranks
 from hvd_dqn.errors import InputError
-from hvd_dqn.loading import load_tensorflow, loading
+from hvd_dqn.loading import load_with_tensorflow
 from hvd_dqn.ranks.lockstep import in_step
 from hvd_dqn.ranks.placement import is_elastic
 from hvd_dqn.ranks.signals import StopRequest
@@ -26,9 +26,8 @@ def run(arguments: Sequence[str], world: World) -> None:
     _check_elastic(options, config)
     in_step(world, lambda: _check_timeline(options, world))
 
-    with loading():
-        load_tensorflow()
-        from hvd_dqn import job  # imports TensorFlow; bad input is reported before
+    in_step(world, lambda: load_with_tensorflow("hvd_dqn.job"))  # bad input is reported before
+    from hvd_dqn import job
 
     if options.elastic:
         assert options.run_dir is not None

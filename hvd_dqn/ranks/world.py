@@ -5,6 +5,7 @@ import importlib
 import importlib.util
 import json
 import os
+import re
 import socket
 import sys
 import threading
@@ -306,18 +307,48 @@ def horovod_misfit() -> str | None:
         if built.split(".")[:2] != tf.__version__.split(".")[:2]:
             return f"it was built with TensorFlow {built}, but TensorFlow {tf.__version__} is installed"
         importlib.import_module("horovod.tensorflow")
+        if len(libraries := loaded_mpis()) > 1:
+            return f"it was built with another MPI than mpi4py uses: {' and '.join(libraries)} are loaded"
     except Exception as error:  # a library that no longer fits raises errors of any kind, and no rank may leave alone
         return f"{type(error).__name__}: {' '.join(str(error).split())}"
     return None
+
+
+def loaded_mpis(maps: Path = Path("/proc/self/maps")) -> list[str]:
+    """The MPI libraries in this process: of mpi4py, and of Horovod. Two of them do not know of each other."""
+    try:
+        files = {line.split(maxsplit=5)[-1] for line in maps.read_text().splitlines() if "/libmpi" in line}
+    except OSError:
+        return []
+    # libmpi.so.40 is Open MPI, libmpi.so.12 or libmpich.so.12 MPICH and Intel MPI. Not libmpi_cxx.so and the like.
+    return sorted(file for file in files if re.fullmatch(r"libmpi(ch)?\.so[.\d]*", file.rpartition("/")[2]))
 
 
 def mpi_size() -> int:
     """The number of ranks of the MPI job this process belongs to; starts MPI. Raises InputError without mpi4py."""
     if importlib.util.find_spec("mpi4py") is None:
         raise InputError("A job of several ranks needs mpi4py, which is not installed: run launch/setup.sh.")
-    from mpi4py import MPI
-
+    try:
+        from mpi4py import MPI
+    except Exception as error:  # its wheel raises RuntimeError where it finds no MPI
+        raise InputError(
+            f"mpi4py finds no MPI ({type(error).__name__}: {' '.join(str(error).split())}): load the module of the MPI that "
+            "launch/setup.sh was run with, or run it again with an mpirun on PATH."
+        ) from None
     return MPI.COMM_WORLD.size
+
+
+def mpi_library() -> str:
+    """The MPI that mpi4py uses, or why there is none. Starts no MPI: a process alone needs none."""
+    try:
+        import mpi4py
+
+        mpi4py.rc.initialize = False
+        from mpi4py import MPI
+
+        return " ".join(MPI.Get_library_version().split(",")[0].split())
+    except Exception as error:
+        return f"none: {type(error).__name__}: {' '.join(str(error).split())}"
 
 
 def mpi_in_step(check: Callable[[], None]) -> None:

@@ -1,11 +1,8 @@
 """Writes and reads a run directory: the settings of a run and facts about it."""
 
-import contextlib
 import datetime
-import importlib.metadata
 import itertools
 import json
-import platform
 import shlex
 import sys
 from operator import attrgetter
@@ -15,6 +12,7 @@ from typing import Any
 from hvd_dqn.config import Config, setting_names
 from hvd_dqn.config_files import load_file
 from hvd_dqn.errors import InputError
+from hvd_dqn.loading import versions
 from hvd_dqn.storage.arrays import write
 
 # Settings that may not change in a run, because its replay holds what the environment returned under them.
@@ -35,7 +33,6 @@ TASK = (
 )
 # Settings that may not change in a run, because its weights have the shapes that follow from them.
 NETWORK = ("agent.network", "agent.hidden", "agent.dueling", "agent.factored")
-PACKAGES = ("hvd_dqn", "tensorflow", "tensorflow-cpu", "keras", "horovod", "mpi4py", "gymnasium", "numpy")
 
 
 class Run:
@@ -161,12 +158,3 @@ def _shown(value: Any) -> str:
 
 def now() -> str:
     return datetime.datetime.now().astimezone().isoformat(timespec="seconds")
-
-
-def versions() -> dict[str, str]:
-    """Versions of Python and of installed packages, without importing them."""
-    found = {"python": platform.python_version()}
-    for package in PACKAGES:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            found.setdefault(package.removesuffix("-cpu"), importlib.metadata.version(package))
-    return found

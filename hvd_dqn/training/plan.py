@@ -145,6 +145,12 @@ class Plan:
             return 0
         return self.updates_after(cycle) - self.updates_after(cycle - 1)
 
+    @property
+    def most_updates(self) -> int:
+        """No phase has more updates."""
+        between = math.ceil(self.config.learner.train_period / self.steps_per_cycle) * self.steps_per_cycle
+        return math.ceil(between * self._updates_per_step)
+
     def finishes_phase_at(self, cycle: int) -> bool:
         """Whether the current phase ends in this cycle. With `overlap` it runs until its results are needed."""
         return (

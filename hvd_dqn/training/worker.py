@@ -18,6 +18,7 @@ from hvd_dqn.envs.environments import Environments
 from hvd_dqn.envs.vector import short
 from hvd_dqn.envs.wrapping import described
 from hvd_dqn.errors import InputError, RunError
+from hvd_dqn.ranks.limits import available_memory
 from hvd_dqn.ranks.world import Solo, World
 from hvd_dqn.storage.arrays import UNREADABLE
 from hvd_dqn.storage.checkpoint import Damaged, Snapshot, small
@@ -33,6 +34,7 @@ from hvd_dqn.training.build import (
     restore_weights,
 )
 from hvd_dqn.training.ledger import COUNTED, Ledger, Row
+from hvd_dqn.training.memory import PART_BYTES, bytes_per_update, check_memory, memory_of_rank, updates_per_part
 from hvd_dqn.training.plan import Plan
 
 # Observations per rank whose numbers are compared with the range that their space declares.
@@ -78,7 +80,9 @@ class Worker:
             self.learner.acting.q_values, self.envs.choices, self._rng(ACTING), config.agent.epsilon_zeta
         )
         # A rank that joins need not share the available memory: its neighbours have allocated theirs already.
-        self.replay = self._make_replay(self.plan.slots_per_env, sharers=1 if joins else world.local_size)
+        self._sharers = 1 if joins else world.local_size
+        self._update_bytes = self._bytes_per_update()
+        self.replay = self._make_replay(self.plan.slots_per_env)
         self.ledger = Ledger(world, counted(config))
         self.evaluator = make_evaluator(config, world, self._evaluated_q_values, stop)
         _check_one_environment(self.envs, self.evaluator.envs)
@@ -104,21 +108,47 @@ class Worker:
         key = (self.world.rank, stream, *([self.plan.resumed_at] if self.plan.resumed_at else []))
         return np.random.default_rng(np.random.SeedSequence(self.config.seed, spawn_key=key))
 
-    def _make_replay(self, slots: int, sharers: int = 1) -> Replay:
-        config = self.config
+    def _make_replay(self, slots: int) -> Replay:
+        config, copies = self.config, self.plan.envs_per_rank
+        frames, choices = self.envs.frames, self.envs.choices
+        mask_width = self.envs.actions if self.envs.masked else 0
+        check_memory(
+            memory_of_rank(
+                Replay.memory_needed(slots, copies, frames.shape, frames.dtype, choices.shape, mask_width),
+                self._updates_together(self.plan.most_updates),
+                self._update_bytes,
+                sum(math.prod(variable.shape) for variable in self.learner.online.variables),
+            ),
+            self._sharers,
+            available_memory(self._sharers),
+            f"{copies} environments x {slots} observations per rank",
+        )
         return Replay(
             slots,
-            self.plan.envs_per_rank,
-            self.envs.frames.shape,
-            self.envs.frames.dtype,
+            copies,
+            frames.shape,
+            frames.dtype,
             self._rng(SAMPLING),
             frame_stack=config.env.frame_stack,
             n_step=config.agent.n_step,
             gamma=config.agent.gamma,
-            action_shape=self.envs.choices.shape,
-            mask_width=self.envs.actions if self.envs.masked else 0,
-            sharers=sharers,
+            action_shape=choices.shape,
+            mask_width=mask_width,
         )
+
+    def _bytes_per_update(self) -> int:
+        frames, envs = self.envs.frames, self.envs
+        return bytes_per_update(
+            self.plan.batch_per_rank * self.plan.passes,
+            frames.stack * math.prod(frames.shape) * frames.dtype.itemsize,
+            math.prod(envs.choices.shape),
+            envs.actions if envs.masked else 0,
+        )
+
+    def _updates_together(self, updates: int) -> int:
+        """How many updates of a phase have their minibatches in memory at a time. The same on all ranks."""
+        # Updates that overlap acting need all of them at its begin: meanwhile the replay goes on.
+        return updates if self.config.learner.overlap else updates_per_part(updates, self._update_bytes)
 
     def _evaluated_q_values(self, observation: np.ndarray) -> np.ndarray:
         self._beat("evaluation")
@@ -182,13 +212,21 @@ class Worker:
         self.use_statistics()
         with self.ledger.timed("sample"):
             draw = self.replay.draw(updates, plan.batch_per_rank * plan.passes, self.rewards.learned)
-            batch = self.replay.gather(draw)
-        work = batch, plan.learning_rate_at(cycle), plan.target_copies_at(cycle)
+            together = self._updates_together(updates)
+            update: Callable[..., Phase] = self.learner.update
+            work: Any
+            if together == updates:
+                work = self.replay.gather(draw)
+            else:  # each part is gathered when its turn comes, in `finish_phase` and before the replay changes
+                begins = range(0, updates, together)
+                work = (self.replay.gather(draw.part(begin, begin + together)) for begin in begins)
+                update = self.learner.update_in_parts
+        settings = plan.learning_rate_at(cycle), plan.target_copies_at(cycle)
         if self._thread is None:
-            self._phase = functools.partial(self.learner.update, *work)
+            self._phase = functools.partial(update, work, *settings)
         else:
             self.learner.sync_acting_weights()
-            self._phase = self._thread.submit(self.learner.update, *work).result
+            self._phase = self._thread.submit(update, work, *settings).result
         self.updates, self.learned_at = self.updates + updates, cycle
 
     def use_statistics(self) -> None:
@@ -270,6 +308,15 @@ class Worker:
         if self.envs.masked or len(action_map.dimensions) > 1:
             rows["actions"] = f"{action_map}" + ("; masks are used" if self.envs.masked else "")
         rows["replay"] += f", {self.replay.nbytes / 1e6:,.0f} MB"
+        updates = self.plan.most_updates
+        together = self._updates_together(updates)
+        if updates * self._update_bytes > PART_BYTES:
+            whole = f"{updates * self._update_bytes / 1e9:,.1f} GB"
+            rows["minibatches"] = f"{whole} per phase" + (
+                ", all in memory: --learner.overlap needs them at its begin; a shorter --learner.train_period needs less"
+                if together == updates
+                else f", of which {together * self._update_bytes / 1e6:,.0f} MB are in memory at a time"
+            )
         if self.config.env.wrappers:
             rows["wrappers"] = ", ".join(map(described, self.config.env.wrappers))
         if self.envs.notes:

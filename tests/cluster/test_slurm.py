@@ -231,6 +231,38 @@ def test_tasks_without_mpi_are_told_what_srun_needs(slurm, project):
     assert done.returncode == 2, done.stderr
     assert done.stderr.count("srun started 2 tasks that are not connected to each other: use `srun --mpi=pmix`") == 1
     assert not (project / "run").exists()
+    done = slurm.run("srun", "--mpi=none", "--ntasks=2", ROOT / ".venv/bin/hvd-dqn", "doctor", cwd=project)
+    assert done.returncode == 0, done.stderr
+    assert " ".join(done.stdout.split()).count("The launcher started 2 ranks, but this one is not connected") == 1
+
+
+# As in an environment without mpi4py: what is None here cannot be imported, and is not found.
+NO_MPI4PY = "import sys\nsys.modules['mpi4py'] = None\n"
+
+
+@pytest.mark.parametrize(("mpi", "with_mpi4py"), [("pmix", False), ("pmi2", False), ("none", False), ("pmix", True)])
+def test_a_process_alone_in_an_interactive_step_trains_with_and_without_mpi4py(mpi, with_mpi4py, slurm, tmp_path):
+    if not with_mpi4py:
+        (tmp_path / "sitecustomize.py").write_text(NO_MPI4PY)
+    shell = f"env | grep -c PMI; exec hvd-dqn train identity --seed 3 --run-dir {tmp_path}/run"
+    srun = f"srun --mpi={mpi} --ntasks=1 --cpus-per-task=2 --pty bash -c '{shell}'"
+    # `script` gives it the terminal that --pty asks for.
+    path = f"{tmp_path}:{ROOT}"
+    done = slurm.run("script", "-qec", srun, "/dev/null", cwd=tmp_path, PYTHONPATH=path, **THREADS)
+    assert done.returncode == 0, done.stdout
+    assert "identity: return 10.0" in done.stdout
+    variables = int(re.search(r"\d+", done.stdout)[0])
+    assert (variables > 0) == (mpi != "none")  # those that mislead are there
+
+
+def test_memory_that_slurm_gave_the_job_is_what_its_ranks_may_use(slurm, project):
+    options = ["--ntasks-per-node=2", "--mem=1500"]
+    job = Job(slurm, project, "train", "identity", "--replay.capacity", "60000000", options=options)
+    job.end("FAILED", "2:0")
+    (line,) = [line for line in job.log.splitlines() if line.startswith("hvd-dqn: ")]
+    assert re.search(r"The job needs [\d.]+ GB .* [01]\.\d GB are available \(SLURM_MEM_PER_NODE=1500\)", line)
+    assert "2 ranks x" in line
+    assert not job.run_dir.exists()
 
 
 ONE_GPU = """
