@@ -20,18 +20,18 @@ source "$(dirname "${BASH_SOURCE[0]}")/ranks.sh"
 # horovodrun writes the names of all variables in a line for a shell, and under Gloo their values too. This leaves out
 # names that no shell knows and, where Gloo's line would become too long, the largest values of variables of others.
 fit_environment() {
-    local LC_ALL=C entry name room=90000 # bytes: a line holds 128 KiB, and quoting takes some of it
+    local LC_ALL=C name value bytes room=90000 # bytes: a line holds 128 KiB, and quoting takes some of it
     local -a odd=() large=()
     local -A size=()
-    while IFS= read -rd '' entry; do
-        name=${entry%%=*}
+    while IFS= read -rd '' name; do
         if [[ ! $name =~ ^([A-Za-z_][A-Za-z0-9_]*|BASH_FUNC_.*)$ ]]; then
             odd+=("$name")
         elif [[ -n $gloo && $name != BASH_FUNC_* ]]; then
-            room=$((room - ${#entry} - 1))
-            [[ $name =~ $travels|^HOME$ ]] || size[$name]=$((${#entry} + 1))
+            value=${!name}
+            bytes=$((${#name} + ${#value} + 2)) room=$((room - bytes))
+            [[ $name =~ $travels|^HOME$ ]] || size[$name]=$bytes
         fi
-    done < <(env -0)
+    done < <(env -0 | cut -zd= -f1)
     while ((room < 0)) && ((${#size[@]} > 0)); do
         name=$(for name in "${!size[@]}"; do echo "${size[$name]} $name"; done | sort -rn | head -n 1)
         large+=("${name#* }") room=$((room + ${name% *}))

@@ -154,7 +154,7 @@ def new_or_given(directory: Path | str | None, name: str) -> Iterator[Path]:
                 path.rmdir()
 
 
-def _not_writable(path: Path, reason: str) -> InputError:
+def _not_writable(path: Path, reason: str | None) -> InputError:
     return InputError(f"Cannot write the run directory {path}: {reason}. Choose another with --run-dir.")
 
 

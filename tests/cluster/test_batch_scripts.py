@@ -62,6 +62,7 @@ DIRECTIVES = {
     "train.sbatch": ["--signal=USR1@120", "--requeue", "--open-mode=append"],
     "train-mpirun.sbatch": ["--signal=B:USR1@120", "--requeue", "--open-mode=append"],
     "train-apptainer.sbatch": ["--signal=USR1@120", "--requeue", "--open-mode=append"],
+    "seeds.sbatch": ["--signal=USR1@120", "--requeue", "--open-mode=append", "--array=1-3", "--output=%x-%A_%a.log"],
     "train.pbs": ["-r y", "-j oe"],
     "train.lsf": ["-wa USR1", "-wt 2", "-r", '-Q "75"'],
 }
@@ -95,10 +96,10 @@ class Project:
 
     def start(self, script, *words, **environment):
         system = script.split("/")[0]
-        launchers = ("SLURM_", "PBS_", "LSB_", "HVD_DQN_")
+        launchers = ("SLURM_", "PBS_", "LSB_", "HVD_DQN_", "VIRTUAL_ENV", "CONDA_")
         variables = {k: v for k, v in os.environ.items() if not k.startswith(launchers)}
         variables |= {k: v.format(folder=self.folder) for k, v in SYSTEMS[system].items()}
-        variables |= {"PATH": f"{self.folder}/bin:{os.environ['PATH']}", "CALLS": str(self.folder / "calls")}
+        variables |= {"PATH": f"{self.folder}/bin:/usr/bin:/bin", "CALLS": str(self.folder / "calls")}
         variables |= {"RUN_DIR": str(self.run_dir), "CODE": "0", "STEPS": "", "WAIT": "", **environment}
         # A copy of the script somewhere else, as batch systems run it, in the folder where the job was submitted.
         copy = shutil.copy(self.folder / "launch" / script, self.folder / "copy")
