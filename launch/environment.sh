@@ -12,8 +12,11 @@ find_program() {
     if [ -n "${HVD_DQN_BIN:-}" ]; then
         place=$HVD_DQN_BIN
         [ -d "$place" ] || [ "$(basename "$place")" != hvd-dqn ] || place=$(dirname "$place")
-        [ -x "$place/hvd-dqn" ] || stop "HVD_DQN_BIN names the folder of hvd-dqn, and there is none that can be run in $place."
-        program=$(cd "$place" && pwd)/hvd-dqn
+        if [ "$place" != "$root/.venv/bin" ]; then # whose absence check_program explains
+            [ -x "$place/hvd-dqn" ] || stop "HVD_DQN_BIN names the folder of hvd-dqn, and there is none that can be run in $place."
+            place=$(cd "$place" && pwd)
+        fi
+        program=$place/hvd-dqn
     else
         for place in "${VIRTUAL_ENV:+$VIRTUAL_ENV/bin}" "${CONDA_PREFIX:+$CONDA_PREFIX/bin}"; do
             [ -n "$program" ] || [ -z "$place" ] || [ ! -x "$place/hvd-dqn" ] || program=$place/hvd-dqn
@@ -37,7 +40,7 @@ cure() {
 
 # Stops in one line if hvd-dqn cannot be run here.
 check_program() {
-    local first='' second='' python='' said venv=$root/.venv
+    local first='' second='' python='' above said venv=$root/.venv
     local me_here
     me_here=$(id -un 2>/dev/null || id -u)
     if [ ! -x "$program" ]; then
@@ -53,7 +56,9 @@ check_program() {
         python=${BASH_REMATCH[1]}
     fi
     [ -n "$python" ] || return 0
-    if [ ! -e "$python" ] && [ ! -L "$python" ]; then
+    above=$python
+    while [ ! -e "$above" ] && [ -n "$above" ]; do above=${above%/*}; done
+    if [ ! -e "$python" ] && [ ! -L "$python" ] && [ -x "${above:-/}" ]; then # else it is only hidden from this user
         stop "$program needs $python, which is gone: this folder was moved. $(cure)"
     fi
     if [ "$program" = "$venv/bin/hvd-dqn" ] && [ -e "${python%/*}/../pyvenv.cfg" ] \
