@@ -13,7 +13,7 @@ from hvd_dqn.ranks.lockstep import in_step
 from hvd_dqn.ranks.placement import is_elastic
 from hvd_dqn.ranks.signals import StopRequest
 from hvd_dqn.ranks.world import World
-from hvd_dqn.storage.run_directory import Run, default_path
+from hvd_dqn.storage.run_directory import Run, new_or_given
 
 # sysexits.h's EX_TEMPFAIL: try again. Batch systems requeue on it.
 STOPPED = 75
@@ -35,8 +35,14 @@ def run(arguments: Sequence[str], world: World) -> None:
             config, name, Run(options.run_dir), stop_request, resume=options.resume, start_from=options.start_from
         )
     else:
-        directory = Run(Path(world.gather(str(options.run_dir or default_path(name)))[0]))
-        with world.timeline(options.timeline) if options.timeline else contextlib.nullcontext():
+        with contextlib.ExitStack() as stack:
+
+            def of_chief() -> str:
+                return "" if world.rank else str(stack.enter_context(new_or_given(options.run_dir, name)))
+
+            directory = Run(Path(world.gather(in_step(world, of_chief))[0]))
+            if options.timeline:
+                stack.enter_context(world.timeline(options.timeline))
             result = job.train_in_world(
                 config, name, directory, world, stop_request, resume=options.resume, start_from=options.start_from
             )
