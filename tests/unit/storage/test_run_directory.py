@@ -71,6 +71,12 @@ def changed(**settings) -> Config:
         #  changed in a resume                      what the message says
         ({"env.id": "Acrobot-v1"}, r'`env.id` was "CartPole-v1" and is "Acrobot-v1" now\. Leave --env.id out'),
         ({"env.kwargs": {"gravity": 9}}, r'another task\. `env.kwargs` was {} and is {"gravity": 9} now'),
+        ({"env.wrappers": "FlattenObservation"}, r'`env.wrappers` was \[\] and is \["FlattenObservation"\] now'),
+        ({"env.max_episode_steps": 9}, "`env.max_episode_steps` was null"),
+        ({"env.observation_scale": 9}, "`env.observation_scale` was null"),
+        ({"env.action_bins": 3}, "`env.action_bins` was null"),
+        ({"env.action_mask": "off"}, '`env.action_mask` was "auto" and is "off" now'),
+        ({"agent.factored": True}, "another network. `agent.factored` was"),
         ({"env.frame_stack": 2}, "`env.frame_stack` was 1 and is 2 now. Leave --env.frame-stack out"),
         ({"env.reward_scale": 0.5}, "`env.reward_scale` was 1.0 and is 0.5 now"),
         ({"env.reward_clip": 1}, "`env.reward_clip` was null and is 1.0 now"),
