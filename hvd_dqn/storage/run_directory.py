@@ -1,5 +1,6 @@
 """Writes and reads a run directory: the settings of a run and facts about it."""
 
+import contextlib
 import datetime
 import itertools
 import json
