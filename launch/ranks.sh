@@ -13,9 +13,9 @@ travels='^(PATH|LD_LIBRARY_PATH|PYTHONPATH|(HVD_DQN|HOROVOD|NCCL|TF|OMP|XLA|MALL
 
 stop() { printf '%s: %s See %s --help.\n' "$me" "$*" "$0" >&2; exit 2; }
 
-# Open MPI splits the agent's words at blanks: such a path must come from PATH.
+# Open MPI splits the agent's words at blanks: such a path must come from PATH, which other hosts' daemons do not have.
 agent=$root/launch/ssh.sh
-[[ $agent != *[[:space:]]* ]] || agent=ssh.sh
+[[ $agent != *[[:space:]]* ]] || agent=ssh.sh:ssh
 
 # shellcheck source-path=SCRIPTDIR source=environment.sh
 source "$root/launch/environment.sh"

@@ -453,18 +453,19 @@ VALUES = {"TF_Q": "a \"b\" 'c' ; d $HOME `id`", "HVD_DQN_NL": "  x\ny=1\n", "OMP
 PRINT = f"""#!{shutil.which("python3", path="/usr/bin:/bin")}
 import json, os
 found = {{name: os.environ.get(name, "") for name in {[*VALUES, "TF_LONG"]}}}
-print(json.dumps(found | {{"TF_LONG": len(found["TF_LONG"])}}))
+with open(f"{{os.environ['HVD_DQN_OUT']}}/{{os.getpid()}}.json", "w") as out:  # mpirun would mix what they print
+    out.write(json.dumps(found | {{"TF_LONG": len(found["TF_LONG"])}}))
 """
 
 
 def start_real(folder, *words, **env):
-    """Two ranks that print variables, started by the real launchers from a clone in `folder`."""
+    """Two ranks that write down variables, started by the real launchers from a clone in `folder`."""
     project = copy_project(folder)
     (project / ".venv/bin").mkdir(parents=True)
     (project / ".venv/bin/horovodrun").symlink_to(BIN / "horovodrun")
     write_script(project / ".venv/bin/print", "").write_text(PRINT)
     write_script(project / ".venv/bin/hvd-dqn", "exec print")
-    settings = {"PATH": "/usr/bin:/bin", "OMPI_MCA_rmaps_base_oversubscribe": "1", **env}
+    settings = {"PATH": "/usr/bin:/bin", "OMPI_MCA_rmaps_base_oversubscribe": "1", "HVD_DQN_OUT": str(folder), **env}
     return run(project / "launch" / words[0], *words[1:], "-np", "2", "train", "cartpole", env=settings)
 
 
@@ -476,7 +477,7 @@ def test_ranks_start_whatever_the_environment_holds_and_wherever_the_clone_lies(
     length = 20_000 if is_gloo else 120_000
     done = start_real(tmp_path / "it's mine ü", *launcher, **ODD, **VALUES, **large, TF_LONG="y" * length)
     assert done.returncode == 0, done.stderr
-    got = [json.loads(line[line.index("{") :]) for line in done.stdout.splitlines()]
+    got = [json.loads(path.read_text()) for path in (tmp_path / "it's mine ü").glob("*.json")]
     assert got == [VALUES | {"TF_LONG": length}] * 2
     assert ("the ranks do not get MY_" in done.stderr) == is_gloo
     assert len(done.stderr.splitlines()) == 1 + is_gloo, done.stderr
@@ -497,7 +498,7 @@ def test_what_a_path_cannot_hold_is_refused(tmp_path):
 def test_the_ssh_of_mpirun_is_found_on_path_where_the_clone_has_blanks(tmp_path, path):
     project = copy_project(tmp_path / "a b")
     write_script(project / ".venv/bin/hvd-dqn", "")
-    assert " OMPI_MCA_plm_rsh_agent=ssh.sh " in dry_run(project, path, "-H", "a:1,b:1")
+    assert " OMPI_MCA_plm_rsh_agent=ssh.sh:ssh " in dry_run(project, path, "-H", "a:1,b:1")
     (project / "key").touch()
     assert "private key by a path without blanks" in dry_run(project, path, "-i", project / "key", "-H", "a:1,b:1")
 
