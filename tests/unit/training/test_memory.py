@@ -79,7 +79,7 @@ SETTINGS = {
     "env": {"id": "hvd_dqn.envs.identity:Identity-v0", "envs_per_rank": 2},
     "agent": {"hidden": (8,)},
     "replay": {"capacity": 2000},
-    "learner": {"batch_size": 16, "learn_start": 64, "train_period": 64, "samples_per_insert": 4},
+    "learner": {"batch_size": 16, "learn_start": 64, "train_period": 64, "samples_per_insert": 4, "target_period": 24},
     "total_steps": 300,
 }
 
