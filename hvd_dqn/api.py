@@ -41,7 +41,7 @@ from hvd_dqn.job import (
 )
 from hvd_dqn.ranks.placement import launched_ranks, thread_defaults
 from hvd_dqn.ranks.world import Solo
-from hvd_dqn.storage.run_directory import Run, default_path, name_of_env
+from hvd_dqn.storage.run_directory import Run, name_of_env, new_or_given
 
 T = TypeVar("T")
 
@@ -81,13 +81,14 @@ def train(
                 "start several ranks with `hvd-dqn train` instead."
             )
         name, config = _settings(preset_or_config, run_dir, resume, settings)
-        run, source = Run(Path(run_dir or default_path(name))), None if start_from is None else Path(start_from)
-        return _interruptible(
-            lambda asked: train_in_world(
-                config, name, run, Solo(), lambda: asked() or bool(stop()),
-                resume=resume, start_from=source, progress=progress,
-            )
-        )  # fmt: skip
+        source = None if start_from is None else Path(start_from)
+        with new_or_given(run_dir, name) as path:
+            return _interruptible(
+                lambda asked: train_in_world(
+                    config, name, Run(path), Solo(), lambda: asked() or bool(stop()),
+                    resume=resume, start_from=source, progress=progress,
+                )
+            )  # fmt: skip
 
 
 def evaluate(

@@ -8,14 +8,22 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from hvd_dqn import __version__
-from hvd_dqn.errors import InputError, JobError, RunError, nearest, tell
+from hvd_dqn.errors import InputError, JobError, LibraryError, RunError, nearest, tell
 from hvd_dqn.loading import load_tensorflow, loading
-from hvd_dqn.ranks.placement import is_elastic, set_thread_defaults
+from hvd_dqn.ranks.limits import check_libraries_fit
+from hvd_dqn.ranks.placement import (
+    is_elastic,
+    launched_rank,
+    launched_ranks,
+    local_rank,
+    local_size,
+    set_thread_defaults,
+)
 
 if TYPE_CHECKING:  # it imports NumPy, whose number of threads must be set first
     from hvd_dqn.ranks.world import World
 
-COMMANDS = ("train", "evaluate", "plot", "bench", "doctor", "presets")  # modules of hvd_dqn.commands
+COMMANDS = ("train", "plan", "evaluate", "plot", "bench", "doctor", "presets")  # modules of hvd_dqn.commands
 
 USAGE = """\
 usage: hvd-dqn COMMAND ...
@@ -23,6 +31,7 @@ usage: hvd-dqn COMMAND ...
   train PRESET | --config FILE | --env.id ID
                                 [--section.setting VALUE ...] [--run-dir DIR] [--resume] [--from RUN_DIR]
                                 [--elastic] [--timeline FILE]
+  plan PRESET | ...             [--ranks 64] [--ranks-per-node N] [--check] [--json] and all that `train` takes
   evaluate RUN_DIR              [--episodes 100] [--seed S] [--epsilon E] [--best] [--json]
   plot RUN_DIR...               [-o FILE.png]
   bench learner | allreduce     [--json]
@@ -47,27 +56,36 @@ def main() -> None:
 
 def run_command(argv: Sequence[str]) -> None:
     """Runs the command in `argv`, given without the program's name. Raises SystemExit if the exit code is not 0."""
-    from hvd_dqn.commands.train import stop_request
-    from hvd_dqn.ranks.connect import connect
-    from hvd_dqn.ranks.lockstep import in_step
-    from hvd_dqn.ranks.world import Solo
-
     world: World | None = None
     try:
+        with loading():
+            from hvd_dqn.commands.train import stop_request
+            from hvd_dqn.ranks.connect import connect
+            from hvd_dqn.ranks.lockstep import in_step
+            from hvd_dqn.ranks.world import Solo
         if argv[:1] == ["train"]:
             # Early, because connecting takes seconds. An elastic job's launcher ends single ranks with SIGTERM.
             stop_request.install(for_all="--elastic" not in argv)
         if any(word.partition("=")[0] == "--timeline" for word in argv):
             os.environ["HOROVOD_TIMELINE"] = "DYNAMIC"  # Horovod reads this when it starts
+        _check_size(argv)
+        if argv and argv[0] in ("train", "evaluate", "bench", "doctor"):  # those that load TensorFlow
+            check_libraries_fit(local_size())
         with loading():
-            world = connect()
+            # A plan is made on a login node as well as inside a job, and starts nothing.
+            world = Solo() if argv[:1] == ["plan"] else connect(examines=argv[:1] == ["doctor"])
         # Only the chief prints results.
         with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere if world.rank else sys.stdout):
             command = in_step(world, lambda: find_command(argv[0] if argv else "--help"))
             command(argv[1:], world)
     except InputError as error:
-        if world is None or world.rank == 0 or is_elastic():
+        # Before they are connected, the ranks of a host say the same, and those of other hosts may not.
+        if local_rank() == 0 if world is None else world.rank == 0 or is_elastic():
             tell(str(error))
+            if isinstance(error, LibraryError) and argv[:1] == ["doctor"]:
+                from hvd_dqn.commands.host import show_host
+
+                show_host("--json" in argv)
         sys.exit(2)
     except JobError as error:
         assert world is not None
@@ -78,11 +96,26 @@ def run_command(argv: Sequence[str]) -> None:
         (world or Solo()).abort(str(error) or "interrupted")
 
 
+def _check_size(argv: Sequence[str]) -> None:
+    """Refuses a training that so many ranks cannot carry out before they are connected, which takes many seconds."""
+    if argv[:1] != ["train"] or is_elastic() or launched_ranks() == 1:
+        return
+    from hvd_dqn.commands.plan import check_size
+
+    try:
+        check_size(argv[1:], launched_ranks())
+    except InputError:
+        if launched_rank() == 0:
+            raise
+        sys.exit(2)
+
+
 def find_command(name: str) -> "Callable[[Sequence[str], World], None]":
     if name == "doctor":  # the others import it after they have read their options
         load_tensorflow()
     if name in COMMANDS:
-        run: Callable[[Sequence[str], World], None] = importlib.import_module(f"hvd_dqn.commands.{name}").run
+        with loading():
+            run: Callable[[Sequence[str], World], None] = importlib.import_module(f"hvd_dqn.commands.{name}").run
         return run
     if name in ("-h", "--help"):
         return lambda arguments, world: print(USAGE, end="")

@@ -286,6 +286,14 @@ class Learner(Section):
     learn_start: int = setting(
         1_000, "how much is collected before the first update", unit="total steps", source="Stable-Baselines3 zoo", ge=1
     )
+    min_updates: int = setting(
+        0,
+        "many ranks take few updates of large batches: a run of several goes on beyond `total_steps` until it has taken this "
+        "many updates, or as many as one rank would take in `total_steps` if that is less",
+        unit="updates",
+        source=OURS,
+        ge=0,
+    )
     train_period: int = setting(64, "total steps between two phases of updates", unit="total steps", source=OURS, ge=1)
     target_period: int = setting(
         10_000,

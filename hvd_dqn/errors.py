@@ -20,6 +20,10 @@ class InputError(ValueError):
     """The input is wrong. Exit code 2, before any rank trains."""
 
 
+class LibraryError(InputError):
+    """A library cannot be loaded: it is missing, damaged, or was replaced by a version that does not fit the others."""
+
+
 class RunError(RuntimeError):
     """The running job cannot continue, for a reason outside this program. Exit code 1.
 

@@ -26,6 +26,7 @@ from hvd_dqn.storage.run_directory import Run, check_same_task
 from hvd_dqn.training.build import make_evaluator, make_one, make_policy, read_statistics, trained_network
 from hvd_dqn.training.evaluation import Evaluator
 from hvd_dqn.training.trainer import Trainer
+from hvd_dqn.training.worker import surveyed
 
 
 @dataclass(frozen=True)
@@ -204,7 +205,7 @@ def newest(checkpoints: Checkpoints, run: Run, config: Config, world: World, say
     snapshot = checkpoints.newest(say if world.rank == 0 else lambda text: None)
     if snapshot is None:
         raise InputError(f"There is nothing to resume in {run.path}: it has no complete checkpoint.")
-    return snapshot
+    return snapshot if world.elastic else surveyed(snapshot, config, world)  # an elastic job fills new replays
 
 
 def starting_weights(

@@ -1,17 +1,24 @@
 #!/usr/bin/env bash
 # Shared by the batch scripts of slurm/, pbs/ and lsf/; do not run it by itself. A script that sources it has set `script`
 # (its name), `root` (the project's folder), `job` (the job's name and id) and `submit` (the command that submits it).
+# The job runs in the folder from which it was submitted.
 # shellcheck disable=SC2154 # set by the scripts
 set -euo pipefail
 
-words=() to_train='' run_dir='' began_at='' code='' was_ended=''
+words=() to_train='' part='' run_dir='' began_at='' code='' was_ended=''
 
+root=$(cd "$root" && pwd)
 stop() { echo "$script: $*" >&2; exit 2; }
-need_venv() { [ -x "$root/.venv/bin/hvd-dqn" ] || stop "there is no $root/.venv yet: run $root/launch/setup.sh."; }
+# shellcheck source-path=SCRIPTDIR source=environment.sh
+source "$root/launch/environment.sh"
 
-# prepare WORDS...: goes to the project's folder. Sets `words` to the arguments of `hvd-dqn train`, and `run_dir`.
+# prepare WORDS...: goes to where the job was submitted. Sets `words` to the arguments of `hvd-dqn train`, and `run_dir`.
 prepare() {
-    local word more
+    local word more place=${PBS_O_WORKDIR:-${LS_SUBCWD:-$PWD}}
+    # Slurm starts a job there or in --chdir, but in /tmp where a node has neither.
+    [ "$PWD" != /tmp ] || [ -d "${SLURM_SUBMIT_DIR:-/tmp}" ] || place=$SLURM_SUBMIT_DIR
+    cd "$place" 2>/dev/null || stop "$(hostname) has no folder $place, from which this job was submitted: nodes must share it."
+    [ "$PWD" = "$root" ] || submit=${submit/launch\//$root/launch/}
     read -rd '' -a more <<<"${HVD_DQN_ARGS:-}" || true # at blanks and at ends of lines
     for word in "$@" ${more[@]+"${more[@]}"}; do
         case $word in
@@ -23,8 +30,7 @@ prepare() {
     done
     to_train=${words[*]}
     [ -n "$to_train" ] || stop "expected what to train, for example: HVD_DQN_ARGS=cartpole $submit"
-    cd "$root"
-    run_dir=${HVD_DQN_RUN_DIR:-runs/${job//\//-}} # a job that is requeued keeps its id, and so finds its run
+    run_dir=${HVD_DQN_RUN_DIR:-runs/${job//\//-}}$part # a job that is requeued keeps its id, and so finds its run
     began_at=$(newest)
     if [ -n "$began_at" ]; then
         echo "$script: continuing $run_dir from $began_at total steps" >&2
@@ -64,9 +70,26 @@ run() {
 }
 
 # Options and their reasons are mpirun.sh's. HOSTS as a:2,b:2.
-run_by_mpirun() { run launch/mpirun.sh -H "$1" train "${words[@]}"; }
+run_by_mpirun() { run "$root/launch/mpirun.sh" -H "$1" train "${words[@]}"; }
 
-how_to_go_on() { echo "To continue: HVD_DQN_RUN_DIR=$run_dir HVD_DQN_ARGS='$to_train' $submit"; }
+need_pmix() { [[ $(srun --mpi=list 2>&1) == *pmix* ]] || stop "srun has no pmix here (srun --mpi=list)$1."; }
+
+# run_by_srun PROGRAM...: one rank for each task of a Slurm job.
+run_by_srun() {
+    local options=(--mpi=pmix) # the one way into MPI that Open MPI's packages know
+    options+=(--export=ALL) # also where the job was submitted with less
+    options+=(--kill-on-bad-exit=0) # the first rank that ends with 75 must not take the others: they end themselves
+    options+=(--wait=120) # and none waits for ever for one that died before its watchdog lived
+    # From Slurm 22.05 on srun does not take this from the job.
+    [ -z "${SLURM_CPUS_PER_TASK:-}" ] || options+=(--cpus-per-task="$SLURM_CPUS_PER_TASK")
+    run srun "${options[@]}" "$@" train "${words[@]}"
+}
+
+how_to_go_on() {
+    local where=${run_dir%"$part"}
+    [[ $where =~ ^[A-Za-z0-9_@%+=:,./-]+$ ]] || where=$(printf %q "$where")
+    echo "To continue: HVD_DQN_RUN_DIR=$where HVD_DQN_ARGS='$to_train' $submit"
+}
 
 # Whether the job shall be started again: it saved because its time was nearly over, and it had made progress. Without
 # progress it would restart for ever. So might a cancelled job, which Slurm allows to requeue.

@@ -8,7 +8,9 @@
 #     -p PORT  -i KEY    ssh's port and private key
 #     --extra 'WORDS'    more options of mpirun, split at blanks
 #     --dry-run          prints the command and starts nothing
-# The hosts share this folder and the working directory. See ranks.sh for the variables of the ranks and their reasons.
+#     --verbose          shows the whole command that it starts
+# It takes the hvd-dqn of HVD_DQN_BIN, else of the active environment, else of the clone's .venv. The hosts share that
+# environment, this folder and the working directory. See ranks.sh for the variables of the ranks and their reasons.
 set -euo pipefail
 
 # shellcheck source-path=SCRIPTDIR source=ranks.sh
@@ -23,7 +25,6 @@ options+=(--bind-to none --map-by slot) # a rank has several threads: bound to o
 options+=(-mca pml ob1 -mca btl ^openib) # Horovod's own choice: TCP and shared memory, which stand several threads
 [ "$(id -u)" != 0 ] || options+=(--allow-run-as-root) # containers; Open MPI otherwise refuses
 # Ranks on other hosts get only the named variables; Open MPI itself passes OMPI_MCA_... on.
-travels='^(PATH|LD_LIBRARY_PATH|PYTHONPATH|(HVD_DQN|HOROVOD|NCCL|TF|OMP|XLA|MALLOC)_.*)$'
 for name in $(compgen -e | LC_ALL=C sort); do
     [[ ! $name =~ $travels ]] || options+=(-x "$name")
 done

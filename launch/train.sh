@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Trains PRESET on N ranks (by default 2); makes .venv first if necessary:
 #   ./launch/train.sh [-np N] PRESET [settings of `hvd-dqn train`...]
-# It calls setup.sh, then horovodrun.sh, which has more options.
+# It calls setup.sh, then horovodrun.sh, which has more options, with the hvd-dqn of that .venv.
 set -euo pipefail
 
 launch=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd -P)
@@ -15,5 +15,7 @@ done
 [[ $# -gt 0 && $ranks =~ ^[1-9][0-9]*$ ]] || { echo "$usage" >&2; exit 2; }
 [[ $1 != -h && $1 != --help ]] || { echo "$usage"; exit 0; }
 
-"$launch/setup.sh"
+[ ! -w "$launch" ] || "$launch/setup.sh" # in a clone of others', use the .venv that they made
+HVD_DQN_BIN=${launch%/launch}/.venv/bin
+export HVD_DQN_BIN
 exec "$launch/horovodrun.sh" -np "$ranks" train "$@"

@@ -2,7 +2,7 @@
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from time import perf_counter
 from typing import Any, NamedTuple
 
@@ -132,16 +132,27 @@ class Learner:
 
         Observations come from the replay and are not preprocessed.
         """
+        return self.update_in_parts((batch,), learning_rate, target_copies)
+
+    def update_in_parts(self, parts: Iterable[Batch], learning_rate: float, target_copies: np.ndarray) -> Phase:
+        """The same with the K updates divided among several batches, so that not all need be in memory together."""
         began = perf_counter()
         # Parameters are averaged after the phase. Only then may they be copied into the target networks of all ranks.
         copies = np.zeros_like(target_copies) if self._averages_parameters else target_copies
-        # XLA would compile once for each number of groups, and groups do not make it faster.
-        ends = np.zeros(0, np.int32) if self.compiled else _ends(copies, batch.next_observation[0].nbytes)
-        is_weighted = batch.weight is not None
-        fields = {name: array for name, array in batch._asdict().items() if array is not None}
-        results = self._graph(tuple(fields))(np.float32(learning_rate), copies, ends, *fields.values())
-        sums, priority = Sums(*results[0]), results[1] if is_weighted else None
-        numpy_weights = results[1 + is_weighted :]
+        total: Any = 0.0
+        priorities: list[np.ndarray] = []
+        numpy_weights: list[np.ndarray] = []
+        taken = 0
+        for batch in parts:
+            part = copies[taken : taken + len(batch.reward)]
+            taken += len(part)
+            results = self._run(batch, learning_rate, part)
+            total = total + results[0]
+            is_weighted = batch.weight is not None
+            priorities += results[1 : 1 + is_weighted]
+            numpy_weights = results[1 + is_weighted :]
+        assert taken == len(copies)
+        sums = Sums(*total)
         allreduce_seconds, any_skipped = float(sums.allreduce_seconds), bool(sums.skipped > 0)
         if self._averages_parameters:
             learned = perf_counter()
@@ -163,8 +174,14 @@ class Learner:
             any_skipped=any_skipped,
             seconds=perf_counter() - began,
             allreduce_seconds=allreduce_seconds,
-            priority=priority,
+            priority=np.concatenate(priorities) if priorities else None,
         )
+
+    def _run(self, batch: Batch, learning_rate: float, copies: np.ndarray) -> list[np.ndarray]:
+        # XLA would compile once for each number of groups, and groups do not make it faster.
+        ends = np.zeros(0, np.int32) if self.compiled else _ends(copies, batch.next_observation[0].nbytes)
+        fields = {name: array for name, array in batch._asdict().items() if array is not None}
+        return self._graph(tuple(fields))(np.float32(learning_rate), copies, ends, *fields.values())
 
     def _graph(self, names: tuple[str, ...]) -> Graph:
         """The phase for batches with these fields."""

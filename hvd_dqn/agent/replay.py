@@ -5,7 +5,6 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
-import psutil
 
 from hvd_dqn.agent.transition import Batch, Transition
 from hvd_dqn.errors import InputError
@@ -40,6 +39,10 @@ class Draw(NamedTuple):
     generation: np.ndarray  # int64
     weight: np.ndarray | None = None  # float32
 
+    def part(self, begin: int, end: int) -> "Draw":
+        """Those of the updates from `begin` on and before `end`."""
+        return Draw(**{name: field[begin:end] for name, field in self._asdict().items() if field is not None})
+
 
 class Replay:
     """Rings of `slots` observations, one for each of `envs` environments, with the transitions between them.
@@ -60,8 +63,7 @@ class Replay:
     The reward is summed over the window. The discount is 0 after a termination (even if the same step was truncated)
     and gamma**m after m steps elsewhere: truncation bootstraps from the true last observation.
 
-    `rng` is PCG64, NumPy's default. `sharers` replays of this size are allocated on this machine, one per local rank.
-    Raises InputError if the machine lacks the memory for them.
+    `rng` is PCG64, NumPy's default.
     """
 
     def __init__(
@@ -77,20 +79,12 @@ class Replay:
         gamma: float = 0.99,
         action_shape: tuple[int, ...] = (),
         mask_width: int = 0,
-        sharers: int = 1,
     ) -> None:
         # A full ring has slots - 1 besides the head. The newest n - 1 of them may lack a window, and the oldest k - 1 a
         # stack. Of two neighbours among the others one is a start, because last observations are never neighbours.
         if slots < n_step + frame_stack + 1:
             raise ValueError(
                 f"A ring needs at least n_step + frame_stack + 1 = {n_step + frame_stack + 1} slots. Received: {slots}."
-            )
-        needed = sharers * self.memory_needed(slots, envs, frame_shape, frame_dtype, action_shape, mask_width)
-        available = psutil.virtual_memory().available
-        if needed > available:
-            raise InputError(
-                f"The replay needs {needed / 1e9:.1f} GB on this machine, but {available / 1e9:.1f} GB are available. "
-                f"Received: {sharers} ranks x {envs} environments x {slots} observations. Lower --replay.capacity."
             )
         self._slots, self._envs = slots, envs
         self._rng = rng

@@ -1,6 +1,5 @@
 """The command line of the benchmarks: `hvd-dqn bench NAME`."""
 
-import importlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,7 +8,7 @@ from typing import Literal
 from hvd_dqn.commands.options import JsonOptions, parse
 from hvd_dqn.config import Counts, setting
 from hvd_dqn.errors import InputError, nearest
-from hvd_dqn.loading import load_tensorflow
+from hvd_dqn.loading import load_with_tensorflow
 from hvd_dqn.ranks.lockstep import in_step
 from hvd_dqn.ranks.world import World
 
@@ -86,8 +85,7 @@ def run(arguments: Sequence[str], world: World) -> None:
         )
     options = dict(in_step(world, lambda: parse(BENCHMARKS[name], arguments[1:], f"hvd-dqn bench {name}")))
     as_json = options.pop("as_json")
-    load_tensorflow()
-    benchmark = importlib.import_module(f"hvd_dqn.bench.{name}")
+    benchmark = in_step(world, lambda: load_with_tensorflow(f"hvd_dqn.bench.{name}"))
     result = benchmark.measure(world, **options)
     if as_json:
         print(json.dumps(result))

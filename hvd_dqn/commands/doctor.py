@@ -5,7 +5,6 @@ import math
 import os
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from itertools import groupby
 from typing import Any
 
 import tensorflow as tf
@@ -19,13 +18,24 @@ from hvd_dqn import __version__
 from hvd_dqn.agent.optimizer import Adam
 from hvd_dqn.bench.allreduce import time_allreduce
 from hvd_dqn.bench.results import count
+from hvd_dqn.commands.host import (
+    HOST_CHECKS,
+    Ranks,
+    Readable,
+    by_host,
+    describe_host,
+    mpirun_version,
+    notes,
+    read_error,
+    told_limits,
+)
 from hvd_dqn.commands.options import read_doctor
 from hvd_dqn.graphs import DenseTape, Graph
+from hvd_dqn.loading import versions
 from hvd_dqn.printing import few_printed_lines
 from hvd_dqn.ranks.lockstep import in_step
 from hvd_dqn.ranks.placement import launched_ranks
-from hvd_dqn.ranks.world import World
-from hvd_dqn.storage.run_directory import versions
+from hvd_dqn.ranks.world import World, mpi_library
 from hvd_dqn.training.examination import examine_environment
 
 SETTINGS = ("HOROVOD_", "OMPI_MCA_", "OMP_", "TF_", "MALLOC_", "CUDA_VISIBLE_DEVICES", "SLURM_CPUS_PER_TASK")
@@ -51,17 +61,27 @@ def run(arguments: Sequence[str], world: World) -> None:
 
 def examine(world: World) -> dict[str, Any]:
     """Collects a report from every rank and times all-reduces. A collective; all ranks return the same."""
-    ranks = world.gather(_describe_rank(world))
+    memory = Readable()
+    places = world.gather((world.hostname, *memory.place))
+    ranks = world.gather(_describe_rank(world) | {"read_error": _read_error(world, places)})
     return {
         "hvd_dqn": __version__,
         "ranks": ranks,
         "allreduce": [_time_allreduce(world, floats) for floats in FLOATS] if world.size > 1 else [],
+        "notes": notes(ranks),
         "problems": problems(ranks),
     }
 
 
+def _read_error(world: World, places: Sequence[tuple[str, int, int]]) -> str | None:
+    """Why this rank may not read the memory of the next one on its host; None if it may, or if there is none."""
+    others = [*places[world.rank + 1 :], *places[: world.rank]]
+    return next((read_error(*place) for host, *place in others if host == world.hostname), None)
+
+
 def _describe_rank(world: World) -> dict[str, Any]:
     """What one rank reports about itself."""
+    mpi = mpi_library()  # loads it: only then Horovod can be found to use another one
     return {
         "rank": world.rank,
         "size": world.size,
@@ -75,6 +95,9 @@ def _describe_rank(world: World) -> dict[str, Any]:
         "versions": versions(),
         "horovod": world.describe(),
         "settings": steering_variables(os.environ),
+        "mpi": mpi,
+        "mpirun": mpirun_version() if world.rank == 0 else None,
+        **describe_host(),
         "averaged": _step(world),
     }
 
@@ -122,9 +145,6 @@ def _step(world: World) -> tuple[float, float]:
     return float(gradient), float(stepped)
 
 
-Ranks = Sequence[dict[str, Any]]
-
-
 def problems(ranks: Ranks) -> list[str]:
     """Every problem in the reports of the ranks, each with the way out."""
     return list(dict.fromkeys(complaint for check in CHECKS for complaint in check(ranks)))
@@ -135,7 +155,7 @@ def _unconnected_ranks(ranks: Ranks) -> Iterator[str]:
         if rank["size"] == 1 and rank["launched"] > 1:
             yield (
                 f"The launcher started {rank['launched']} ranks, but this one is not connected to the others: mpi4py "
-                "and Horovod were built for another MPI than the launcher's. Run launch/setup.sh with one mpirun on "
+                f"uses another MPI ({rank['mpi']}) than the launcher's. Run launch/setup.sh with one mpirun on "
                 "PATH and start the job with that mpirun; srun needs --mpi=pmix."
             )
 
@@ -163,21 +183,23 @@ def _no_averaging(ranks: Ranks) -> Iterator[str]:
 
 
 def _shared_cores(ranks: Ranks) -> Iterator[str]:
-    for host, neighbours in _by_host(ranks):
+    for host, neighbours in by_host(ranks):
         threads = sum(rank["threads"] for rank in neighbours)
         cores = len({core for rank in neighbours for core in rank["cores"]})
-        if threads > cores and len(neighbours) > 1:
-            share = max(1, cores // len(neighbours))
+        quota = neighbours[0]["limits"]["quota"]
+        if threads > min(cores, quota or cores) and (len(neighbours) > 1 or quota):
+            share = max(1, int(min(cores, quota or cores)) // len(neighbours))
+            allowed = count(cores, "core") if not quota or quota > cores else f"a CPU quota of {quota:.4g}"
             yield (
-                f"{len(neighbours)} ranks on {host} run {threads} threads on {count(cores, 'core')} and so wait "
+                f"{count(len(neighbours), 'rank')} on {host} run {threads} threads on {allowed} and so wait "
                 f"for each other: set OMP_NUM_THREADS and TF_NUM_INTRAOP_THREADS to {share}"
-                + (", start fewer ranks" if cores < len(neighbours) else "")
+                + (", start fewer ranks" if min(cores, quota or cores) < len(neighbours) else "")
                 + ", or let the launcher give more cores (mpirun --bind-to none, srun --cpus-per-task)."
             )
 
 
 def _shared_gpu(ranks: Ranks) -> Iterator[str]:
-    for host, neighbours in _by_host(ranks):
+    for host, neighbours in by_host(ranks):
         owners = defaultdict(list)
         for rank in neighbours:
             for gpu in rank["gpus"]:
@@ -219,12 +241,8 @@ CHECKS: tuple[Callable[[Ranks], Iterator[str]], ...] = (
     _shared_gpu,
     _no_nccl,
     _different_versions,
+    *HOST_CHECKS,
 )
-
-
-def _by_host(ranks: Ranks) -> Iterator[tuple[str, list[dict[str, Any]]]]:
-    for host, group in groupby(sorted(ranks, key=lambda rank: rank["host"]), key=lambda rank: rank["host"]):
-        yield host, list(group)
 
 
 def render(report: dict[str, Any]) -> RenderableType:
@@ -235,6 +253,7 @@ def render(report: dict[str, Any]) -> RenderableType:
     build = {k.replace("_", " "): v for k, v in chief["horovod"].items() if k.endswith(("_built", "_error"))}
     about.add_row("Horovod", _pairs(build) if build else "not installed")
     about.add_row("settings", _pairs(chief["settings"], "="))
+    about.add_row("limits", Text("\n".join(told_limits(report["ranks"])), overflow="fold"))
     for row in report["allreduce"]:
         spread = f"{row['median']:,.0f} µs (quartiles {row['low']:,.0f} and {row['high']:,.0f})"
         about.add_row(
@@ -257,10 +276,15 @@ def render(report: dict[str, Any]) -> RenderableType:
             horovod.get("mpi_thread_level", "none"),
             next((name for name in ("MPI", "Gloo") if horovod.get(f"{name.lower()}_enabled")), "none"),
         )
+    said = Table.grid(padding=(0, 1))
+    for note in report["notes"]:
+        said.add_row("-", Text(note, overflow="fold"))
     complaints = Table.grid(padding=(0, 1))
     for complaint in report["problems"]:
         complaints.add_row("!", Text(complaint, overflow="fold"))
-    return Group(about, ranks, complaints if report["problems"] else "No problem found.")
+    return Group(
+        about, ranks, *([said] if report["notes"] else []), complaints if report["problems"] else "No problem found."
+    )
 
 
 def render_environment(report: dict[str, Any]) -> RenderableType:

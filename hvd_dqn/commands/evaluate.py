@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from hvd_dqn.commands.options import EvaluateOptions, parse
 from hvd_dqn.errors import tell
-from hvd_dqn.loading import load_tensorflow, loading
+from hvd_dqn.loading import load_with_tensorflow
 from hvd_dqn.printing import few_printed_lines
 from hvd_dqn.ranks.lockstep import in_step
 from hvd_dqn.ranks.world import World
@@ -17,9 +17,8 @@ def run(arguments: Sequence[str], world: World) -> None:
     directory = Run(options.run_dir)
     # Bad input should not have to wait for TensorFlow, which the job imports.
     config = world.gather(in_step(world, lambda: directory.config() if world.rank == 0 else None))[0]
-    with loading():
-        load_tensorflow()
-        from hvd_dqn import job
+    in_step(world, lambda: load_with_tensorflow("hvd_dqn.job"))
+    from hvd_dqn import job
 
     config = in_step(world, lambda: job.evaluation_settings(config, options.episodes, options.seed, options.epsilon))
     snapshot = job.weights_of_run(directory, world, best=options.best, say=tell)

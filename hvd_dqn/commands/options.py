@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import ClassVar, TypeVar
+from typing import ClassVar, TypeVar, overload
 
 from hvd_dqn.commands.words import asks_for_help, explain, fields_of, placed, show, spelled, split, unknown
 from hvd_dqn.config import Config, Values, sections, setting, setting_names
@@ -39,6 +39,39 @@ class TrainOptions(Options):
         None,
         "write to this file when each rank was ready for each collective and how long it took; open it in chrome://tracing",
     )
+
+
+class PlanOptions(TrainOptions):
+    """Tells what a training on many ranks would do and take: batch, updates, memory, disk, time. Starts none of them.
+
+    It measures one rank's share on this machine for some seconds and takes all options of `hvd-dqn train`.
+    """
+
+    ranks: int = setting(1, "how many ranks the job has", ge=1)
+    ranks_per_node: int | None = setting(
+        None,
+        "how many of them share a node; none: one for each GPU of this machine or, without any, for each core",
+        ge=1,
+    )
+    check: bool = setting(False, "only check that so many ranks can carry it out, which takes a second")
+    latency: float | None = setting(
+        None,
+        "of the network, per hop; none: 2.9 within one node, else 30",
+        unit="microseconds",
+        source="2.9: measured; 30: chosen by us",
+        gt=0,
+    )
+    bandwidth: float | None = setting(
+        None,
+        "of the network; none: 5.3 within one node, else 1.25",
+        unit="gigabytes per second",
+        source="5.3: measured; 1.25: chosen by us",
+        gt=0,
+    )
+    as_json: bool = setting(False, "print one JSON object", alias="json")
+
+
+T = TypeVar("T", bound=TrainOptions)
 
 
 class EvaluateOptions(Options):
@@ -103,15 +136,28 @@ def parse(kind: type[O], arguments: Sequence[str], prog: str) -> O:
     return validated(kind, given, lambda name: placed(name) if name == first else spelled(name))
 
 
-def read_settings(arguments: Sequence[str]) -> tuple[TrainOptions, str, Config]:
-    """The options, the name of the run, and the settings: command line over file over preset over defaults."""
-    prog, options = "hvd-dqn train", fields_of(TrainOptions)
+@overload
+def read_settings(arguments: Sequence[str]) -> tuple[TrainOptions, str, Config]: ...
+
+
+@overload
+def read_settings(arguments: Sequence[str], kind: type[T]) -> tuple[T, str, Config]: ...
+
+
+def read_settings(
+    arguments: Sequence[str], kind: type[TrainOptions] = TrainOptions
+) -> tuple[TrainOptions, str, Config]:
+    """The options, the name of the run, and the settings: command line over file over preset over defaults.
+
+    `kind` are the options of a command that takes a training's.
+    """
+    prog, options = "hvd-dqn train" if kind is TrainOptions else "hvd-dqn plan", fields_of(kind)
     if asks_for_help(arguments):
-        _explain_train([word for word in arguments if word in presets()])
+        _explain_train([word for word in arguments if word in presets()], kind, prog)
     given, others = split(arguments, {**options, **setting_names()}, prog, advice)
     if len(others) > 1:
         raise InputError(f"Name one preset. Received: {', '.join(others)}.")
-    where = validated(TrainOptions, {name: value for name, value in given.items() if name in options}, spelled)
+    where = validated(kind, {name: value for name, value in given.items() if name in options}, spelled)
     settings = {name: value for name, value in given.items() if name not in options}
     name, base = _base(where, others[0] if others else None, settings.get("env.id"))
     if where.resume and not where.run_dir:
@@ -165,20 +211,20 @@ def _base(where: TrainOptions, preset: str | None, env_id: str | None) -> tuple[
     )
 
 
-def _explain_train(named: Sequence[str]) -> None:
+def _explain_train(named: Sequence[str], kind: type[TrainOptions], prog: str) -> None:
     """Shows every setting, with the values of the `named` preset instead of the defaults."""
     config = load_preset(named[0]) if named else Config()
-    options, settings, values = fields_of(TrainOptions), setting_names(), config.model_dump()
+    options, settings, values = fields_of(kind), setting_names(), config.model_dump()
     whole = {name: field for name, field in settings.items() if "." not in name}
     groups = []
-    for section, kind in sections().items():
+    for section, group in sections().items():
         inside = {name: field for name, field in settings.items() if name.startswith(f"{section}.")}
         defaults = {f"{section}.{name}": value for name, value in values[section].items()}
-        groups.append(f"SETTINGS of `{section}`\n{kind.__doc__}\n{explain(inside, defaults)}")
+        groups.append(f"SETTINGS of `{section}`\n{group.__doc__}\n{explain(inside, defaults)}")
     show(
-        "usage: hvd-dqn train PRESET | --config FILE | --env.id ID\n"
-        "                     [--section.setting VALUE ...] [--option VALUE ...]",
-        f"{TrainOptions.__doc__}\n"
+        f"usage: {prog} PRESET | --config FILE | --env.id ID\n"
+        f"       {' ' * len(prog)} [--section.setting VALUE ...] [--option VALUE ...]",
+        f"{kind.__doc__}\n"
         "The command line wins over the file, the file over the preset, and the preset\nover the defaults.",
         "OPTIONS\n" + explain(options, {name: f.default for name, f in options.items()}),
         "SETTINGS of the whole run\n" + explain(whole, values),

@@ -6,14 +6,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from hvd_dqn.commands.options import TrainOptions, read_settings
-from hvd_dqn.config import Config
+from hvd_dqn.config import Config, Ranks
 from hvd_dqn.errors import InputError
-from hvd_dqn.loading import load_tensorflow, loading
+from hvd_dqn.loading import load_with_tensorflow
 from hvd_dqn.ranks.lockstep import in_step
 from hvd_dqn.ranks.placement import is_elastic
 from hvd_dqn.ranks.signals import StopRequest
 from hvd_dqn.ranks.world import World
-from hvd_dqn.storage.run_directory import Run, default_path
+from hvd_dqn.storage.run_directory import Run, new_or_given
 
 # sysexits.h's EX_TEMPFAIL: try again. Batch systems requeue on it.
 STOPPED = 75
@@ -26,9 +26,8 @@ def run(arguments: Sequence[str], world: World) -> None:
     _check_elastic(options, config)
     in_step(world, lambda: _check_timeline(options, world))
 
-    with loading():
-        load_tensorflow()
-        from hvd_dqn import job  # imports TensorFlow; bad input is reported before
+    in_step(world, lambda: load_with_tensorflow("hvd_dqn.job"))  # bad input is reported before
+    from hvd_dqn import job
 
     if options.elastic:
         assert options.run_dir is not None
@@ -36,8 +35,14 @@ def run(arguments: Sequence[str], world: World) -> None:
             config, name, Run(options.run_dir), stop_request, resume=options.resume, start_from=options.start_from
         )
     else:
-        directory = Run(Path(world.gather(str(options.run_dir or default_path(name)))[0]))
-        with world.timeline(options.timeline) if options.timeline else contextlib.nullcontext():
+        with contextlib.ExitStack() as stack:
+
+            def of_chief() -> str:
+                return "" if world.rank else str(stack.enter_context(new_or_given(options.run_dir, name)))
+
+            directory = Run(Path(world.gather(in_step(world, of_chief))[0]))
+            if options.timeline:
+                stack.enter_context(world.timeline(options.timeline))
             result = job.train_in_world(
                 config, name, directory, world, stop_request, resume=options.resume, start_from=options.start_from
             )
@@ -66,10 +71,20 @@ def _check_elastic(options: TrainOptions, config: Config) -> None:
         raise InputError(
             "--elastic needs --ranks.scaling weak: under strong scaling, a lost rank takes its share of environments with it."
         )
+    watching = [name for name in ("silence_seconds", "stall_seconds") if getattr(config.ranks, name) != _default(name)]
+    if options.elastic and watching:
+        raise InputError(
+            f"--ranks.{watching[0].replace('_', '-')} is for the watchdog, which an --elastic job does not have: Horovod "
+            "itself notices lost ranks and goes on without them. Leave it out."
+        )
     if options.elastic and not options.run_dir:
         raise InputError(
             "--elastic needs --run-dir DIR, on a file system that all hosts share: any rank may become the one that writes."
         )
+
+
+def _default(name: str) -> object:
+    return Ranks.model_fields[name].default
 
 
 def _check_timeline(options: TrainOptions, world: World) -> None:

@@ -11,19 +11,23 @@ from hvd_dqn.loading import load_tensorflow
 from hvd_dqn.ranks.placement import (
     check_restart,
     gpu_conflict,
+    is_alone,
     is_elastic,
-    is_launched,
+    launched_rank,
+    launched_ranks,
     set_communication_defaults,
-    srun_tasks,
 )
-from hvd_dqn.ranks.world import HorovodWorld, Solo, World, horovod_misfit, mpi_in_step, mpi_size
+from hvd_dqn.ranks.world import HorovodWorld, Solo, World, horovod_misfit, mpi_in_step, mpi_library, mpi_size
 
 
-def connect() -> World:
-    """The ranks of this job. A single process imports neither Horovod nor mpi4py nor TensorFlow."""
-    if not is_launched():
-        _refuse_unconnected_tasks()
-        return Solo()
+def connect(examines: bool = False) -> World:
+    """The ranks of this job. A single process imports neither Horovod nor mpi4py nor TensorFlow.
+
+    Several processes of a launcher that are not connected to each other are refused. If `examines`, the first one goes on
+    alone, to tell why, and the others end.
+    """
+    if not is_elastic() and is_alone():
+        return _solo(examines)
     set_communication_defaults()
     if is_elastic():
         check_restart()
@@ -33,8 +37,7 @@ def connect() -> World:
     under_gloo = "HOROVOD_GLOO_RENDEZVOUS_ADDR" in os.environ
     size = int(os.environ["HOROVOD_SIZE"]) if under_gloo else mpi_size()
     if size == 1:
-        _refuse_unconnected_tasks()
-        return Solo()
+        return _solo(examines)
     if under_gloo:
         _check_horovod()
     else:
@@ -63,14 +66,27 @@ def _check_horovod() -> None:
         )
 
 
-def _refuse_unconnected_tasks() -> None:
-    """Without MPI, srun starts unconnected processes. Each would run the same training alone."""
-    if srun_tasks() > 1:
-        _refuse(
-            f"srun started {srun_tasks()} tasks that are not connected to each other: use `srun --mpi=pmix`, or mpirun "
-            "inside the job if `srun --mpi=list` shows no pmix.",
-            int(os.environ.get("SLURM_PROCID", 0)),
+def _solo(examines: bool) -> Solo:
+    """Without a common MPI, launchers start unconnected processes. Each would run the same training alone."""
+    if launched_ranks() > 1 and examines and launched_rank() > 0:
+        sys.exit(0)
+    if launched_ranks() > 1 and not examines:
+        _refuse(unconnected_ranks(), launched_rank())
+    return Solo()
+
+
+def unconnected_ranks() -> str:
+    """Why the launcher's processes are not connected, and the way out."""
+    if "OMPI_COMM_WORLD_RANK" not in os.environ and "SLURM_STEP_NUM_TASKS" in os.environ:
+        return (
+            f"srun started {launched_ranks()} tasks that are not connected to each other: use `srun --mpi=pmix`, or mpirun "
+            "inside the job if `srun --mpi=list` shows no pmix."
         )
+    return (
+        f"The launcher started {launched_ranks()} ranks that are not connected to each other: mpi4py uses another MPI "
+        f"({mpi_library()}) than this launcher's. Start them with that MPI's own mpirun, or run launch/setup.sh "
+        "with this launcher's MPI first on PATH."
+    )
 
 
 def _refuse(complaint: str, rank: int) -> NoReturn:

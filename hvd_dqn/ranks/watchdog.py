@@ -7,6 +7,7 @@ of JSON.
 """
 
 import contextlib
+import errno
 import gc
 import json
 import os
@@ -24,6 +25,7 @@ from typing import Any, NamedTuple
 import psutil
 
 from hvd_dqn.errors import RunError
+from hvd_dqn.ranks.limits import OTHER_FILES, allow_open_files
 from hvd_dqn.ranks.world import World
 
 CONNECT_SECONDS = 30.0  # for reaching the chief at one of its addresses
@@ -96,6 +98,8 @@ class Watchdog:
         self._peers: list[Peer] = []
         self._statuses: dict[int, Status] = {}  # on the chief: of the others
         self._leaves = False
+        self._resting: socket.socket | None = None  # a listener that could not accept, until the next report
+        self._is_full = False  # whether that has happened: this process may open no more files
         self._bell, bell = socket.socketpair()  # wakes the thread when this rank closes
         self._ends.enter_context(self._bell)
         self._on_arrival(bell, lambda: self._leave(bell))
@@ -118,9 +122,12 @@ class Watchdog:
         offer: Any = None
         if chief:
             self._token = secrets.token_hex(16)  # against mistaken connections, not attacks: it travels unencrypted
+            # One connection for each rank. Ranks that cannot be accepted are told below.
+            allow_open_files(world.size + OTHER_FILES)
             listener = socket.create_server(("", 0), backlog=1024)
             listener.setblocking(False)
-            self._on_arrival(listener, lambda: self._accept(listener))
+            self._ends.enter_context(listener)
+            self._listen(listener)
             offer = (_addresses(), listener.getsockname()[1], self._token)
         everyone = world.gather((world.hostname, offer))
         addresses, port, token = everyone[0][1]
@@ -136,10 +143,11 @@ class Watchdog:
         reached = world.gather(chief or bool(self._peers))
         if chief and not all(reached):
             names = ", ".join(name for name, is_reached in zip(self._names, reached, strict=True) if not is_reached)
-            warning = (
-                f"hvd-dqn: Not watched: {names}. TCP port {port} of the chief cannot be reached from there at "
-                f"{', '.join(addresses)}. Only the launcher may notice if they die. Let the hosts reach each other."
-            )
+            why = f"TCP port {port} of the chief cannot be reached from there at {', '.join(addresses)}"
+            cure = "Let the hosts reach each other"
+            if self._is_full:
+                why, cure = "The chief has no more open files for them", "Raise `ulimit -n` where rank 0 runs"
+            warning = f"hvd-dqn: Not watched: {names}. {why}. Only the launcher may notice if they die. {cure}."
             print(warning, file=sys.stderr, flush=True)
 
     def _on_arrival(self, end: socket.socket, action: Callable[[], None]) -> None:
@@ -162,6 +170,9 @@ class Watchdog:
                     key.data()
                 now = monotonic()
                 if now >= due:
+                    if self._resting is not None:
+                        self._listen(self._resting)
+                        self._resting = None
                     if now - due > min(self._silence, self._stall) / 2:
                         self._restart_clocks(now)
                     if not self._leaves:
@@ -248,9 +259,17 @@ class Watchdog:
                 self._statuses[peer.rank] = Status(peer.heard - message["age"], *message["status"])
                 peer.send(heard=True)
 
+    def _listen(self, listener: socket.socket) -> None:
+        self._selector.register(listener, selectors.EVENT_READ, lambda: self._accept(listener))
+
     def _accept(self, listener: socket.socket) -> None:
-        with contextlib.suppress(OSError):  # the peer has closed the connection again
+        try:
             self._add(Peer(listener.accept()[0], rank=UNKNOWN_RANK))
+        except OSError as error:  # else the peer has closed the connection again
+            if error.errno in (errno.EMFILE, errno.ENFILE):
+                # The connection stays in the queue, and the selector would return at once, again and again.
+                self._selector.unregister(listener)
+                self._resting, self._is_full = listener, True
 
     def _leave(self, bell: socket.socket) -> None:
         bell.recv(64)

@@ -5,6 +5,7 @@ import importlib
 import importlib.util
 import json
 import os
+import re
 import socket
 import sys
 import threading
@@ -18,6 +19,23 @@ import numpy as np
 
 from hvd_dqn.errors import InputError, RunError
 from hvd_dqn.ranks.placement import FUSED_FLOATS, pin_gpu
+
+LARGEST_FP16 = 65_504.0
+
+
+def predivision(size: int, elastic: bool = False) -> int:
+    """What gradients are divided by before ranks sum them as 16-bit floats; the sum is divided by the rest of `size`.
+
+    Without it a sum overflows where gradients are above 65,504 / size. Divided by all of `size`, most of DQN's gradients
+    would be rounded to zero on many ranks: half of the bits to either side, by a power of two, which is exact. 1 in an
+    elastic job, whose size may change while Horovod keeps the factor.
+    """
+    return 1 if elastic else 1 << (((size - 1).bit_length() + 1) // 2)
+
+
+def largest_gradient(size: int, elastic: bool = False) -> float:
+    """Gradients up to this can be averaged by `size` ranks as 16-bit floats."""
+    return LARGEST_FP16 * min(1.0, predivision(size, elastic) / size)
 
 
 class World(Protocol):
@@ -179,8 +197,14 @@ class HorovodWorld:
 
     def wrap(self, optimizer: Any, compression: str) -> Any:
         kind = self._hvd.Compression.fp16 if compression == "fp16" else self._hvd.Compression.none
-        # Horovod: `groups=1` sends all gradients of an update as one message.
-        wrapped = self._hvd.DistributedOptimizer(optimizer, groups=1, compression=kind, op=self._hvd.Average)
+        # Horovod: `groups=1` sends all gradients of an update as one message. It is divided before it is summed.
+        wrapped = self._hvd.DistributedOptimizer(
+            optimizer,
+            groups=1,
+            compression=kind,
+            op=self._hvd.Average,
+            gradient_predivide_factor=float(predivision(self.size, self.elastic)) if compression == "fp16" else 1.0,
+        )
         # Horovod: it makes a tf.function of the averaging, and autograph reads its source: seconds of every start.
         # Generic names: tensor names depend on how often a rank has traced, and ranks that join have traced less often.
         average = wrapped._allreduce_grads.python_function
@@ -283,18 +307,48 @@ def horovod_misfit() -> str | None:
         if built.split(".")[:2] != tf.__version__.split(".")[:2]:
             return f"it was built with TensorFlow {built}, but TensorFlow {tf.__version__} is installed"
         importlib.import_module("horovod.tensorflow")
+        if len(libraries := loaded_mpis()) > 1:
+            return f"it was built with another MPI than mpi4py uses: {' and '.join(libraries)} are loaded"
     except Exception as error:  # a library that no longer fits raises errors of any kind, and no rank may leave alone
         return f"{type(error).__name__}: {' '.join(str(error).split())}"
     return None
+
+
+def loaded_mpis(maps: Path = Path("/proc/self/maps")) -> list[str]:
+    """The MPI libraries in this process: of mpi4py, and of Horovod. Two of them do not know of each other."""
+    try:
+        files = {line.split(maxsplit=5)[-1] for line in maps.read_text().splitlines() if "/libmpi" in line}
+    except OSError:
+        return []
+    # libmpi.so.40 is Open MPI, libmpi.so.12 or libmpich.so.12 MPICH and Intel MPI. Not libmpi_cxx.so and the like.
+    return sorted(file for file in files if re.fullmatch(r"libmpi(ch)?\.so[.\d]*", file.rpartition("/")[2]))
 
 
 def mpi_size() -> int:
     """The number of ranks of the MPI job this process belongs to; starts MPI. Raises InputError without mpi4py."""
     if importlib.util.find_spec("mpi4py") is None:
         raise InputError("A job of several ranks needs mpi4py, which is not installed: run launch/setup.sh.")
-    from mpi4py import MPI
-
+    try:
+        from mpi4py import MPI
+    except Exception as error:  # its wheel raises RuntimeError where it finds no MPI
+        raise InputError(
+            f"mpi4py finds no MPI ({type(error).__name__}: {' '.join(str(error).split())}): load the module of the MPI that "
+            "launch/setup.sh was run with, or run it again with an mpirun on PATH."
+        ) from None
     return MPI.COMM_WORLD.size
+
+
+def mpi_library() -> str:
+    """The MPI that mpi4py uses, or why there is none. Starts no MPI: a process alone needs none."""
+    try:
+        import mpi4py
+
+        mpi4py.rc.initialize = False
+        from mpi4py import MPI
+
+        return " ".join(MPI.Get_library_version().split(",")[0].split())
+    except Exception as error:
+        return f"none: {type(error).__name__}: {' '.join(str(error).split())}"
 
 
 def mpi_in_step(check: Callable[[], None]) -> None:

@@ -154,18 +154,24 @@ def open_session(
         run.resume(config, about, reported)
     board, columns = run.path / "tensorboard", (*COLUMNS, *counted(config))
     reports = Writers(
-        CsvWriter(run.path / "metrics.csv", columns, reported, optional=COUNTED), TensorBoardWriter(board / "training")
+        CsvWriter(run.path / "metrics.csv", columns, reported, optional=COUNTED),
+        TensorBoardWriter(board / "training", reported),
     )
     evaluations = Writers(
-        CsvWriter(run.path / "evaluations.csv", EVALUATION_COLUMNS, evaluated), TensorBoardWriter(board / "evaluation")
+        CsvWriter(run.path / "evaluations.csv", EVALUATION_COLUMNS, evaluated),
+        TensorBoardWriter(board / "evaluation", evaluated),
     )
-    display = Progress(config.total_steps, None if results is None else open_stream())
+    display = Progress(trainer.worker.plan.total_steps, None if results is None else open_stream())
     display.plan(trainer.worker.describe())
     if started_from is not None:
         display.message(f"Starting from the weights of {started_from}.")
     if snapshot is not None:
         where = snapshot.path if snapshot.path.name else "the memory of the remaining ranks"
-        ended = f" The run had ended; it continues to {config.total_steps:,}." if snapshot.state.get("finished") else ""
+        ended = (
+            f" The run had ended; it continues to {trainer.worker.plan.total_steps:,}."
+            if snapshot.state.get("finished")
+            else ""
+        )
         settings = f" Changed settings: {', '.join(changed)}." if changed else ""
         display.message(f"Resuming from {where}.{ended}{settings}")
     return ChiefSession(run, trainer, reports, evaluations, display, results)

@@ -122,13 +122,23 @@ class TensorBoardWriter:
     """The same numbers for TensorBoard, one scalar per column, over total steps.
 
     Two writers at the same time need a directory each: TensorBoard follows only the newest file of a directory.
+
+    `append_after` is as of `CsvWriter`: with it TensorBoard drops what earlier files say of later total steps.
     """
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, append_after: int | None = None) -> None:
         # TensorBoard's own writer: TensorFlow's grows by 1.4 kB of memory with every row.
+        from tensorboard.compat.proto.event_pb2 import Event, SessionLog
         from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
         self._file = EventFileWriter(str(directory))
+        # The first start of a directory begins a run. Each later one tells that what follows replaces what was at its step
+        # or later.
+        begins = SessionLog(status=SessionLog.SessionStatus.START)
+        self._file.add_event(
+            Event(wall_time=time(), step=0 if append_after is None else append_after + 1, session_log=begins)
+        )
+        self._file.flush()
 
     def write(self, row: Row) -> None:
         from tensorboard.compat.proto.event_pb2 import Event

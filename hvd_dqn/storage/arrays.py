@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import io
+import math
 import os
 import struct
 import zipfile
@@ -15,6 +16,8 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 
 CHUNK = 1 << 24  # bytes read at once
+GAP = 1 << 14  # bytes between two values that are read with them, because another read would take longer
+LOCAL_HEADER = struct.Struct("<4s5H3L2H")  # of a member, section 4.3.7 of PKWARE's APPNOTE: the last two are lengths
 # The errors that reading a damaged file can raise: NumPy, zipfile and json have no common one.
 UNREADABLE = (
     OSError, EOFError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RuntimeError, MemoryError,
@@ -102,40 +105,89 @@ def entry_of(path: Path) -> Entry:
 
 
 class Rows:
-    """One array of an archive. Iterating over it reads one row of its first axis at a time from disk."""
+    """One array of an archive on disk. Iterating over it reads one row of its first axis at a time.
 
-    def __init__(self, path: Path, name: str) -> None:
-        self._path, self._name = path, name
-        with self._open() as (_, self.shape, self.dtype):
-            pass
+    It can be sent to another rank, which then reads from the same file.
+    """
+
+    def __init__(self, path: Path, name: str, shape: tuple[int, ...], dtype: np.dtype, begin: int | None) -> None:
+        self._path, self._name, self.shape, self.dtype = path, name, shape, dtype
+        self._begin = begin  # of the values in the file; None if they are compressed
 
     @contextlib.contextmanager
-    def _open(self) -> Iterator[tuple[Any, tuple[int, ...], np.dtype]]:
+    def _open(self) -> Iterator[Any]:
         with zipfile.ZipFile(self._path) as archive, archive.open(f"{self._name}.npy") as member:
-            yield (member, *_header(member))
+            _header(member)
+            yield member
 
     def __len__(self) -> int:
         return self.shape[0]
 
     def __iter__(self) -> Iterator[np.ndarray]:
-        with self._open() as (member, shape, dtype):
-            for _ in range(shape[0]):
-                row = np.empty(shape[1:], dtype)
+        with self._open() as member:
+            for _ in range(self.shape[0]):
+                row = np.empty(self.shape[1:], self.dtype)
                 _fill(member, row)
                 yield row
 
+    def __getitem__(self, place: tuple[int, np.ndarray]) -> np.ndarray:
+        """`rows[row, columns]` with ascending runs of columns, as from an array. Reads little more than these values."""
+        row, columns = place
+        values = np.empty((len(columns), *self.shape[2:]), self.dtype)
+        if len(columns) == 0 or values.nbytes == 0:
+            return values
+        size = values[:1].nbytes
+        with self._open_at(row) as (file, begin):
+            # Values that lie close to each other are read together.
+            bounds = np.flatnonzero((np.diff(columns) < 1) | (np.diff(columns) * size > GAP)) + 1
+            for some in np.split(np.arange(len(columns)), bounds):
+                first, last = int(columns[some[0]]), int(columns[some[-1]])
+                read = np.empty((last - first + 1, *self.shape[2:]), self.dtype)
+                file.seek(begin + first * size)
+                _fill(file, read)
+                values[some] = read[columns[some] - first]
+        return values
+
+    @contextlib.contextmanager
+    def _open_at(self, row: int) -> Iterator[tuple[Any, int]]:
+        """A file, and where this row begins in it."""
+        offset = row * math.prod(self.shape[1:]) * self.dtype.itemsize
+        if self._begin is None:
+            with self._open() as member:
+                # To read from a place, all before it is decompressed.
+                yield member, member.tell() + offset
+        else:
+            with self._path.open("rb", buffering=0) as file:
+                yield file, self._begin + offset
+
     def read(self) -> np.ndarray:
-        with self._open() as (member, shape, dtype):
-            array = np.empty(shape, dtype)
+        with self._open() as member:
+            array = np.empty(self.shape, self.dtype)
             _fill(member, array)
             return array
 
 
 def read_arrays(path: Path) -> dict[str, Rows]:
     """The arrays of an archive by name. Reading one raises one of UNREADABLE if the archive is damaged."""
-    with zipfile.ZipFile(path) as archive:
-        names = archive.namelist()
-    return {name.removesuffix(".npy"): Rows(path, name.removesuffix(".npy")) for name in names}
+    arrays = {}
+    with path.open("rb") as file, zipfile.ZipFile(file) as archive:
+        for info in archive.infolist():
+            name = info.filename.removesuffix(".npy")
+            with archive.open(info) as member:
+                shape, dtype = _header(member)
+                header = member.tell()
+            begin = None
+            if info.compress_type == zipfile.ZIP_STORED:
+                file.seek(info.header_offset)
+                begin = info.header_offset + _local_header_bytes(file.read(LOCAL_HEADER.size)) + header
+            arrays[name] = Rows(path, name, shape, dtype, begin)
+    return arrays
+
+
+def _local_header_bytes(header: bytes) -> int:
+    """The bytes between a member's header in a zip file and its content: fixed, then the name, then extra fields."""
+    *_, name, extra = LOCAL_HEADER.unpack(header)
+    return LOCAL_HEADER.size + int(name) + int(extra)
 
 
 def _header(member: Any) -> tuple[tuple[int, ...], np.dtype]:

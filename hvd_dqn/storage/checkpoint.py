@@ -6,13 +6,16 @@ import json
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import numpy as np
 
 from hvd_dqn.errors import JobError
 from hvd_dqn.ranks.world import World
 from hvd_dqn.storage.arrays import UNREADABLE, Entry, Rows, entry_of, read_arrays, sync_directory, write, write_arrays
+
+if TYPE_CHECKING:
+    from hvd_dqn.storage.resharding import Survey
 
 T = TypeVar("T")
 MANIFEST, MODEL, STATE = "MANIFEST.json", "model.npz", "state.json"
@@ -33,6 +36,7 @@ class Snapshot(NamedTuple):
     state: dict[str, Any]  # counters and statistics, of JSON's types
     arrays: dict[str, np.ndarray]  # the model's and optimizer's variables
     files: dict[str, Entry]
+    survey: "Survey | None" = None  # of its replays, if this number of ranks must redistribute them
 
     def part(self, rank: int) -> dict[str, Any]:
         """What this rank saved: a tree with `Rows` for arrays, which are read on use. Raises Damaged."""

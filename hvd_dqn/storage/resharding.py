@@ -1,7 +1,8 @@
 """Redistributes the replays that N ranks saved to the rings of M ranks: evenly, the oldest first, losing nothing.
 
-Every rank computes the same `deal` from the step types and episode steps of all old replays. Then it collects its own
-rings with `gather_state`, which reads the old replays one after another. In a new ring
+In a `survey` the ranks share the reading of the old replays' step types and episode steps, and tell each other which
+episodes they found. From these every rank computes the same `deal`. Then it collects its own rings with `gather_state`,
+which reads only what belongs to them. In a new ring
 
   - every transition whose stack was complete in the old ring can be sampled, with the same stack. The others (the oldest
     few of a ring that has wrapped) could not be sampled before, and are now context only;
@@ -15,12 +16,16 @@ rings with `gather_state`, which reads the old replays one after another. In a n
 
 import heapq
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from hvd_dqn.agent.replay import GOES_ON, NOTHING, TRUNCATED
+from hvd_dqn.errors import InputError
+from hvd_dqn.ranks.world import World
+from hvd_dqn.storage.arrays import UNREADABLE, Rows
+from hvd_dqn.storage.checkpoint import Damaged, Snapshot, small
 
 # An episode longer than a quarter of a ring's share is cut, even if the rings would fill evenly without. Otherwise an endless
 # episode would give some rings only old transitions, which are overwritten together, and others only new ones.
@@ -48,6 +53,46 @@ PIECE = np.dtype(
 )
 
 
+class Episodes(NamedTuple):
+    """The episodes in all old replays, or what these still hold of them."""
+
+    pieces: np.ndarray  # [P] of type PIECE, without ring and place
+    ranks: int  # N, whose replays these were
+
+
+class Survey(NamedTuple):
+    """What every rank knows of the old replays: their episodes, and of each replay where on disk its arrays are."""
+
+    episodes: Episodes
+    replays: list[dict[str, Rows]]
+
+
+def survey(snapshot: Snapshot, world: World, frame_stack: int) -> Survey:
+    """Reads which episodes a checkpoint holds: each rank its share of the files. A collective.
+
+    Raises InputError, on all ranks, if one of them cannot read a file.
+    """
+    found: list[tuple[int, np.ndarray, dict[str, Rows]]] = []
+    complaint = None
+    try:
+        for number in range(world.rank, snapshot.ranks, world.size):
+            replay = snapshot.part(number)["replay"]
+            needed = small({name: replay[name] for name in ("step_types", "episode_steps", "write_positions", "slots")})
+            arrays = {name: rows for name, rows in replay.items() if isinstance(rows, Rows)}
+            found.append((number, _episodes_of(number, needed, frame_stack), arrays))
+    except Damaged as damage:
+        complaint = f"The checkpoint {snapshot.path} cannot be taken over: {damage}."
+    except UNREADABLE as error:
+        complaint = f"The checkpoint {snapshot.path} was not made by this version: {type(error).__name__}: {error}."
+    answers = world.gather((found, complaint))
+    for _, each in answers:
+        if each is not None:
+            raise InputError(each)
+    parts = sorted((part for theirs, _ in answers for part in theirs), key=lambda part: part[0])
+    pieces = np.concatenate([np.empty(0, PIECE), *(pieces for _, pieces, _ in parts)])
+    return Survey(Episodes(_with_context(pieces, frame_stack), snapshot.ranks), [arrays for *_, arrays in parts])
+
+
 class Deal(NamedTuple):
     """The pieces that each new ring receives."""
 
@@ -72,19 +117,16 @@ class Deal(NamedTuple):
         )
 
 
-def deal(
-    shards: Iterable[Mapping[str, Any]], rings: int, slots: int, frame_stack: int, limit: int | None = None
-) -> Deal:
+def deal(episodes: Episodes, rings: int, slots: int, frame_stack: int, limit: int | None = None) -> Deal:
     """Plans how the streams of all old replays are laid in `rings` new rings, for which `slots` slots are planned.
 
-    `shards` are what `Replay.state()` returned on each old rank; only slots, step_types, episode_steps and
-    write_positions are needed. If a ring would need more than `limit` slots, each ring drops its oldest transitions.
+    If a ring would need more than `limit` slots, each ring drops its oldest transitions.
 
     The fullest ring gets at most 2 * frame_stack + 1 % more slots than its share. The emptiest lacks at most the
     longest piece, a quarter of a share. A pure function of integers: every rank gets the same result.
     """
     assert limit is None or limit >= slots
-    pieces, ranks = _episodes(shards, frame_stack)
+    pieces, ranks = episodes
     transitions = int(pieces["steps"].sum())
     share = math.ceil(_sizes(pieces).sum() / rings)
     if limit is not None:
@@ -108,32 +150,39 @@ def deal(
     )
 
 
-def _episodes(shards: Iterable[Mapping[str, Any]], frame_stack: int) -> tuple[np.ndarray, int]:
-    """[P] the episodes of all streams, or what the old rings still hold of them, and the number of old ranks."""
+def find_episodes(shards: Iterable[Mapping[str, Any]], frame_stack: int) -> Episodes:
+    """The episodes of old replays in memory.
+
+    `shards` are what `Replay.state()` returned on each old rank; only slots, step_types, episode_steps and
+    write_positions are needed.
+    """
+    found = [_episodes_of(number, shard, frame_stack) for number, shard in enumerate(shards)]
+    return Episodes(_with_context(np.concatenate([np.empty(0, PIECE), *found]), frame_stack), len(found))
+
+
+def _episodes_of(number: int, shard: Mapping[str, Any], frame_stack: int) -> np.ndarray:
+    """[P] the episodes of one old replay, without their context."""
     found: list[np.ndarray] = [np.empty(0, PIECE)]
-    ranks = 0
-    for shard in shards:
-        slots = int(shard["slots"])
-        arrays = (shard["write_positions"], shard["step_types"], shard["episode_steps"])
-        for env, row in enumerate(zip(*arrays, strict=True)):
-            head = int(row[0])
-            oldest = head - min(head, slots - 1)
-            place = np.arange(oldest, head + 1) % slots  # oldest to newest, the head included
-            step_types, episode_steps = row[1][place], row[2][place]
-            # The head holds the newest observation, or none yet if an episode is about to begin: a piece without steps.
-            bounds = np.append(np.flatnonzero((episode_steps == 0) | (place == place[0])), len(place))
-            begin, last = bounds[:-1], bounds[1:] - 1  # first and last observations
-            transitions = np.append(np.flatnonzero(step_types != NOTHING), len(place))
-            first = transitions[np.searchsorted(transitions, begin)]
-            # The ring has lost the beginning of its oldest episode, so the next k - 1 stacks are incomplete.
-            first = np.maximum(first, np.where(episode_steps[begin] > 0, begin + frame_stack - 1, 0))
-            pieces = np.zeros(len(begin), PIECE)
-            pieces["shard"], pieces["env"] = ranks, env
-            pieces["first"], pieces["age"] = oldest + first, head - oldest - first
-            pieces["before"], pieces["steps"] = first - begin, last - first
-            found.append(pieces[pieces["steps"] > 0])
-        ranks += 1
-    return _with_context(np.concatenate(found), frame_stack), ranks
+    slots = int(shard["slots"])
+    arrays = (shard["write_positions"], shard["step_types"], shard["episode_steps"])
+    for env, row in enumerate(zip(*arrays, strict=True)):
+        head = int(row[0])
+        oldest = head - min(head, slots - 1)
+        place = np.arange(oldest, head + 1) % slots  # oldest to newest, the head included
+        step_types, episode_steps = row[1][place], row[2][place]
+        # The head holds the newest observation, or none yet if an episode is about to begin: a piece without steps.
+        bounds = np.append(np.flatnonzero((episode_steps == 0) | (place == place[0])), len(place))
+        begin, last = bounds[:-1], bounds[1:] - 1  # first and last observations
+        transitions = np.append(np.flatnonzero(step_types != NOTHING), len(place))
+        first = transitions[np.searchsorted(transitions, begin)]
+        # The ring has lost the beginning of its oldest episode, so the next k - 1 stacks are incomplete.
+        first = np.maximum(first, np.where(episode_steps[begin] > 0, begin + frame_stack - 1, 0))
+        pieces = np.zeros(len(begin), PIECE)
+        pieces["shard"], pieces["env"] = number, env
+        pieces["first"], pieces["age"] = oldest + first, head - oldest - first
+        pieces["before"], pieces["steps"] = first - begin, last - first
+        found.append(pieces[pieces["steps"] > 0])
+    return np.concatenate(found)
 
 
 def _with_context(pieces: np.ndarray, frame_stack: int) -> np.ndarray:
@@ -224,16 +273,16 @@ def _newest(pieces: np.ndarray, rings: int, room: int, frame_stack: int) -> np.n
 def gather_state(
     deal: Deal,
     rings: range,
-    shards: Iterable[Mapping[str, Any]],
+    shards: Sequence[Mapping[str, Any]],
     rng: Mapping[str, Any],
     into: Mapping[str, np.ndarray] | None = None,
 ) -> dict[str, Any]:
     """This rank's `rings`, as `Replay.load_state` takes them in a replay of `deal.slots` slots.
 
-    `shards` yields the old ranks' states in order. Frames, actions, rewards, step_types and masks, if there are any, are
-    read once, one row [used, ...] per environment. This rank copies what it needs of a row before it reads the next row.
-    So if rows are read on demand, only one row of one old replay is in memory. `rng` is the state of this rank's
-    generator. Raises LookupError if masks are missing, and ValueError if arrays have other shapes than those in `into`.
+    `shards` are the old ranks' states. Of their arrays (frames, actions, rewards, step_types and masks, if there are any)
+    only the slots that this rank needs are looked at, up to CHUNK at a time, so an array may be `Rows`. `rng` is the state
+    of this rank's generator. Raises LookupError if masks are missing, and ValueError if arrays have other shapes than
+    those in `into`.
 
     `into` holds arrays [E, used or more, ...] by their names in the state, for example a replay's own. They are filled
     in place. The state then consists of views of them, and in `load_state` NumPy need not copy an array to itself.
@@ -252,20 +301,21 @@ def gather_state(
     ring, at = np.repeat(mine["ring"] - rings.start, sizes), np.repeat(mine["at"], sizes) + step
     stream = (mine["shard"] << 32) + mine["env"]
 
-    for number, shard in zip(range(deal.ranks), shards, strict=True):
-        masks = ("masks",) if "masks" in arrays or "masks" in shard else ()
-        for name in ("frames", "actions", "rewards", "step_types", *masks):
-            for env, row in enumerate(shard[name]):
-                if name not in arrays:
-                    arrays[name] = np.zeros((len(rings), used, *row.shape[1:]), row.dtype)
-                if arrays[name].shape[2:] != row.shape[1:]:
-                    raise ValueError(f"expected {name} of shape {arrays[name].shape[2:]}, received {row.shape[1:]}")
-                this = (number << 32) + env
-                begin, end = ends[np.searchsorted(stream, [this, this + 1])]
-                for i in range(begin, end, CHUNK):
-                    some = slice(i, min(i + CHUNK, end))
-                    # If a stream has wrapped, its row is as long as its ring.
-                    arrays[name][ring[some], at[some]] = row[source[some] % len(row)]
+    masks = ("masks",) if "masks" in arrays or "masks" in shards[0] else ()
+    for name in ("frames", "actions", "rewards", "step_types", *masks):
+        if name not in arrays:
+            like = shards[0][name]
+            arrays[name] = np.zeros((len(rings), used, *like.shape[2:]), like.dtype)
+        new = arrays[name]
+        for this in np.unique(stream).tolist():
+            old, env = shards[this >> 32][name], this & 0xFFFFFFFF
+            if new.shape[2:] != old.shape[2:]:
+                raise ValueError(f"expected {name} of shape {new.shape[2:]}, received {old.shape[2:]}")
+            begin, end = ends[np.searchsorted(stream, [this, this + 1])]
+            for i in range(begin, end, CHUNK):
+                some = slice(i, min(i + CHUNK, end))
+                # If a stream has wrapped, its row is as long as its ring.
+                new[ring[some], at[some]] = old[env, source[some] % old.shape[1]]
 
     filled = np.arange(used) < write_positions[:, None]
     step_types = arrays["step_types"]

@@ -2,12 +2,11 @@
 
 import contextlib
 import datetime
-import importlib.metadata
 import itertools
 import json
-import platform
 import shlex
 import sys
+from collections.abc import Iterator
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from typing import Any
 from hvd_dqn.config import Config, setting_names
 from hvd_dqn.config_files import load_file
 from hvd_dqn.errors import InputError
+from hvd_dqn.loading import versions
 from hvd_dqn.storage.arrays import write
 
 # Settings that may not change in a run, because its replay holds what the environment returned under them.
@@ -35,7 +35,6 @@ TASK = (
 )
 # Settings that may not change in a run, because its weights have the shapes that follow from them.
 NETWORK = ("agent.network", "agent.hidden", "agent.dueling", "agent.factored")
-PACKAGES = ("hvd_dqn", "tensorflow", "tensorflow-cpu", "keras", "horovod", "mpi4py", "gymnasium", "numpy")
 
 
 class Run:
@@ -61,9 +60,7 @@ class Run:
                 about | {"ended": "running", "started": now(), "command": shlex.join(sys.argv), "versions": versions()}
             )
         except OSError as error:
-            raise InputError(
-                f"Cannot write the run directory {self.path}: {error.strerror}. Choose another with --run-dir."
-            ) from None
+            raise _not_writable(self.path, error.strerror) from None
 
     def resume(self, config: Config, about: dict[str, Any], total_steps: int) -> None:
         """Records that the run is resumed, possibly with changed settings."""
@@ -125,12 +122,38 @@ def name_of_env(env_id: str) -> str:
 
 
 def default_path(name: str) -> Path:
-    """A directory that does not exist yet: runs/NAME-DATE-TIME, with a number appended if it exists already."""
+    """Makes and returns a new directory, runs/NAME-DATE-TIME, with a number appended if that exists already.
+
+    It is made here so that two jobs that start in the same second have one each. Raises InputError if it cannot be made.
+    """
     path = first = Path("runs") / f"{name}-{datetime.datetime.now():%Y%m%d-%H%M%S}"
     numbers = itertools.count(2)
-    while path.exists():
-        path = first.with_name(f"{first.name}-{next(numbers)}")
-    return path
+    while True:
+        try:
+            path.mkdir(parents=True)
+            return path
+        except FileExistsError:
+            if not path.parent.is_dir():  # a link that leads nowhere
+                raise _not_writable(path, "runs is no directory") from None
+            path = first.with_name(f"{first.name}-{next(numbers)}")
+        except OSError as error:
+            raise _not_writable(path, error.strerror) from None
+
+
+@contextlib.contextmanager
+def new_or_given(directory: Path | str | None, name: str) -> Iterator[Path]:
+    """`directory`, or a new one for a run of this name, which is removed again if nothing was written in it."""
+    path = default_path(name) if directory is None else Path(directory)
+    try:
+        yield path
+    finally:
+        if directory is None:
+            with contextlib.suppress(OSError):
+                path.rmdir()
+
+
+def _not_writable(path: Path, reason: str | None) -> InputError:
+    return InputError(f"Cannot write the run directory {path}: {reason}. Choose another with --run-dir.")
 
 
 def differing(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
@@ -161,12 +184,3 @@ def _shown(value: Any) -> str:
 
 def now() -> str:
     return datetime.datetime.now().astimezone().isoformat(timespec="seconds")
-
-
-def versions() -> dict[str, str]:
-    """Versions of Python and of installed packages, without importing them."""
-    found = {"python": platform.python_version()}
-    for package in PACKAGES:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            found.setdefault(package.removesuffix("-cpu"), importlib.metadata.version(package))
-    return found

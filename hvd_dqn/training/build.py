@@ -140,9 +140,7 @@ def make_objective(config: Config, envs: Environments) -> Objective:
     return Categorical(double=agent.double, support=np.linspace(low, high, agent.atoms).tolist())
 
 
-def make_replay(
-    config: Config, envs: Environments, rng: np.random.Generator, *, slots: int, sharers: int
-) -> Replay | PrioritizedReplay:
+def make_replay(config: Config, envs: Environments, slots: int, rng: np.random.Generator) -> Replay | PrioritizedReplay:
     """Rings of `slots` for each of the environments."""
     named: dict[str, Any] = {
         "frame_stack": config.env.frame_stack,
@@ -150,7 +148,6 @@ def make_replay(
         "gamma": config.agent.gamma,
         "action_shape": envs.choices.shape,
         "mask_width": envs.actions if envs.masked else 0,
-        "sharers": sharers,
     }
     frames, exponent = envs.frames, config.replay.priority_exponent
     if exponent == 0:
@@ -159,6 +156,13 @@ def make_replay(
                 raise InputError(f"--replay.{name} has no effect without --replay.priority_exponent. Leave it out.")
         return Replay(slots, envs.copies, frames.shape, frames.dtype, rng, **named)
     return PrioritizedReplay(slots, envs.copies, frames.shape, frames.dtype, rng, exponent=exponent, **named)
+
+
+def replay_memory(config: Config, envs: Environments, slots: int) -> int:
+    """The bytes of that replay."""
+    kind = PrioritizedReplay if config.replay.priority_exponent else Replay
+    mask_width = envs.actions if envs.masked else 0
+    return kind.memory_needed(slots, envs.copies, envs.frames.shape, envs.frames.dtype, envs.choices.shape, mask_width)
 
 
 def make_network(

@@ -12,7 +12,7 @@ from hvd_dqn.config import Config
 from hvd_dqn.errors import InputError, JobError, RanksChanged
 from hvd_dqn.ranks.lockstep import BroadcastHook, check_drift
 from hvd_dqn.ranks.watchdog import NullWatchdog, Watchdog, open_watchdog
-from hvd_dqn.ranks.world import World
+from hvd_dqn.ranks.world import World, largest_gradient
 from hvd_dqn.storage.checkpoint import Checkpoints, Snapshot
 from hvd_dqn.training.build import start_from
 from hvd_dqn.training.ledger import Row
@@ -203,8 +203,9 @@ class Trainer:
             f"{skipped.max()} of {phase.skipped + phase.updates} updates were skipped, so all weights are finite. "
             "Lower --learner.learning-rate or --env.reward-scale, or skip such updates with --learner.on-nonfinite skip."
             + (
-                " Gradients above 65,504 do not fit --ranks.compression fp16."
-                if self.config.ranks.compression == "fp16"
+                f" Gradients above {largest_gradient(self.world.size, self.world.elastic):,.0f} do not fit "
+                "--ranks.compression fp16."
+                if self.config.ranks.compression == "fp16" and self.world.size > 1
                 else ""
             )
         )

@@ -19,10 +19,11 @@ from hvd_dqn.envs.environments import Environments
 from hvd_dqn.envs.vector import short
 from hvd_dqn.envs.wrapping import described
 from hvd_dqn.errors import InputError, RunError
-from hvd_dqn.ranks.world import World
+from hvd_dqn.ranks.limits import available_memory
+from hvd_dqn.ranks.world import Solo, World
 from hvd_dqn.storage.arrays import UNREADABLE
 from hvd_dqn.storage.checkpoint import Damaged, Snapshot, small
-from hvd_dqn.storage.resharding import deal, gather_state
+from hvd_dqn.storage.resharding import deal, gather_state, survey
 from hvd_dqn.training.build import (
     counted,
     make_environments,
@@ -32,9 +33,11 @@ from hvd_dqn.training.build import (
     make_replay,
     make_rewards,
     make_statistics,
+    replay_memory,
     restore_weights,
 )
 from hvd_dqn.training.ledger import COUNTED, Ledger, Row
+from hvd_dqn.training.memory import PART_BYTES, bytes_per_update, check_memory, memory_of_rank, updates_per_part
 from hvd_dqn.training.plan import Plan
 
 # Observations per rank whose numbers are compared with the range that their space declares.
@@ -80,7 +83,9 @@ class Worker:
             self.learner.acting.q_values, self.envs.choices, self._rng(ACTING), config.agent.epsilon_zeta
         )
         # A rank that joins need not share the available memory: its neighbours have allocated theirs already.
-        self.replay = self._make_replay(self.plan.slots_per_env, sharers=1 if joins else world.local_size)
+        self._sharers = 1 if joins else world.local_size
+        self._update_bytes = self._bytes_per_update()
+        self.replay = self._make_replay(self.plan.slots_per_env)
         self.ledger = Ledger(world, counted(config))
         self.evaluator = make_evaluator(config, world, self._evaluated_q_values, stop)
         _check_one_environment(self.envs, self.evaluator.envs)
@@ -107,8 +112,34 @@ class Worker:
         key = (self.world.rank, stream, *([self.plan.resumed_at] if self.plan.resumed_at else []))
         return np.random.default_rng(np.random.SeedSequence(self.config.seed, spawn_key=key))
 
-    def _make_replay(self, slots: int, sharers: int = 1) -> Replay | PrioritizedReplay:
-        return make_replay(self.config, self.envs, self._rng(SAMPLING), slots=slots, sharers=sharers)
+    def _make_replay(self, slots: int) -> Replay | PrioritizedReplay:
+        copies = self.plan.envs_per_rank
+        check_memory(
+            memory_of_rank(
+                replay_memory(self.config, self.envs, slots),
+                self._updates_together(self.plan.most_updates),
+                self._update_bytes,
+                sum(math.prod(variable.shape) for variable in self.learner.online.variables),
+            ),
+            self._sharers,
+            available_memory(self._sharers),
+            f"{copies} environments x {slots} observations per rank",
+        )
+        return make_replay(self.config, self.envs, slots, self._rng(SAMPLING))
+
+    def _bytes_per_update(self) -> int:
+        frames, envs = self.envs.frames, self.envs
+        return bytes_per_update(
+            self.plan.batch_per_rank * self.plan.passes,
+            frames.stack * math.prod(frames.shape) * frames.dtype.itemsize,
+            math.prod(envs.choices.shape),
+            envs.actions if envs.masked else 0,
+        )
+
+    def _updates_together(self, updates: int) -> int:
+        """How many updates of a phase have their minibatches in memory at a time. The same on all ranks."""
+        # Updates that overlap acting need all of them at its begin: meanwhile the replay goes on.
+        return updates if self.config.learner.overlap else updates_per_part(updates, self._update_bytes)
 
     def _evaluated_q_values(self, observation: np.ndarray) -> np.ndarray:
         self._beat("evaluation")
@@ -178,13 +209,21 @@ class Worker:
                 self._drawn = draw
             else:
                 draw = self.replay.draw(updates, size, self.rewards.learned)
-            batch = self.replay.gather(draw)
-        work = batch, plan.learning_rate_at(cycle), plan.target_copies_at(cycle)
+            together = self._updates_together(updates)
+            update: Callable[..., Phase] = self.learner.update
+            work: Any
+            if together == updates:
+                work = self.replay.gather(draw)
+            else:  # each part is gathered when its turn comes, in `finish_phase` and before the replay changes
+                begins = range(0, updates, together)
+                work = (self.replay.gather(draw.part(begin, begin + together)) for begin in begins)
+                update = self.learner.update_in_parts
+        settings = plan.learning_rate_at(cycle), plan.target_copies_at(cycle)
         if self._thread is None:
-            self._phase = functools.partial(self.learner.update, *work)
+            self._phase = functools.partial(update, work, *settings)
         else:
             self.learner.sync_acting_weights()
-            self._phase = self._thread.submit(self.learner.update, *work).result
+            self._phase = self._thread.submit(update, work, *settings).result
         self.updates, self.learned_at = self.updates + updates, cycle
 
     def use_statistics(self) -> None:
@@ -270,6 +309,15 @@ class Worker:
         if self.envs.masked or len(action_map.dimensions) > 1:
             rows["actions"] = f"{action_map}" + ("; masks are used" if self.envs.masked else "")
         rows["replay"] += f", {self.replay.nbytes / 1e6:,.0f} MB"
+        updates = self.plan.most_updates
+        together = self._updates_together(updates)
+        if updates * self._update_bytes > PART_BYTES:
+            whole = f"{updates * self._update_bytes / 1e9:,.1f} GB"
+            rows["minibatches"] = f"{whole} per phase" + (
+                ", all in memory: --learner.overlap needs them at its begin; a shorter --learner.train_period needs less"
+                if together == updates
+                else f", of which {together * self._update_bytes / 1e6:,.0f} MB are in memory at a time"
+            )
         if self.config.env.wrappers:
             rows["wrappers"] = ", ".join(map(described, self.config.env.wrappers))
         if self.envs.notes:
@@ -327,8 +375,7 @@ class Worker:
 
     def _layout(self) -> dict[str, int]:
         """The values that must be unchanged for an exact resume."""
-        plan = self.plan
-        return {"ranks": plan.size, "envs_per_rank": plan.envs_per_rank, "capacity": self.config.replay.capacity}
+        return layout(self.config, self.world.size)
 
     def regroup(self, snapshot: Snapshot, joined: bool) -> None:
         """Continues from `snapshot` with the current ranks. Environments and replay are kept."""
@@ -390,10 +437,10 @@ class Worker:
     def _reshard(self, snapshot: Snapshot) -> None:
         """Takes this rank's share of all transitions, if the number of ranks or the size of the rings has changed."""
         plan, capacity = self.plan, self.config.replay.capacity
-        shards = [snapshot.part(rank)["replay"] for rank in range(snapshot.ranks)]
-        needed = ("step_types", "episode_steps", "write_positions", "slots")
+        # Alone unless the ranks have shared the reading: see `surveyed`.
+        found = snapshot.survey or survey(snapshot, Solo(), self.config.env.frame_stack)
         dealt = deal(
-            (small({name: shard[name] for name in needed}) for shard in shards),
+            found.episodes,
             plan.envs,
             plan.slots_per_env,
             self.config.env.frame_stack,
@@ -402,7 +449,7 @@ class Worker:
         self.replay = self._make_replay(dealt.slots)
         first, mine = self.world.rank * plan.envs_per_rank, self.replay.state()
         rings = range(first, first + plan.envs_per_rank)
-        self.replay.load_state(gather_state(dealt, rings, shards, mine["rng"], into=self.replay.arrays()))
+        self.replay.load_state(gather_state(dealt, rings, found.replays, mine["rng"], into=self.replay.arrays()))
         self.messages.append(dealt.describe(plan.size) + ". New episodes begin.")
 
     def close(self) -> None:
@@ -410,6 +457,20 @@ class Worker:
             self._thread.shutdown(wait=False)  # if this rank failed during a phase, do not wait for its end
         self.envs.close()
         self.evaluator.close()
+
+
+def layout(config: Config, size: int) -> dict[str, int]:
+    """What must be unchanged for an exact resume."""
+    ranks = size if config.ranks.scaling == "strong" else 1
+    envs_per_rank = config.env.envs_per_rank // ranks
+    return {"ranks": size, "envs_per_rank": envs_per_rank, "capacity": config.replay.capacity}
+
+
+def surveyed(snapshot: Snapshot, config: Config, world: World) -> Snapshot:
+    """The checkpoint with a survey of its replays if their transitions are to be redistributed. A collective then."""
+    if not snapshot.complete or snapshot.state.get("layout") == layout(config, world.size):
+        return snapshot
+    return snapshot._replace(survey=survey(snapshot, world, config.env.frame_stack))
 
 
 def _check_one_environment(training: Environments, evaluation: Environments) -> None:
@@ -446,5 +507,5 @@ def _check_not_finished(plan: Plan, snapshot: Snapshot | None) -> None:
     if snapshot is not None and plan.first_cycle >= plan.cycles and snapshot.state.get("finished", True):
         raise InputError(
             f"There is nothing left to train: the run has already taken {plan.resumed_at:,} total steps. "
-            f"Raise --total-steps above that. Received: {plan.config.total_steps:,}."
+            f"Raise --total-steps above that. Received: {plan.total_steps:,}."
         )

@@ -39,8 +39,8 @@ SchedulerParameters=sched_min_interval=100000
 ReturnToService=2
 KillWait=60
 GresTypes=gpu
-NodeName={host} NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[1]} CPUs=2 Gres=gpu:2 Weight=1
-NodeName=second NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[2]} CPUs=2 Weight=2
+NodeName={host} NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[1]} CPUs=2 RealMemory=4000 Gres=gpu:2 Weight=1
+NodeName=second NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[2]} CPUs=2 RealMemory=4000 Weight=2
 PartitionName=all Nodes=ALL Default=YES
 """
 # Any two device files stand for GPUs: what Slurm tells its tasks of them is the same.

@@ -30,6 +30,7 @@ esac
 trap 'signalled=1' USR1
 trap '' TERM
 touch "$CALLS.running"
+pwd >>"$CALLS.cwd"
 while [ -n "$WAIT" ] && [ -z "$signalled" ]; do sleep 0.05; done
 if [ -n "$STEPS" ]; then
     mkdir -p "$RUN_DIR/checkpoints/$STEPS"
@@ -57,11 +58,15 @@ SYSTEMS = {
 }
 
 
+SEEDS = "slurm/seeds.sbatch"
+
+
 # What the batch system is asked for, without which no job saves before its time is over or starts again.
 DIRECTIVES = {
     "train.sbatch": ["--signal=USR1@120", "--requeue", "--open-mode=append"],
     "train-mpirun.sbatch": ["--signal=B:USR1@120", "--requeue", "--open-mode=append"],
     "train-apptainer.sbatch": ["--signal=USR1@120", "--requeue", "--open-mode=append"],
+    "seeds.sbatch": ["--signal=USR1@120", "--requeue", "--open-mode=append", "--array=1-3", "--output=%x-%A_%a.log"],
     "train.pbs": ["-r y", "-j oe"],
     "train.lsf": ["-wa USR1", "-wt 2", "-r", '-Q "75"'],
 }
@@ -95,10 +100,13 @@ class Project:
 
     def start(self, script, *words, **environment):
         system = script.split("/")[0]
-        launchers = ("SLURM_", "PBS_", "LSB_", "HVD_DQN_")
+        launchers = ("SLURM_", "PBS_", "LSB_", "HVD_DQN_", "VIRTUAL_ENV", "CONDA_")
         variables = {k: v for k, v in os.environ.items() if not k.startswith(launchers)}
         variables |= {k: v.format(folder=self.folder) for k, v in SYSTEMS[system].items()}
-        variables |= {"PATH": f"{self.folder}/bin:{os.environ['PATH']}", "CALLS": str(self.folder / "calls")}
+        if script == SEEDS:
+            variables |= {"SLURM_ARRAY_JOB_ID": "5", "SLURM_ARRAY_TASK_ID": "3"}
+            self.run_dir = self.folder / "runs/my-job-5-seed-3"
+        variables |= {"PATH": f"{self.folder}/bin:/usr/bin:/bin", "CALLS": str(self.folder / "calls")}
         variables |= {"RUN_DIR": str(self.run_dir), "CODE": "0", "STEPS": "", "WAIT": "", **environment}
         # A copy of the script somewhere else, as batch systems run it, in the folder where the job was submitted.
         copy = shutil.copy(self.folder / "launch" / script, self.folder / "copy")
@@ -146,6 +154,7 @@ SRUN = "srun --mpi=pmix --export=ALL --kill-on-bad-exit=0 --wait=120"
     ("script", "environment", "command"),
     [
         ("slurm/train.sbatch", {}, SRUN + " {0}/.venv/bin/hvd-dqn"),
+        (SEEDS, {}, SRUN + " {0}/.venv/bin/hvd-dqn"),
         ("slurm/train.sbatch", {"SLURM_CPUS_PER_TASK": "4"}, SRUN + " --cpus-per-task=4 {0}/.venv/bin/hvd-dqn"),
         (
             "slurm/train-apptainer.sbatch",
@@ -159,11 +168,12 @@ SRUN = "srun --mpi=pmix --export=ALL --kill-on-bad-exit=0 --wait=120"
 )
 def test_the_ranks_are_started_on_all_that_the_job_was_given(script, environment, command, project):
     (project.folder / "hvd-dqn.sif").touch()
-    code, said = project.run(script, HVD_DQN_ARGS="cartpole --seed 3", **environment)
+    code, said = project.run(script, HVD_DQN_ARGS="cartpole" if script == SEEDS else "cartpole --seed 3", **environment)
     assert code == 0, said
     started = next(call for call in project.calls if call.startswith(command.split()[0]) and "train" in call)
     assert started.startswith(command.format(project.folder)), started
-    assert started.endswith(" train cartpole --seed 3 --run-dir runs/my-job-7")
+    ending = " --run-dir runs/my-job-5-seed-3 --seed 3" if script == SEEDS else " --seed 3 --run-dir runs/my-job-7"
+    assert started.endswith(f" train cartpole{ending}")
 
 
 def test_settings_come_as_words_and_from_the_environment(project):
@@ -178,8 +188,9 @@ STARTS_AGAIN = {
     "slurm/train.sbatch": "scontrol requeue 7",
     "slurm/train-mpirun.sbatch": "scontrol requeue 7",
     "slurm/train-apptainer.sbatch": "scontrol requeue 7",
+    SEEDS: "scontrol requeue 5_3",
     "pbs/train.pbs": "qsub -V -N my/job -q batch -A grant -l select=2:ncpus=8:mpiprocs=2 -l walltime=02:00:00 -v "
-    "HVD_DQN_ROOT,HVD_DQN_RUN_DIR,HVD_DQN_ARGS launch/pbs/train.pbs",
+    "HVD_DQN_ROOT,HVD_DQN_RUN_DIR,HVD_DQN_ARGS {0}/launch/pbs/train.pbs",
 }
 
 
@@ -207,11 +218,11 @@ def test_only_a_job_that_saved_and_got_on_is_started_again(script, ends_with, st
     said = process.communicate(timeout=120)[0]
     is_lsf = script == "lsf/train.lsf"  # which starts a job again that ends with 75
     assert process.returncode == (1 if is_lsf and code == 75 and not again else code), said
-    assert (STARTS_AGAIN.get(script) in project.calls) == (again and not is_lsf)
+    assert (STARTS_AGAIN.get(script, "").format(project.folder) in project.calls) == (again and not is_lsf)
     if script == "pbs/train.pbs" and again:
         assert project.calls[-1] == "env runs/my-job-7 identity"
     if code == 75 and not again:
-        way_out = r"ended from outside\. To continue: HVD_DQN_RUN_DIR=runs/my-job-7 HVD_DQN_ARGS='identity' [sqb]"
+        way_out = r"ended from outside\. To continue: HVD_DQN_RUN_DIR=runs/my-job-[57] HVD_DQN_ARGS='identity' [sqb]"
         assert re.search(way_out + "|stopped before it made progress", said), said
 
 
@@ -219,7 +230,7 @@ def test_a_job_whose_time_was_too_short_to_start_is_told_so(project):
     code, said = project.run("slurm/train.sbatch", "identity", CODE="138")
     assert code == 138
     assert "while it was still starting: give the job more time" in said
-    assert "scontrol requeue 7" not in project.calls
+    assert not [call for call in project.calls if call.startswith("scontrol requeue")]
 
 
 def test_pbs_asks_the_job_to_save_two_minutes_before_its_time_is_over(project):
@@ -268,6 +279,85 @@ def test_a_run_that_was_named_is_never_put_aside_for_another_job_may_be_writing_
     (project.run_dir / "run.json").touch()
     project.run("slurm/train.sbatch", "identity", HVD_DQN_RUN_DIR="runs/my-job-7")  # hvd-dqn refuses it
     assert (project.run_dir / "run.json").exists()
+
+
+# ---- Seeds ----
+def test_a_seed_goes_on_in_its_own_run(project):
+    manifest = project.folder / "runs/mine-seed-3/checkpoints/800/MANIFEST.json"
+    manifest.parent.mkdir(parents=True)
+    manifest.write_text('{"resumable": true}')
+    code, said = project.run(SEEDS, "identity", HVD_DQN_RUN_DIR="runs/mine")
+    assert code == 0, said
+    assert project.calls[-1].endswith(" train identity --resume --run-dir runs/mine-seed-3 --seed 3")
+
+
+@pytest.mark.parametrize(
+    ("words", "environment", "line"),
+    [
+        (["identity", "--seed", "4"], {}, "the seeds are those of --array: leave --seed out."),
+        (["identity", "--seed=4"], {}, "the seeds are those of --array: leave --seed out."),
+        (
+            ["identity"],
+            {"SLURM_ARRAY_TASK_ID": ""},
+            "expected a job array, whose numbers are the seeds: sbatch --array=1-3",
+        ),
+    ],
+)
+def test_the_seeds_are_those_of_the_array(words, environment, line, project):
+    code, said = project.run(SEEDS, *words, **environment)
+    assert (code, len(said.splitlines())) == (2, 1)
+    assert line in said
+
+
+# ---- Whose environment, and where ----
+@pytest.mark.parametrize(
+    ("script", "command"),
+    [
+        ("slurm/train.sbatch", "{0}/hvd-dqn train"),
+        (SEEDS, "{0}/hvd-dqn train"),
+        ("pbs/train.pbs", "/launch/mpirun.sh -H"),
+    ],
+)
+@pytest.mark.parametrize("variable", ["HVD_DQN_BIN", "VIRTUAL_ENV", "CONDA_PREFIX", "PATH"])
+def test_the_users_own_environment_is_taken(variable, script, command, project):
+    mine = project.folder / "mine/bin"
+    shutil.copytree(project.folder / ".venv/bin", mine)
+    shutil.rmtree(project.folder / ".venv")
+    value = {"HVD_DQN_BIN": mine, "PATH": f"{project.folder}/bin:{mine}:/usr/bin:/bin"}.get(variable, mine.parent)
+    code, said = project.run(script, HVD_DQN_ARGS="identity", **{variable: str(value)})
+    assert code == 0, said
+    assert f"{command.format(mine)}" in said
+
+
+SUBMITTED = {"slurm": "SLURM_SUBMIT_DIR", "pbs": "PBS_O_WORKDIR", "lsf": "LS_SUBCWD"}
+
+
+@pytest.mark.parametrize("script", [str(path.relative_to(ROOT / "launch")) for path in SCRIPTS])
+def test_a_job_runs_where_it_was_submitted(script, project, tmp_path):
+    mine = tmp_path / "my place"
+    mine.mkdir()
+    (project.folder / "hvd-dqn.sif").touch()
+    system = script.split("/")[0]
+    there = {SUBMITTED[system]: str(mine), "HVD_DQN_ROOT": str(project.folder), "HVD_DQN_ARGS": "identity"}
+    # Slurm and LSF start a job where it was submitted, PBS at home.
+    code, said = project.run(script, CODE="3", CWD=str(tmp_path if system == "pbs" else mine), **there)
+    assert code == 3, said
+    assert (project.folder / "calls.cwd").read_text().splitlines()[-1] == str(mine)
+
+
+@pytest.mark.parametrize("script", ["slurm/train.sbatch", "pbs/train.pbs", "lsf/train.lsf"])
+def test_a_folder_that_the_node_does_not_have_is_named(script, project):
+    system = script.split("/")[0]
+    there = {SUBMITTED[system]: "/nowhere/mine", "HVD_DQN_ROOT": str(project.folder), "HVD_DQN_ARGS": "identity"}
+    code, said = project.run(script, CWD="/tmp", **there)
+    assert (code, len(said.splitlines())) == (2, 1), said
+    assert "has no folder /nowhere/mine, from which this job was submitted" in said
+
+
+def test_how_to_go_on_names_the_script_where_it_is(project, tmp_path):
+    (tmp_path / "mine").mkdir()
+    _, said = project.run("slurm/train.sbatch", CWD=str(tmp_path / "mine"), HVD_DQN_ROOT=str(project.folder))
+    assert said.endswith(f"HVD_DQN_ARGS=cartpole sbatch {project.folder}/launch/slurm/train.sbatch\n")
 
 
 def test_a_run_can_be_named(project):

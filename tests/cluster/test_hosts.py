@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -49,6 +50,18 @@ def test_two_hosts_train_together_and_the_doctor_sees_both(launcher, hosts, tmp_
     assert "No problem found" in done.stdout
     for host in hosts:
         wait_until(lambda host=host: not host.processes(), f"left behind: {host.processes()}")
+
+
+def test_hosts_that_only_a_name_with_its_domain_finds_are_reached_from_a_clone_with_blanks(hosts, tmp_path):
+    (tmp_path / "hosts").write_text("127.0.0.1 localhost\n10.9.8.1 alpha.lab alpha\n10.9.8.2 beta.lab\n")
+    clone = tmp_path / "my clone ü"
+    shutil.copytree(ROOT / "launch", clone / "launch")
+    (tmp_path / "hostfile").write_text("alpha.lab slots=1\r\nbeta.lab\tslots = 1 # far\r\n")
+    alpha, _ = hosts
+    words = ["--hostfile", tmp_path / "hostfile", "--interface", "e0", "-p", PORT, "-i", tmp_path / "key", "doctor"]
+    done = alpha.run([clone / "launch/mpirun.sh", *words], HOME=str(tmp_path), **THREADS)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert re.search(r"\b1/2 +beta +0/1 ", done.stdout), done.stdout
 
 
 SILENT = r"\[rank \d/2 (alpha|beta)\] rank \d on (alpha|beta) has been silent for \d+ s"

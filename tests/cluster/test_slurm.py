@@ -53,11 +53,13 @@ class Job:
     """One that was submitted from the project's folder."""
 
     def __init__(self, slurm, project, script, *words, options=(), **environment):
-        command = ["sbatch", "--parsable", *options, f"launch/slurm/{script}.sbatch", *words]
-        done = slurm.run(*command, cwd=project, **THREADS, **environment)
+        cwd = environment.pop("cwd", project)
+        path = f"launch/slurm/{script}.sbatch" if cwd == project else f"{project}/launch/slurm/{script}.sbatch"
+        command = ["sbatch", "--parsable", *options, path, *words]
+        done = slurm.run(*command, cwd=cwd, **THREADS, **environment)
         assert done.returncode == 0, done.stderr
         self.slurm, self.id = slurm, done.stdout.strip()
-        self.run_dir, self.log_file = project / f"runs/hvd_dqn-{self.id}", project / f"hvd_dqn-{self.id}.log"
+        self.run_dir, self.log_file = cwd / f"runs/hvd_dqn-{self.id}", cwd / f"hvd_dqn-{self.id}.log"
 
     @property
     def log(self):
@@ -158,6 +160,48 @@ def test_ranks_in_containers_find_each_other_and_are_requeued_too(slurm, project
     assert all(call.startswith(command) for call in calls)
 
 
+def test_a_job_array_trains_a_run_for_each_seed_and_each_goes_on_after_a_stop(slurm, project):
+    job = Job(slurm, project, "seeds", *LONG, options=["--array=3,5", "--ntasks-per-node=1", "--job-name=my seeds"])
+    runs = {seed: project / f"runs/my seeds-{job.id}-seed-{seed}" for seed in (3, 5)}
+    logs = {seed: project / f"my seeds-{job.id}_{seed}.log" for seed in runs}
+
+    def said() -> str:
+        return "".join(log.read_text() for log in logs.values() if log.exists())
+
+    wait_until(lambda: all(list(run.glob("checkpoints/*/MANIFEST.json")) for run in runs.values()), said())
+    slurm.ask("scancel", "--signal=USR1", f"{job.id}_5")
+    wait_until(lambda: slurm.about(f"{job.id}_5")["Restarts"] == "1", said())
+    for seed, run in runs.items():
+        slurm.wait_until(f"{job.id}_{seed}", "COMPLETED", "FAILED")
+        about = json.loads((run / "run.json").read_text())
+        assert (about["ended"], about["result"]["total_steps"]) == ("finished", 20_000), said()
+        assert re.search(rf"^seed: {seed}$", (run / "config.yaml").read_text(), re.MULTILINE)
+        assert len(about.get("resumes", [])) == (seed == 5)
+        assert f"see runs/my seeds-{job.id}-seed-{seed}" in logs[seed].read_text()
+    picture = project / "seeds.png"
+    done = slurm.run("hvd-dqn", "plot", *runs.values(), "-o", picture, cwd=project)
+    assert (done.returncode, picture.exists()) == (0, True), done.stderr
+
+
+def test_a_job_runs_where_it_was_submitted_with_the_environment_that_is_named(slurm, project, tmp_path):
+    """The clone lies elsewhere, its .venv is gone; the user's modules and runs lie where the job was submitted."""
+    mine = tmp_path / "my place ü"
+    mine.mkdir()
+    (mine / "my_envs.py").write_text(
+        "import gymnasium\nfrom hvd_dqn.envs.identity import Identity\ngymnasium.register('Mine-v0', Identity)\n"
+    )
+    (project / ".venv").unlink()
+    words = ["identity", "--env.id", "my_envs:Mine-v0"]
+    bin_folder = str(ROOT / ".venv" / "bin")
+    job = Job(
+        slurm, project, "train", *words, options=["--ntasks-per-node=1"], cwd=mine, HVD_DQN_BIN=bin_folder, **PLAIN
+    )
+    job.end("COMPLETED", "0:0")
+    assert job.run["ended"] == "finished"
+    assert f"{bin_folder}/hvd-dqn train identity --env.id my_envs:Mine-v0" in job.log
+    assert not (project / "runs").exists()
+
+
 def test_a_cancelled_job_saves_and_does_not_come_back(slurm, project):
     job = Job(slurm, project, "train", *LONG)
     job.wait_for_checkpoint()
@@ -191,6 +235,9 @@ def rank_of(process):
         return None
 
 
+PLAIN = {"PATH": "/usr/bin:/bin", "VIRTUAL_ENV": "", "CONDA_PREFIX": ""}  # nothing is active
+
+
 @pytest.mark.parametrize(
     ("script", "words", "environment", "broken", "line"),
     [
@@ -198,8 +245,10 @@ def rank_of(process):
         ("train", ["cartpoel"], {}, None, "hvd-dqn: There is no preset 'cartpoel'. Did you mean `cartpole`?"),
         ("train-mpirun", ["cartpole", "--sede", "3"], {}, None, "hvd-dqn: There is no option `--sede`. Did you mean `--seed`?"),
         ("train", ["cartpole", "--run-dir", "x"], {}, None, "train.sbatch: --run-dir is set by this script: set HVD"),
-        ("train", ["cartpole"], {}, ".venv", "/.venv yet: run {project}/launch/setup.sh."),
-        ("train-mpirun", ["cartpole"], {}, ".venv", "/.venv yet: run {project}/launch/setup.sh."),
+        ("train", ["cartpole"], PLAIN, ".venv", "train.sbatch: found no hvd-dqn: activate an environment that has it, or name"),
+        ("train-mpirun", ["cartpole"], PLAIN, ".venv", "name its folder by HVD_DQN_BIN. Run {project}/launch/setup.sh."),
+        ("train", ["cartpole"], {"HVD_DQN_BIN": "/usr"}, None, "there is none that can be run in /usr."),
+        ("seeds", ["cartpole"], {}, None, "seeds.sbatch: expected a job array, whose numbers are the seeds: sbatch"),
         ("train", ["cartpole"], {"HVD_DQN_ROOT": "/usr"}, None, "train.sbatch: /usr is not the folder of hvd_dqn: submit from"),
         ("train-apptainer", ["cartpole"], {}, None, "there is no image {project}/hvd-dqn.sif: make it from docker/apptainer"),
     ],
@@ -209,6 +258,11 @@ def test_bad_input_is_one_line_in_the_log_exit_code_2_and_no_second_start(
 ):
     if broken:
         (project / broken).unlink()
+    if script == "seeds":  # submitted by somebody who switched the array off
+        text = (project / "launch/slurm/seeds.sbatch").read_text()
+        (project / "launch/slurm/seeds.sbatch").write_text(
+            text.replace("#SBATCH --array=1-3\n", "").replace("%A_%a", "%j")
+        )
     job = Job(slurm, project, script, *words, **environment)
     about = job.end("FAILED", "2:0")
     assert about["Restarts"] == "0"
@@ -231,6 +285,38 @@ def test_tasks_without_mpi_are_told_what_srun_needs(slurm, project):
     assert done.returncode == 2, done.stderr
     assert done.stderr.count("srun started 2 tasks that are not connected to each other: use `srun --mpi=pmix`") == 1
     assert not (project / "run").exists()
+    done = slurm.run("srun", "--mpi=none", "--ntasks=2", ROOT / ".venv/bin/hvd-dqn", "doctor", cwd=project)
+    assert done.returncode == 0, done.stderr
+    assert " ".join(done.stdout.split()).count("The launcher started 2 ranks, but this one is not connected") == 1
+
+
+# As in an environment without mpi4py: what is None here cannot be imported, and is not found.
+NO_MPI4PY = "import sys\nsys.modules['mpi4py'] = None\n"
+
+
+@pytest.mark.parametrize(("mpi", "with_mpi4py"), [("pmix", False), ("pmi2", False), ("none", False), ("pmix", True)])
+def test_a_process_alone_in_an_interactive_step_trains_with_and_without_mpi4py(mpi, with_mpi4py, slurm, tmp_path):
+    if not with_mpi4py:
+        (tmp_path / "sitecustomize.py").write_text(NO_MPI4PY)
+    shell = f"env | grep -c PMI; exec hvd-dqn train identity --seed 3 --run-dir {tmp_path}/run"
+    srun = f"srun --mpi={mpi} --ntasks=1 --cpus-per-task=2 --pty bash -c '{shell}'"
+    # `script` gives it the terminal that --pty asks for.
+    path = f"{tmp_path}:{ROOT}"
+    done = slurm.run("script", "-qec", srun, "/dev/null", cwd=tmp_path, PYTHONPATH=path, **THREADS)
+    assert done.returncode == 0, done.stdout
+    assert "identity: return 10.0" in done.stdout
+    variables = int(re.search(r"\d+", done.stdout)[0])
+    assert (variables > 0) == (mpi != "none")  # those that mislead are there
+
+
+def test_memory_that_slurm_gave_the_job_is_what_its_ranks_may_use(slurm, project):
+    options = ["--ntasks-per-node=2", "--mem=1500"]
+    job = Job(slurm, project, "train", "identity", "--replay.capacity", "60000000", options=options)
+    job.end("FAILED", "2:0")
+    (line,) = [line for line in job.log.splitlines() if line.startswith("hvd-dqn: ")]
+    assert re.search(r"The job needs [\d.]+ GB .* [01]\.\d GB are available \(SLURM_MEM_PER_NODE=1500\)", line)
+    assert "2 ranks x" in line
+    assert not job.run_dir.exists()
 
 
 ONE_GPU = """

@@ -43,13 +43,16 @@ TIMEOUT = 14_400  # for eight ranks on two cores
 _writing = Lock()
 
 
-def train(task: str, ranks: int, scaling: str, seed: int, out: Path) -> Run:
-    """The finished run, found in `out` or made now; `commit` in its run.json is that of the code that made it."""
+def train(task: str, ranks: int, scaling: str, seed: int, out: Path, more: Sequence[str] = ()) -> Run:
+    """The finished run, found in `out` or made now; `commit` in its run.json is that of the code that made it.
+
+    `more` are settings, which must be the same for all runs in `out`.
+    """
     made = Run(out / f"{task}-{ranks}-{scaling}-{seed}")
     if not made.exists or "result" not in made.about():
         shutil.rmtree(made.path, ignore_errors=True)  # of a run that was broken off
         launcher, commit = ["horovodrun", "-np", str(ranks)] if ranks > 1 else [], revision()
-        words = [*command(task, scaling, seed), "--run-dir", str(made.path)]
+        words = [*command(task, scaling, seed), *more, "--run-dir", str(made.path)]
         crowded = YIELD if ranks > cores() else {}
         done = run([*launcher, *words], timeout=TIMEOUT, **ONE_THREAD, **crowded)
         if done.returncode:
@@ -62,10 +65,12 @@ def command(task: str, scaling: str, seed: int) -> list[str]:
     return ["hvd-dqn", "train", *TASKS[task], "--seed", str(seed), "--ranks.scaling", scaling]
 
 
-def trained(task: str, ranks: int, scaling: str, seeds: Sequence[int], out: Path) -> list[Run]:
+def trained(
+    task: str, ranks: int, scaling: str, seeds: Sequence[int], out: Path, more: Sequence[str] = ()
+) -> list[Run]:
     """A run for each seed, as many at once as there are cores for their ranks."""
     with ThreadPoolExecutor(max(1, cores() // ranks)) as pool:
-        return list(pool.map(lambda seed: train(task, ranks, scaling, seed, out), seeds))
+        return list(pool.map(lambda seed: train(task, ranks, scaling, seed, out, more), seeds))
 
 
 def reached(task: str, ranks: int, scaling: str, seed: int, out: Path, again: bool) -> dict[str, Any]:

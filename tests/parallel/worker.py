@@ -24,8 +24,11 @@ from hvd_dqn.agent.layout import single  # noqa: E402
 from hvd_dqn.agent.learner import Learner  # noqa: E402
 from hvd_dqn.agent.networks import build_network  # noqa: E402
 from hvd_dqn.agent.objectives import Dqn  # noqa: E402
+from hvd_dqn.agent.optimizer import Adam  # noqa: E402
 from hvd_dqn.agent.preprocess import Preprocess  # noqa: E402
 from hvd_dqn.agent.transition import Batch  # noqa: E402
+from hvd_dqn.graphs import DenseTape, Graph  # noqa: E402
+from hvd_dqn.ranks.world import largest_gradient  # noqa: E402
 
 tf.get_logger().setLevel("ERROR")  # many learners in one process make TensorFlow warn about retracing
 KERAS = "tests.unit.agent.test_networks:keras_model"
@@ -100,6 +103,24 @@ def fp16_is_on_the_wire_where_it_is_asked_for():
     for compression, skipped in (("none", 0), ("fp16", 1)):
         learner = make(loss="squared", compression=compression)
         assert learner.update(data, 0.01, np.array([False])).skipped == skipped, compression
+
+
+def fp16_takes_gradients_up_to_its_largest_number_on_every_rank():
+    """The sum of two ranks is above it, so they are divided before they are added."""
+    weight = tf.Variable([0.0])
+    adam = Adam([weight], epsilon=1e-7)
+    averaging = world.wrap(adam, "fp16")
+
+    def gradient(of: list[float]) -> tf.Tensor:
+        with DenseTape() as tape:
+            loss = of[world.rank] * tf.reduce_sum(weight)
+        return averaging.compute_gradients(loss, [weight], tape)[0][0]
+
+    assert largest_gradient(world.size) == 65_504
+    #    of each rank, and their mean
+    for of, mean in (([60_000.0, 60_000.0], 60_000.0), ([65_504.0, 65_504.0], 65_504.0), ([-8.0, 2.0], -3.0)):
+        graph = Graph(lambda of=of: [gradient(of)])
+        assert graph()[0][0] == mean, (of, graph()[0])
 
 
 def large_tensors_are_sent_alone_and_all_come_back_in_their_places():
@@ -200,6 +221,7 @@ def checks():
     yield "drift", the_drift_check_names_the_rank_and_the_variable
     yield "average before clip", the_average_of_opposite_gradients_is_zero
     yield "fp16", fp16_is_on_the_wire_where_it_is_asked_for
+    yield "fp16 takes gradients up to its largest number", fp16_takes_gradients_up_to_its_largest_number_on_every_rank
     yield "large tensors are sent alone", large_tensors_are_sent_alone_and_all_come_back_in_their_places
     yield "parameters are averaged", parameters_become_the_mean_of_ranks_that_learn_alone
     for sync in ("gradients", "parameters"):

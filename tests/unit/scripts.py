@@ -6,7 +6,7 @@ import subprocess
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-PLAIN = ("PYTHON", "LD_LIBRARY_PATH", "PYTHONPATH", "CUDA_VISIBLE_DEVICES")
+PLAIN = ("PYTHON", "LD_LIBRARY_PATH", "PYTHONPATH", "CUDA_VISIBLE_DEVICES", "VIRTUAL_ENV", "CONDA_PREFIX")
 PREFIXES = ("SLURM_", "PBS_", "LSB_", "HVD_DQN_", "HOROVOD_", "NCCL_", "TF_", "OMP_", "XLA_", "MALLOC_", "OMPI_MCA_")
 
 

@@ -168,7 +168,7 @@ BAD_INPUT = [
     (["identity"],         {"agent": {"hiden": [3]}},                   r"no setting `agent.hiden`.*`agent.hidden`"),
     (["identity"],         {"learner.batch_size": 0},                   r"`learner.batch_size` must be .*Received: 0"),
     (["identity"],         {"sed": 3},                                  r"no setting `sed`. Did you mean `seed`"),
-    (["identity"],         {"learner.batch_size": 999},                 r"more transitions than the warm-up collects"),
+    (["identity"],         {"agent.n_step": 99},                        r"must have taken n_step = 99 steps"),
     (["identity"],         {"env.id": "CartPol-v1"},                    r"CartPol-v1.*CartPole-v1"),
     (["identity"],         {"run_dir": "/proc/no/run"},                 r"Cannot write the run directory /proc/no/run"),
     (["identity"],         {"resume": True},                            r"--resume needs --run-dir"),

@@ -147,7 +147,7 @@ BAD_INPUT = [
     (["train", "cartpol"], r"no preset 'cartpol'. Did you mean `cartpole`"),
     (["train", "identity", "--timeline", "t.json"], r"--timeline is for two ranks or more"),
     (["train", "identity", "--total-steps", "-5"], r"`total_steps` must be a whole number, at least 1. Received: -5"),
-    (["train", "identity", "--learner.batch_size", "999"], r"more transitions than the warm-up collects"),
+    (["train", "identity", "--agent.n_step", "99"], r"every environment must have taken n_step = 99 steps"),
     (["train", "--config", "nothing.yaml"], r"nothing.yaml"),
     (["train", "identity", "--env.id", "CartPol-v1"], r"CartPol-v1.*CartPole-v1"),
     (["train", "--env.id", "CartPol-v1"], r"CartPol-v1.*CartPole-v1"),

@@ -117,7 +117,6 @@ IMAGE, LEARNS, ELASTIC = "tests/cluster/image.sh", "tests/learning/test_learning
 RESULTS, FAULTS, HERE = "tests/benchmarks/results", "tests/faults/README.md", "tests/unit/test_readme.py"
 CURVES = ByHand("tests/learning/cartpole.png")
 NO_ENGINE = NotRun("docker/README.md", r"Not run at all: the Docker engine, Kubernetes, Apptainer, the GPU image")
-NO_ARRAY = NotRun("launch/README.md", r"A job array .* has not been run")
 
 #    what a command looks like, and what runs it
 RUN_BY: list[tuple[str, list[Run | ByHand | NotRun]]] = [
@@ -166,21 +165,21 @@ RUN_BY: list[tuple[str, list[Run | ByHand | NotRun]]] = [
         Run(ELASTIC, r"'train', 'identity', '--elastic'"),
     ]),
     # Slurm
-    (r"srun --mpi=pmix -n2 (\.venv/bin/)?hvd-dqn doctor", [
+    (r"srun --mpi=pmix -n2 hvd-dqn doctor", [
         Run(SLURM, r"'srun', '--mpi=pmix', '--ntasks=2'"),
         Run(SLURM, r'"hvd-dqn", "doctor"'),
     ]),
-    (r"srun --mpi=pmix --nodes=2 --ntasks-per-node=2 \.venv/bin/hvd-dqn train cartpole", [
-        Run("launch/slurm/train.sbatch", r"options=\(--mpi=pmix\)"),
+    (r"srun --mpi=pmix --nodes=2 --ntasks-per-node=2 hvd-dqn train cartpole", [
+        Run("launch/batch.sh", r"options=\(--mpi=pmix\)"),
         Run(SLURM, r"\('train', 2, 1\)"),
     ]),
     (r"sbatch (-.* )?launch/slurm/train\.sbatch .*", [
-        Run(SLURM, r"'sbatch', '--parsable', \*options, f'launch/slurm/\{script\}\.sbatch'"),
+        Run(SLURM, r"'sbatch', '--parsable', \*options, path, \*words"),
+        Run(SLURM, r"path = f'launch/slurm/\{script\}\.sbatch'"),
     ]),
-    (r"for seed in .*; do sbatch .* launch/slurm/train\.sbatch cartpole --seed \$seed; done", [
-        Run(SLURM, r"script, 'identity', '--', '--seed', '3'"),
+    (r"sbatch --array=1-5 --ntasks-per-node=4 launch/slurm/seeds\.sbatch cartpole", [
+        Run(SLURM, r"'seeds', \*LONG, options=\['--array=3,5', '--ntasks-per-node=1'"),
     ]),
-    (r"sbatch --array=1-3 .*", [NO_ARRAY]),
     # Containers: by podman and buildah, which take the same words
     (r"docker (build|compose) -f docker/\S+ (-t hvd-dqn \.|build)", [
         Run(IMAGE, r"-f docker/Dockerfile"),

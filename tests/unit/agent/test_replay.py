@@ -4,7 +4,6 @@ import json
 import math
 
 import numpy as np
-import psutil
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -296,20 +295,6 @@ def test_the_announced_memory_is_the_allocated():
     for shape, dtype in [((4,), np.float32), ((8, 8, 3), np.uint8), ((3,), np.float64)]:
         replay = Replay(50, 3, shape, dtype, np.random.default_rng(0))
         assert replay.nbytes == Replay.memory_needed(50, 3, shape, dtype)
-
-
-def test_memory_that_the_machine_lacks_is_refused_before_it_is_allocated(monkeypatch):
-    # Linux grants the zeros and kills the job hours later, when the ring fills. Ranks on one host share its memory.
-    class Memory:
-        available = 10_000_000_000
-
-    monkeypatch.setattr(psutil, "virtual_memory", Memory)
-    rng = np.random.default_rng(0)
-    with pytest.raises(InputError, match=r"needs 14\.1 GB .* 10\.0 GB are available.*Lower --replay\.capacity"):
-        Replay(2_000_000, 1, (84, 84, 1), np.uint8, rng)
-    Replay(1000, 1, (84, 84, 1), np.uint8, rng)
-    with pytest.raises(InputError, match=r"needs 14\.1 GB"):
-        Replay(1000, 1, (84, 84, 1), np.uint8, rng, sharers=2000)
 
 
 # --- state -----------------------------------------------------------------------------------------------------------

@@ -2,12 +2,15 @@
 
 import json
 import re
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 from rich.console import Console
 
 from hvd_dqn.commands import doctor
+from hvd_dqn.commands import host as doctor_host
 from hvd_dqn.ranks.world import Solo
 
 VERSIONS = {"python": "3.11.7", "tensorflow": "2.15.1", "horovod": "0.28.1", "mpi4py": "4.1.2"}
@@ -29,8 +32,20 @@ def rank(number=0, size=2, **differs):
         "horovod": {"mpi_built": True, "nccl_built": False},
         "settings": {},
         "averaged": ((size + 1) / 2, -1e-3),
+        "mpi": "Open MPI v4.1.4",
+        "mpirun": "mpirun (Open MPI) 4.1.4 (/usr/bin/mpirun)" if number == 0 else None,
+        "limits": {"cores": [2, "affinity"], "memory": [8e9, "the host"], "quota": None},
+        "replaced": [],
+        "shared_memory": 64 << 20,
+        "open_files": 1 << 20,
+        "address": "10.0.0.1",
+        "read_error": None,
         **differs,
     }
+
+
+def quota(cores):
+    return {"cores": [cores, "CPU quota of /sys/fs/cgroup"], "memory": [8e9, "the host"], "quota": cores}
 
 
 def without(package):
@@ -54,6 +69,18 @@ def test_healthy_ranks_have_no_problem():
         [rank(0, gpus=["0"], horovod=nccl), rank(1, gpus=["1"], horovod=nccl)],
         [rank(0, gpus=["0"], horovod=nccl), rank(1, gpus=["0"], horovod=nccl, host="two")],
         [rank(0, threads=2), rank(1, threads=2, host="two")],
+        [rank(0, limits=quota(2)), rank(1, limits=quota(2))],
+        [rank(0, 1, threads=1, limits=quota(1))],
+        [rank(0, 1, address="127.0.1.1")],  # a note only: one host works
+        [rank(0, address="127.0.1.1"), rank(1, address="127.0.1.1")],
+        [rank(0, mpirun=None), rank(1)],
+        [
+            rank(0, mpi="Intel(R) MPI Library 2021.9", mpirun="Intel(R) MPI Library for Linux* OS, Version 2021.9"),
+            rank(1),
+        ],
+        [rank(0, mpirun="OpenRTE 4.1.2 (/opt/mpirun)"), rank(1)],
+        [rank(0, open_files=-1), rank(1)],  # no limit
+        [rank(i, read_error="Operation not permitted", settings={doctor_host.SINGLE_COPY: "none"}) for i in range(2)],
     ]:
         assert doctor.problems(ranks) == []
 
@@ -86,6 +113,56 @@ def test_healthy_ranks_have_no_problem():
             "different versions of tensorflow: 2.15.0 on two and 2.15.1 elsewhere",
             "one .venv",
         ),
+        (
+            [rank(0, limits=quota(1)), rank(1, limits=quota(1))],
+            "2 ranks on one run 2 threads on a CPU quota of 1 ",
+            "fewer ranks",
+        ),
+        (
+            [rank(0, 1, threads=2, limits=quota(1.5))],
+            "1 rank on one run 2 threads on a CPU quota of 1.5 ",
+            "INTRAOP_THREADS to 1",
+        ),
+        (
+            [rank(0, replaced=[["numpy", "1.26.4", "2.2.6"], ["keras", "2.15.0", "3.12.4"]]), rank(1)],
+            ".venv on one has numpy 1.26.4 instead of 2.2.6, keras 2.15.0 instead of 3.12.4",
+            "-m pip install --force-reinstall --no-deps numpy==2.2.6 keras==3.12.4",
+        ),
+        (
+            [rank(0, 1, mpirun="HYDRA build details: Version 4.0 (/opt/mpich/bin/mpirun)")],
+            "is another MPI's: HYDRA",
+            "launch/setup.sh",
+        ),
+        (
+            [rank(0, 1, mpirun="mpirun (Open MPI) 5.0.3 (/opt/bin/mpirun)")],
+            "uses Open MPI v4.1.4, but the mpirun",
+            "on PATH",
+        ),
+        (
+            [rank(0, 1, mpi="none: RuntimeError: cannot load MPI library")],
+            "finds no MPI (RuntimeError: cannot load",
+            "the module",
+        ),
+        (
+            [rank(i, read_error="Operation not permitted") for i in range(2)],
+            "may not read each other's memory (Operation not permitted)",
+            "set OMPI_MCA_btl_vader_single_copy_mechanism=none",
+        ),
+        (
+            [rank(i, 32, cores=[i]) for i in range(32)],
+            "/dev/shm on one has 67 MB, and the 32 ranks need 134",
+            "--shm-size 1g",
+        ),
+        (
+            [rank(0, 900, open_files=1024, shared_memory=1 << 40)],
+            "needs 1,156 open files on one",
+            "--ranks.silence-seconds None",
+        ),
+        (
+            [rank(0, address="127.0.1.1"), rank(1, host="two")],
+            "one knows itself as 127.0.1.1",
+            "Remove the line `127.0.1.1 one` from its /etc/hosts",
+        ),
     ],
 )
 def test_each_problem_is_told_once_with_its_cure(ranks, complaint, cure):
@@ -93,7 +170,7 @@ def test_each_problem_is_told_once_with_its_cure(ranks, complaint, cure):
     assert len(found) == 1
     assert complaint in found[0]
     assert cure in found[0]
-    report = {"hvd_dqn": "0", "ranks": ranks, "allreduce": [], "problems": found}
+    report = {"hvd_dqn": "0", "ranks": ranks, "allreduce": [], "notes": [], "problems": found}
     assert complaint.split()[0] in shown(report)
     assert "No problem" not in shown(report)
 
@@ -108,6 +185,35 @@ def test_a_process_alone_is_examined_without_talking_to_anyone():
     text = shown(report)
     assert re.search(r"^0/1 .* CPU +none +none +none", text, re.MULTILINE)
     assert f"tensorflow {only['versions']['tensorflow']}" in " ".join(text.split())
+
+
+def test_the_report_tells_what_may_be_used_and_what_limits_it():
+    small = {"cores": [1.5, "CPU quota of /sys/fs/cgroup/a"], "memory": [3e9, "SLURM_MEM_PER_NODE=2861"], "quota": 1.5}
+    text = " ".join(shown({"hvd_dqn": "0", "ranks": [rank(0), rank(1, host="two", limits=small)], "allreduce": [],
+                           "notes": doctor.notes([rank(0, 1, address="127.0.1.1")]), "problems": []}).split())  # fmt: skip
+    assert "limits 2 cores (affinity), 8.0 GB of memory (the host)" in text
+    assert "on two: 1.5 cores (CPU quota of /sys/fs/cgroup/a), 3.0 GB of memory (SLURM_MEM_PER_NODE=2861)" in text
+    assert "- For jobs of several hosts: one knows itself as 127.0.1.1" in text
+    assert "No problem found" in text
+
+
+def test_a_process_finds_out_whether_it_may_read_anothers_memory():
+    mine = doctor_host.Readable()
+    assert doctor_host.read_error(*mine.place) is None
+    assert doctor_host.read_error(2**22 + 1, mine.place[1]) == "No such process"
+    code = """
+import ctypes, os
+from hvd_dqn.commands.host import Readable
+memory = Readable()
+print(*memory.place, flush=True)
+input()
+"""
+    child = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    with child:
+        process, address = map(int, child.stdout.readline().split())
+        assert doctor_host.read_error(process, address) is None
+        assert doctor_host.read_error(process, 16) == "Bad address"
+        child.stdin.close()
 
 
 def test_without_horovod_a_process_alone_is_told_what_several_would_need(monkeypatch):
@@ -127,7 +233,7 @@ def test_the_slowest_rank_counts_in_each_allreduce(monkeypatch):
         size = 2
 
         def gather(self, value):
-            return [value, {**value, "rank": 1}]
+            return [value, {**value, "rank": 1} if isinstance(value, dict) else value]
 
         def wrap(self, optimizer, compression):
             return optimizer
@@ -154,6 +260,7 @@ def test_people_see_a_row_per_rank_and_every_allreduce():
         "hvd_dqn": "0",
         "ranks": [rank(i, 3, cores=[0, 1, 2, 5], horovod=MPI, gpus=["7"][i:]) for i in range(3)],
         "allreduce": [SMALL, LARGE],
+        "notes": [],
         "problems": [],
     }
     text = shown(report, width=100)
@@ -175,7 +282,13 @@ def test_nothing_is_cut_off_in_a_narrow_terminal(width):
         "cores": [*range(0, 64, 2)],
         "settings": {"OMPI_MCA_mca_base_component_path": "Q" * 200},
     }
-    report = {"hvd_dqn": "0", "ranks": [rank(7, 1024, **long)], "allreduce": [LARGE], "problems": ["X" * 300]}
+    report = {
+        "hvd_dqn": "0",
+        "ranks": [rank(7, 1024, **long)],
+        "allreduce": [LARGE],
+        "notes": [],
+        "problems": ["X" * 300],
+    }
     text = shown(report, width)
     assert all(len(line) <= width for line in text.splitlines())
     assert [text.count(letter) for letter in "WZYXQ"] == [34, 12, 25, 300, 200]
@@ -183,7 +296,9 @@ def test_nothing_is_cut_off_in_a_narrow_terminal(width):
 
 
 def test_under_gloo_there_is_no_mpi_to_name():
-    text = shown({"hvd_dqn": "0", "ranks": [rank(0, horovod=GLOO)], "allreduce": [], "problems": []}, width=100)
+    text = shown(
+        {"hvd_dqn": "0", "ranks": [rank(0, horovod=GLOO)], "allreduce": [], "notes": [], "problems": []}, width=100
+    )
     assert re.search(r"^0/2 .* CPU +none +none +Gloo *$", text, re.MULTILINE), text
 
 

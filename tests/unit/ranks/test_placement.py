@@ -8,7 +8,8 @@ import sys
 import pytest
 
 from hvd_dqn.errors import InputError
-from hvd_dqn.ranks import placement
+from hvd_dqn.ranks import connect as connect_module
+from hvd_dqn.ranks import limits, placement
 from hvd_dqn.ranks.connect import connect
 
 LAUNCHERS = ("OMPI_", "PMI", "HOROVOD_", "SLURM_", "MPI_LOCAL")
@@ -92,10 +93,37 @@ def test_what_the_environment_says_wins_over_defaults(monkeypatch):
         assert os.environ == {"TF_NUM_INTRAOP_THREADS": share, **expected, **said}
 
 
-def test_horovods_thread_pauses_only_under_gloo_whose_waits_do_not_yield(monkeypatch):
-    monkeypatch.setattr(os, "environ", {"HOROVOD_GLOO_RENDEZVOUS_ADDR": "127.0.0.1"})
+GLOO = {"HOROVOD_GLOO_RENDEZVOUS_ADDR": "127.0.0.1"}
+
+
+@pytest.mark.parametrize(
+    ("variables", "quota", "ranks", "pause"),
+    [
+        ({}, None, 2, "0"),
+        (GLOO, None, 2, "0.05"),  # its waits do not yield
+        # Two threads of each rank are busy.
+        ({}, 4, 2, "0"),
+        ({}, 3.9, 2, "0.2"),
+        (GLOO, 1, 2, "0.2"),
+        ({}, 1, 1, "0.2"),
+        ({"HOROVOD_CYCLE_TIME": "7"}, 1, 2, "7"),
+    ],
+)
+def test_horovods_thread_pauses_where_its_spinning_would_take_what_the_rank_needs(
+    variables, quota, ranks, pause, monkeypatch
+):
+    monkeypatch.setattr(os, "environ", {"OMPI_COMM_WORLD_LOCAL_SIZE": str(ranks), **variables})
+    monkeypatch.setattr(limits, "cpu_quota", lambda: quota and limits.Limit(quota, "a container"))
     placement.set_communication_defaults()
-    assert os.environ["HOROVOD_CYCLE_TIME"] == "0.05"
+    assert os.environ["HOROVOD_CYCLE_TIME"] == pause
+
+
+@pytest.mark.parametrize(
+    ("quota", "ranks", "threads"), [(1, 2, 1), (0.5, 1, 1), (3.5, 1, 3), (3.9, 2, 1), (4, 2, 2), (100, 2, 4)]
+)
+def test_ranks_of_a_host_share_a_quota_of_cpu_time(quota, ranks, threads, environ):
+    environ(OMPI_COMM_WORLD_LOCAL_SIZE=str(ranks))
+    assert placement.threads(8, 8, False, quota) == threads
 
 
 @pytest.mark.parametrize(
@@ -205,16 +233,55 @@ def test_ranks_that_nccl_cannot_join_are_named_with_their_host(places, complaint
     assert found == complaint if complaint is None else found.startswith(complaint) and "CUDA_VISIBLE_DEVICES=" in found
 
 
-def test_tasks_that_srun_started_without_mpi_are_refused_by_the_first_alone(environ):
-    environ(SLURM_STEP_NUM_TASKS="1", SLURM_PROCID="0")
+#  what a launcher set                                                      what is read first
+@pytest.mark.parametrize(
+    "variables",
+    [
+        {"PMIX_RANK": "0", "SLURM_STEP_NUM_TASKS": "1"},  # srun --pty bash where MpiDefault=pmix
+        {"PMI_RANK": "0", "PMI_SIZE": "1", "SLURM_STEP_NUM_TASKS": "1"},  # the same with pmi2
+        {"OMPI_COMM_WORLD_RANK": "0", "OMPI_COMM_WORLD_SIZE": "1", "PMIX_RANK": "0"},  # mpirun -np 1
+        {"OMPI_COMM_WORLD_RANK": "0", "OMPI_COMM_WORLD_SIZE": "1", "SLURM_STEP_NUM_TASKS": "8"},  # mpirun in a job
+    ],
+)
+def test_the_only_process_of_a_launcher_needs_no_mpi(variables, environ, monkeypatch):
+    def no_mpi():
+        raise AssertionError("MPI is started")
+
+    monkeypatch.setattr(connect_module, "mpi_size", no_mpi)
+    environ(**variables)
     assert connect().size == 1
-    environ(SLURM_STEP_NUM_TASKS="2")
-    with pytest.raises(InputError, match=r"srun started 2 tasks that are not connected to each other.*--mpi=pmix"):
+
+
+@pytest.mark.parametrize(
+    ("variables", "rank", "told"),
+    [
+        ({"SLURM_STEP_NUM_TASKS": "2"}, {"SLURM_PROCID": "1"}, "srun started 2 tasks .* use `srun --mpi=pmix`"),
+        (
+            {"PMI_SIZE": "2", "PMI_RANK": "0", "SLURM_STEP_NUM_TASKS": "2"},  # pmi2, which this MPI does not know
+            {"PMI_RANK": "1"},
+            "srun started 2 tasks .* use `srun --mpi=pmix`",
+        ),
+        (
+            {"PMI_SIZE": "2", "PMI_RANK": "0"},  # mpiexec of another MPI
+            {"PMI_RANK": "1"},
+            r"started 2 ranks .* mpi4py uses another MPI \(An MPI 1.0\) than this launcher's",
+        ),
+    ],
+)
+def test_processes_that_each_believe_to_be_alone_are_refused_by_the_first_alone(
+    variables, rank, told, environ, monkeypatch
+):
+    monkeypatch.setattr(connect_module, "mpi_size", lambda: 1)
+    monkeypatch.setattr(connect_module, "mpi_library", lambda: "An MPI 1.0")
+    environ(**variables)
+    with pytest.raises(InputError, match=told):
         connect()
-    environ(SLURM_PROCID="1")
-    with pytest.raises(SystemExit) as stop:
-        connect()
-    assert stop.value.code == 2
+    assert connect(examines=True).size == 1  # the doctor tells why
+    environ(**rank)
+    for examines, code in [(False, 2), (True, 0)]:
+        with pytest.raises(SystemExit) as stop:
+            connect(examines)
+        assert stop.value.code == code
     environ(HOROVOD_RANK="0", HOROVOD_ELASTIC="1")  # in a job of Slurm, started by another launcher
     assert connect().size == 1
 

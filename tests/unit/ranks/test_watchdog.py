@@ -1,6 +1,7 @@
 """The watchdog over real TCP connections, its ranks being threads of this process: who is blamed for what, and who never."""
 
 import contextlib
+import errno
 import json
 import queue
 import re
@@ -515,3 +516,38 @@ print("done")
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
     assert done.stdout == "done\n", done.stderr
+
+
+def test_a_chief_without_open_files_rests_and_says_so_and_accepts_when_it_may(capsys, monkeypatch):
+    """EMFILE leaves the connection in the listener's queue, so the selector would return at once, for ever."""
+    chief, other = worlds(2)
+    monkeypatch.setattr(watchdog, "CONNECT_SECONDS", 1.0)
+    monkeypatch.setattr(watchdog, "ATTEMPT_SECONDS", 0.3)
+    accept, calls, full = socket.socket.accept, [], threading.Event()
+    full.set()
+
+    def refuse(listener):
+        calls.append(time.monotonic())
+        if full.is_set():
+            raise OSError(errno.EMFILE, "Too many open files")
+        return accept(listener)
+
+    monkeypatch.setattr(socket.socket, "accept", refuse)
+    with ThreadPoolExecutor(2) as threads:
+        opened = [threads.submit(open_watchdog, each, 4.0, NEVER) for each in (chief, other)]
+        watching, late = [each.result(PATIENCE) for each in opened]
+    assert "Not watched: rank 1 on host-1. The chief has no more open files" in capsys.readouterr().err
+    assert len(calls) < 20  # one a second or so, not a hundred thousand
+    full.clear()
+    ends = [key.fileobj for key in list(watching._selector.get_map().values())]
+    address = watching._resting or next(end for end in ends if is_listening(end))
+    with socket.create_connection(("127.0.0.1", address.getsockname()[1]), timeout=PATIENCE) as connection:
+        connection.sendall(json.dumps({"token": watching._token, "rank": 1}).encode() + b"\n")
+        connection.settimeout(PATIENCE)
+        assert b"welcome" in connection.recv(100)
+    for each in (watching, late):
+        each.close()
+
+
+def is_listening(end):
+    return bool(end.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN))

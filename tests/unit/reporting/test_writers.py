@@ -131,6 +131,30 @@ def test_tensorboard_reads_back_the_numbers_that_were_written(tmp_path):
     }
 
 
+@pytest.mark.parametrize(("checkpoint", "then"), [(2000, [3000, 4000]), (2500, [3000]), (2999, []), (0, [1000])])
+def test_tensorboard_shows_what_the_csv_file_says_after_a_crash_and_a_resume(checkpoint, then, tmp_path):
+    # What TensorBoard itself reads with.
+    from tensorboard.backend.event_processing.plugin_event_accumulator import EventAccumulator
+
+    def written(steps, loss, append_after=None):
+        writers = Writers(
+            CsvWriter(tmp_path / "metrics.csv", ("total_steps", "loss"), append_after),
+            TensorBoardWriter(tmp_path / "board", append_after),
+        )
+        for step in steps:
+            writers.write({"total_steps": step, "loss": loss})
+        writers.close()
+
+    written([1000, 2000, 3000], 0.5)
+    written(then, 0.25, append_after=checkpoint)
+    board = EventAccumulator(str(tmp_path / "board"), size_guidance={"tensors": 0})
+    board.Reload()
+    shown = [(event.step, event.tensor_proto.float_val[0]) for event in board.Tensors("loss")]
+    table = read_csv(tmp_path / "metrics.csv")
+    assert shown == list(zip(table["total_steps"].tolist(), table["loss"].tolist(), strict=True))
+    assert [step for step, _ in shown if step > checkpoint] == then
+
+
 def test_writers_pass_on_to_each():
     class Memory:
         def __init__(self):

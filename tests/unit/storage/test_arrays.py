@@ -1,6 +1,7 @@
 """Archives are written whole or not at all, in one pass, and read back row by row without pickle."""
 
 import io
+import pickle
 import tracemalloc
 import zipfile
 
@@ -9,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from hvd_dqn.storage import arrays
 from hvd_dqn.storage.arrays import UNREADABLE, entry_of, read_arrays, write, write_arrays
 
 ARRAYS = {
@@ -37,6 +39,30 @@ def test_arrays_come_back_bit_by_bit_as_numpy_reads_them_too(compress, tmp_path)
             assert np.array_equal(by_numpy[name], array)
             if array.ndim:
                 assert np.array_equal(np.array(list(rows)).reshape(array.shape), array)
+
+
+@pytest.mark.parametrize("compress", [False, True])
+@pytest.mark.parametrize("gap", [0, 8, 1 << 14])
+def test_values_are_read_from_their_places_also_when_a_ring_wraps(compress, gap, tmp_path, monkeypatch):
+    monkeypatch.setattr(arrays, "GAP", gap)
+    ring = np.arange(3 * 50 * 2, dtype=np.int16).reshape(3, 50, 2)
+    write_arrays(tmp_path / "a.npz", {"before": np.ones(5), "ring": ring, "after": np.ones(5)}, compress)
+    rows = read_arrays(tmp_path / "a.npz")["ring"]
+    rows = pickle.loads(pickle.dumps(rows))
+    for columns in ([], [7], [0, 1, 2], [3, 4, 9, 30, 31, 49], [48, 49, 0, 1], [20, 21, 10, 11]):
+        for row in range(3):
+            where = np.array(columns, np.int64)
+            assert np.array_equal(rows[row, where], ring[row, where]), (row, columns)
+
+
+def test_a_file_that_ends_early_is_told_when_its_end_is_read(tmp_path):
+    path = tmp_path / "a.npz"
+    write_arrays(path, {"ring": np.zeros((2, 1000), np.int64)})
+    rows = read_arrays(path)["ring"]
+    path.write_bytes(path.read_bytes()[:9_000])
+    assert rows[0, np.arange(5)].tolist() == [0] * 5
+    with pytest.raises(EOFError, match=r"ends after"):
+        rows[1, np.arange(900, 905)]
 
 
 def test_no_second_copy_of_an_array_is_made_in_memory(tmp_path):

@@ -1,8 +1,13 @@
 """Resharding: what N ranks stored, M ranks must be able to sample, and nothing else."""
 
 import copy
+import json
+import pickle
+import re
 import tracemalloc
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,11 +16,19 @@ from hypothesis import strategies as st
 
 from hvd_dqn.agent.replay import NOTHING, Replay
 from hvd_dqn.agent.transition import Transition
+from hvd_dqn.errors import InputError
+from hvd_dqn.ranks.world import Solo
 from hvd_dqn.storage import resharding
-from hvd_dqn.storage.resharding import Deal, deal, gather_state
+from hvd_dqn.storage.arrays import write_arrays
+from hvd_dqn.storage.checkpoint import Snapshot, divide, rank_file, replay_file
+from hvd_dqn.storage.resharding import Deal, Survey, find_episodes, gather_state, survey
 
 GAMMA = 0.5  # powers of it are exact, so that rows can be compared without tolerance
 Row = tuple[list, float, float, list]  # observation, reward, discount, next observation
+
+
+def deal(shards: Iterable[dict], rings: int, slots: int, stack: int, limit: int | None = None) -> Deal:
+    return resharding.deal(find_episodes(shards, stack), rings, slots, stack, limit)
 
 
 class Episode:
@@ -364,42 +377,48 @@ def test_the_log_tells_how_many_went_where():
 # --- collecting ------------------------------------------------------------------------------------------------------
 
 
-class Streamed:
-    """Rows that are read when they are asked for, into one buffer, as from a file."""
+class Watched:
+    """An array of which only some rows and columns may be looked at, and which remembers which."""
 
-    def __init__(self, array: np.ndarray, log: list[str], name: str) -> None:
+    def __init__(self, array: np.ndarray, log: list[tuple[str, int, int]], name: str) -> None:
         self.array, self.log, self.name = array, log, name
+        self.shape, self.dtype = array.shape, array.dtype
 
-    def __iter__(self) -> Iterator[np.ndarray]:
-        self.log.append(self.name)
-        buffer = np.empty_like(self.array[0])
-        for row in self.array:
-            buffer[...] = row
-            yield buffer
-        buffer[...] = 99  # whoever still looks sees that
+    def __getitem__(self, place: tuple[int, np.ndarray]) -> np.ndarray:
+        row, columns = place
+        self.log.append((self.name, row, len(columns)))
+        return self.array[row, columns]
 
 
-def streamed(shards: list[dict], log: list[str]) -> Iterator[dict]:
-    for number, shard in enumerate(shards):
-        yield {
-            name: Streamed(value, log, f"{number} {name}") if isinstance(value, np.ndarray) else value
+def watched(shards: list[dict], log: list[tuple[str, int, int]]) -> list[dict]:
+    return [
+        {
+            name: Watched(value, log, f"{number} {name}") if isinstance(value, np.ndarray) else value
             for name, value in shard.items()
         }
+        for number, shard in enumerate(shards)
+    ]
 
 
-def test_old_replays_are_read_one_after_another_row_by_row(monkeypatch):
+def test_of_the_old_replays_only_the_slots_of_the_new_rings_are_read_a_few_at_a_time(monkeypatch):
     ranks = Ranks(ranks=3, envs=2, slots=50, stack=2, frame_shape=(2, 2, 1))
     ranks.play(cycles=120, end_rate=0.05)
     shards, log = ranks.shards(), []
-    dealt = deal(streamed(shards, log), 4, 40, 2)
-    assert "frames" not in " ".join(log)
-    log.clear()
+    dealt = deal(shards, 4, 40, 2)
     whole = gather_state(dealt, range(2, 4), shards, {"state": 1})
     monkeypatch.setattr(resharding, "CHUNK", 7)  # big frames are copied a few at a time
-    state = gather_state(dealt, range(2, 4), streamed(shards, log), {"state": 1})
-    assert log == [f"{shard} {name}" for shard in range(3) for name in ("frames", "actions", "rewards", "step_types")]
+    state = gather_state(dealt, range(2, 4), watched(shards, log), {"state": 1})
     for name, value in whole.items():
         assert np.array_equal(state[name], value), name
+    mine = dealt.pieces[dealt.pieces["ring"] >= 2]
+    slots = int((mine["context"] + mine["steps"] + 1).sum())
+    read = Counter()
+    for name, _, number in log:
+        assert number <= 7
+        read[name.split()[1]] += number
+    assert read == dict.fromkeys(("frames", "actions", "rewards", "step_types"), slots)
+    streams = {(int(name.split()[0]), row) for name, row, _ in log}
+    assert streams == {(int(piece["shard"]), int(piece["env"])) for piece in mine}
 
 
 def test_a_replay_can_be_filled_in_place():
@@ -428,11 +447,103 @@ def test_collecting_takes_little_more_memory_than_the_share_itself():
     shards = ranks.shards()
     dealt = deal(shards, 8, 2001, 1)
     tracemalloc.start()
-    state = gather_state(dealt, range(2), streamed(shards, []), {})
+    state = gather_state(dealt, range(2), watched(shards, []), {})
     size, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert state["frames"].nbytes > 4e6
     assert peak < size + 2 * 2.1e6  # a row, and what is copied of it
+
+
+# --- from disk -------------------------------------------------------------------------------------------------------
+
+
+class Told(Exception):
+    """What a rank gathers."""
+
+
+class Rank(Solo):
+    """One of several ranks, which have told what they gather, or do so now."""
+
+    def __init__(self, rank: int, size: int, told: list | None = None) -> None:
+        super().__init__(rank)
+        self.size, self.told = size, told
+
+    def gather(self, value):
+        if self.told is None:
+            raise Told(value)
+        return self.told
+
+
+def saved(path: Path, states: list[dict], compress: bool = False) -> Snapshot:
+    """The checkpoint of ranks with these replays."""
+    for rank, state in enumerate(states):
+        rest, arrays = divide({"replay": state})
+        (path / rank_file(rank)).write_text(json.dumps(rest))
+        write_arrays(path / replay_file(rank, len(states)), arrays, compress)
+    return Snapshot(path, 100, len(states), True, {}, {}, {})
+
+
+def surveyed(snapshot: Snapshot, size: int, stack: int) -> tuple[Survey, list[int]]:
+    """The survey of so many ranks, and the bytes that each read for it."""
+    told, read = [], []
+    for rank in range(size):
+        began = bytes_read()
+        with pytest.raises(Told) as asked:
+            survey(snapshot, Rank(rank, size), stack)
+        read.append(bytes_read() - began)
+        told.append(pickle.loads(pickle.dumps(asked.value.args[0])))  # as it is sent
+    return survey(snapshot, Rank(0, size, told), stack), read
+
+
+def bytes_read() -> int:
+    """Of all files, by this process."""
+    return int(re.search(r"rchar: (\d+)", Path("/proc/self/io").read_text())[1])
+
+
+@pytest.mark.parametrize("compress", [False, True])
+@pytest.mark.parametrize("size", [8, 4, 16])
+def test_a_rank_reads_from_disk_its_share_of_the_survey_and_its_own_rings(size, compress, tmp_path):
+    ranks = Ranks(ranks=8, envs=2, slots=65, stack=2, n_step=2, frame_shape=(64, 64, 1))  # 16 KB a frame
+    ranks.play(cycles=100, end_rate=0.04)
+    states = ranks.shards()
+    snapshot = saved(tmp_path, states, compress)
+    whole = sum(path.stat().st_size for path in tmp_path.iterdir())
+    found, read = surveyed(snapshot, size, 2)
+    in_memory = find_episodes(states, 2)
+    assert np.array_equal(found.episodes.pieces, in_memory.pieces)
+    assert found.episodes.ranks == 8
+    # 8 replays in turns: the 9th rank and those after it read none.
+    assert [bytes_taken > 2_000 for bytes_taken in read] == [rank < 8 for rank in range(size)]
+    dealt = resharding.deal(found.episodes, 16, 60, 2)
+    read_for_rings = []
+    for rank in range(size):
+        rings = range(rank * 16 // size, (rank + 1) * 16 // size)
+        expected = gather_state(dealt, rings, states, {})
+        began = bytes_read()
+        state = gather_state(dealt, rings, found.replays, {})
+        read_for_rings.append(bytes_read() - began)
+        for name, value in expected.items():
+            assert np.array_equal(state[name], value), name
+    if not compress:  # to read from a place in a compressed row, all before it is decompressed
+        assert max(read) < 0.02 * whole
+        assert sum(read_for_rings) < 1.3 * whole
+        assert max(read_for_rings) < 1.6 * whole / size
+
+
+def test_a_file_that_one_rank_cannot_read_is_told_on_all_ranks(tmp_path):
+    ranks = Ranks(ranks=3, envs=1, slots=20)
+    ranks.play(cycles=10)
+    snapshot = saved(tmp_path, ranks.shards())
+    (tmp_path / rank_file(1)).write_text("{")
+    told = []
+    for rank in range(2):
+        with pytest.raises(Told) as asked:
+            survey(snapshot, Rank(rank, 2), 1)
+        told.append(asked.value.args[0])
+    assert [complaint is None for _, complaint in told] == [True, False]
+    for rank in range(2):
+        with pytest.raises(InputError, match=r"cannot be taken over: the part of rank 1 cannot be read"):
+            survey(snapshot, Rank(rank, 2, told), 1)
 
 
 # --- all of it, at random --------------------------------------------------------------------------------------------

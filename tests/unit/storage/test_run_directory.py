@@ -1,11 +1,15 @@
 """The run directory: nobody's run is written over, but a job may make its own again."""
 
+import datetime
+import multiprocessing
+from pathlib import Path
+
 import pytest
 
 from hvd_dqn.config import Config, setting_names
 from hvd_dqn.config_files import configure
 from hvd_dqn.errors import InputError
-from hvd_dqn.storage.run_directory import NETWORK, TASK, Run, check_same_task
+from hvd_dqn.storage.run_directory import NETWORK, TASK, Run, check_same_task, default_path, new_or_given
 
 
 def test_a_directory_is_made_again_only_by_the_job_that_is_running_in_it(tmp_path):
@@ -20,6 +24,43 @@ def test_a_directory_is_made_again_only_by_the_job_that_is_running_in_it(tmp_pat
         run.create(Config(), {"size": 1}, again=True)
 
 
+def test_two_jobs_that_start_in_the_same_second_have_a_directory_each(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with multiprocessing.get_context("fork").Pool(4) as pool:
+        paths = pool.map(default_path, ["cartpole"] * 40, chunksize=1)
+    assert len(set(paths)) == 40
+    assert all(path.is_dir() for path in paths)
+    today = datetime.datetime.now().year
+    assert min(len(path.name) for path in paths) == len(f"cartpole-{today}1231-235959")
+
+
+def test_a_new_directory_in_which_nothing_was_written_goes_and_a_given_one_stays(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine").mkdir()
+    with new_or_given(None, "a") as path:
+        assert path.is_dir()
+    with new_or_given("mine", "a") as given:
+        pass
+    with new_or_given(None, "a") as used:
+        Run(used).create(Config(), {"size": 1})
+    assert sorted(tmp_path.rglob("*")) == sorted(
+        tmp_path / place for place in ("mine", "runs", used, used / "config.yaml", used / "run.json")
+    )
+    assert given.name == "mine"
+
+
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [(Path.touch, "Not a directory"), (lambda path: path.symlink_to("gone"), "runs is no directory")],
+)
+def test_where_no_directory_can_be_made_it_says_so_in_a_line(make, reason, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    make(tmp_path / "runs")
+    with pytest.raises(InputError, match=rf"Cannot write the run directory runs/a-\S+: {reason}.*--run-dir") as caught:
+        default_path("a")
+    assert "\n" not in str(caught.value)
+
+
 def changed(**settings) -> Config:
     return configure(Config(), settings)
 
@@ -30,6 +71,12 @@ def changed(**settings) -> Config:
         #  changed in a resume                      what the message says
         ({"env.id": "Acrobot-v1"}, r'`env.id` was "CartPole-v1" and is "Acrobot-v1" now\. Leave --env.id out'),
         ({"env.kwargs": {"gravity": 9}}, r'another task\. `env.kwargs` was {} and is {"gravity": 9} now'),
+        ({"env.wrappers": "FlattenObservation"}, r'`env.wrappers` was \[\] and is \["FlattenObservation"\] now'),
+        ({"env.max_episode_steps": 9}, "`env.max_episode_steps` was null"),
+        ({"env.observation_scale": 9}, "`env.observation_scale` was null"),
+        ({"env.action_bins": 3}, "`env.action_bins` was null"),
+        ({"env.action_mask": "off"}, '`env.action_mask` was "auto" and is "off" now'),
+        ({"agent.factored": True}, "another network. `agent.factored` was"),
         ({"env.frame_stack": 2}, "`env.frame_stack` was 1 and is 2 now. Leave --env.frame-stack out"),
         ({"env.reward_scale": 0.5}, "`env.reward_scale` was 1.0 and is 0.5 now"),
         ({"env.reward_clip": 1}, "`env.reward_clip` was null and is 1.0 now"),

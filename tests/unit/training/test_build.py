@@ -92,6 +92,9 @@ def made(monkeypatch):
             calls.setdefault(name, []).append(inspect.signature(part).bind(*values, **named).arguments)
             return part(*values, **named)
 
+        for own, value in vars(part).items():
+            if isinstance(value, staticmethod):
+                setattr(make, own, value.__func__)
         monkeypatch.setattr(module, name, make)
 
     for name in ("Environments", "Learner", "build_network", "Evaluator", "Dqn"):
@@ -129,7 +132,7 @@ def test_every_setting_reaches_its_part(made):
     assert agent.preprocess.array(np.full((1, 8), 9, np.float32)).max() == 4
 
     (replay,) = calls["Replay"]
-    expected = {"n_step": 2, "gamma": 0.9, "frame_stack": 2, "sharers": 2}
+    expected = {"n_step": 2, "gamma": 0.9, "frame_stack": 2}
     assert {name: replay[name] for name in expected} == expected
 
     (actor,) = calls["Actor"]

@@ -1,9 +1,13 @@
 """Evaluation: each episode counts once, with a seed of its own, however many ranks and copies share them."""
 
+import json
+
 import gymnasium
 import numpy as np
 import pytest
 
+import hvd_dqn
+from hvd_dqn import job
 from hvd_dqn.config import Config
 from hvd_dqn.envs.environments import Environments
 from hvd_dqn.errors import RunError
@@ -192,3 +196,19 @@ def test_all_ranks_break_off_when_one_of_them_is_to_stop():
     other = evaluator(2)
     other._world.max = lambda values: np.maximum(values, [0, 0, 1, 0])  # another rank's wish
     assert other.evaluate(4, round=0) is None
+
+
+def test_an_evaluation_of_a_run_fills_gaps_with_that_runs_mean(tmp_path, monkeypatch):
+    settings = {
+        "env.normalize_observation": True,
+        "env.on_nonfinite": "hold",
+        "env.id": "CartPole-v1",
+        "total_steps": 400,
+    }
+    hvd_dqn.train("identity", run_dir=tmp_path, progress=False, **settings)
+    made = []
+    monkeypatch.setattr(job, "make_evaluator", lambda *values: made.append(make_evaluator(*values)) or made[0])
+    hvd_dqn.evaluate(tmp_path, episodes=2)
+    mean = json.loads(max(tmp_path.glob("checkpoints/*/state*.json")).read_text())["normalizer"]["mean"]
+    np.testing.assert_allclose(made[0].envs.readings.neutral, mean, rtol=1e-6)
+    assert np.abs(mean).min() > 0

@@ -186,32 +186,89 @@ def test_a_replay_that_was_being_filled_is_filled_further():
     assert Plan(config(), 2, resumed_at=10_000, empty="joined", learns_from=10_700).learns_from == 10_700
 
 
-def test_ranks_may_join_that_could_not_have_begun_together():
-    with pytest.raises(InputError, match=r"more transitions than the warm-up collects"):
-        Plan(config(), 16)
-    assert Plan(config(), 16, resumed_at=2_048, empty="joined").global_batch == 1_024
-    with pytest.raises(InputError, match=r"more transitions than the warm-up collects"):
-        Plan(config(), 16, resumed_at=2_048, empty="all")
+@pytest.mark.parametrize("empty", ["no", "all", "joined"])
+def test_a_batch_may_be_larger_than_what_was_collected(empty):
+    # Draws are with replacement: a rank needs one transition.
+    plan = Plan(config(), 16, resumed_at=0 if empty == "no" else 2_048, empty=empty)
+    assert (plan.global_batch, plan.learn_start, plan.grown()) == (1_024, 1_000, [])
 
 
 @pytest.mark.parametrize(
     ("sections", "message"),
     [
-        ({"learner": {"learn_start": 32}}, r"more transitions than the warm-up collects.*learn_start 32.*batch 64"),
+        ({"learner": {"learn_start": 7}}, r"n_step = 1 .*learn_start 7 with 8 environments.*at least 8"),
         ({"agent": {"n_step": 200}}, r"n_step = 200.*at least 1600"),
         ({"replay": {"capacity": 500}}, r"must hold what the warm-up collects.*capacity 500"),
-        ({"replay": {"capacity": 1_000}, "agent": {"n_step": 100}}, r"room for at least 206 transitions"),
+        (
+            {"replay": {"capacity": 1_000}, "agent": {"n_step": 100}},
+            r"room for at least 206 transitions.*at least 1648",
+        ),
+        ({"ranks": {"sync": "parameters", "compression": "fp16"}}, r"ranks.sync parameters sends none.*at none"),
+        ({"agent": {"network": "mine:model", "dueling": True}}, r"layers of mine:model are its own.*your model"),
+        ({"ranks": {"silence_seconds": None, "stall_seconds": 60.0}}, r"needs the watchdog.*Received: 60"),
     ],
 )
-def test_settings_that_cannot_work_together_are_refused(sections, message):
-    with pytest.raises(InputError, match=message):
-        Plan(config(**sections), 1)
+def test_settings_that_cannot_work_together_are_refused_on_any_number_of_ranks(sections, message):
+    for size in (1, 8):
+        with pytest.raises(InputError, match=message):
+            Plan(config(**sections), size)
 
 
-def test_the_environments_of_all_ranks_must_have_made_their_n_steps():
-    Plan(config(agent={"n_step": 100}), 1)
-    with pytest.raises(InputError, match=r"n_step = 100.*at least 1600"):
-        Plan(config(agent={"n_step": 100}), 2)
+def test_the_warm_up_grows_to_the_n_steps_of_the_environments_of_all_ranks_and_says_so():
+    one, two = (Plan(config(agent={"n_step": 100}), size) for size in (1, 2))
+    assert (one.learn_start, one.grown()) == (1_000, [])
+    assert two.learn_start == 1_600
+    assert two.describe()["grown"] == (
+        "the warm-up takes 1,600 total steps instead of 1,000, 100 of each of the 16 environments"
+    )
+    first = next(cycle for cycle in range(two.cycles) if two.learns_at(cycle))
+    assert two.total_steps_after(first) > 1_600
+    assert not two.ends_warm_up_at(98)
+    assert two.ends_warm_up_at(99)
+    assert (two.epsilon_at(99), two.learning_rate_at(99)) == (1.0, 1e-3)
+    assert two.epsilon_at(100) < 1.0
+
+
+def test_rings_grow_to_what_an_n_step_transition_needs():
+    sections = {"replay": {"capacity": 2_000}, "agent": {"n_step": 3}, "env": {"frame_stack": 2}}
+    #    size  slots  grown
+    for size, slots, grown in [(1, 250, False), (17, 14, False), (18, 14, True), (512, 14, True)]:
+        plan = Plan(config(**sections), size)
+        assert plan.slots_per_env == slots
+        assert any("the replay holds" in text for text in plan.grown()) == grown
+
+
+def test_a_run_goes_on_to_its_least_number_of_updates_but_never_on_one_rank():
+    learner = {"min_updates": 3_000, "train_period": 64}
+    #    total steps  size  updates: 49,000 / 2 over the ranks, or 3,000, or those of one rank, to the last multiple of 64
+    for total_steps, size, expected in [(50_000, 1, 24_492), (50_000, 4, 6_123), (50_000, 64, 3_000), (2_000, 1, 492),
+                                        (2_000, 8, 492), (900, 8, 0)]:  # fmt: skip
+        plan = Plan(config(total_steps=total_steps, learner=learner), size)
+        updates = plan.updates_after(plan.cycles - 1)
+        assert expected <= updates <= 1.03 * expected, (total_steps, size)
+        assert (plan.total_steps > total_steps) == any("the run takes" in text for text in plan.grown())
+        assert (plan.total_steps > total_steps) == (size in (8, 64) and expected > 0)
+    strong = Plan(config(learner=learner, ranks={"scaling": "strong"}), 8)
+    assert (strong.total_steps, strong.grown()) == (50_000, [])
+
+
+@pytest.mark.parametrize(
+    ("size", "sections", "names"),
+    [
+        (1, {}, None),
+        (8, {}, None),
+        (8, {"ranks": {"warmup_steps": 100}}, "--ranks.warmup-steps, since the learning rate does not grow here"),
+        (8, {"ranks": {"warmup_steps": 100, "learning_rate_scaling": "sqrt"}}, None),
+        (1, {"ranks": {"compression": "fp16", "stall_seconds": 9.0}},
+         "--ranks.compression and --ranks.stall-seconds, since there is one rank"),
+        (2, {"ranks": {"compression": "fp16", "stall_seconds": 9.0}}, None),
+        (2, {"agent": {"network": "m:f", "hidden": (9,)}}, "--agent.hidden, since the layers of m:f are its own"),
+        (2, {"checkpoint": {"compress": True, "save_replay": False}},
+         "--checkpoint.compress, since it is for the replay, which is not saved"),
+    ],
+)  # fmt: skip
+def test_the_plan_tells_of_settings_without_effect(size, sections, names):
+    assert Plan(config(**sections), size).describe().get("without effect") == names
 
 
 def test_what_was_due_where_a_run_stopped_within_a_cycle_of_more_ranks_is_made_up_for():
@@ -244,14 +301,31 @@ def test_people_read_whole_numbers_and_one_rank():
 
 
 @pytest.mark.parametrize("name", presets())
-@pytest.mark.parametrize("size", [1, 2, 4])
+@pytest.mark.parametrize("size", [1, 2, 3, 8, 16, 64, 512])
 @pytest.mark.parametrize("scaling", ["weak", "strong"])
-def test_every_preset_can_be_carried_out(name, size, scaling):
+def test_every_preset_can_be_carried_out_on_any_number_of_ranks(name, size, scaling):
     preset = load_preset(name)
     ranks = preset.ranks.model_copy(update={"scaling": scaling})
-    plan = Plan(preset.model_copy(update={"ranks": ranks}), size)
-    assert sum(plan.learns_at(cycle) for cycle in range(plan.cycles)) > 10
+    given = preset.model_copy(update={"ranks": ranks})
+    if scaling == "strong" and preset.env.envs_per_rank % size:
+        with pytest.raises(InputError, match=rf"multiple of the number of ranks.*{preset.env.envs_per_rank} on {size}"):
+            Plan(given, size)
+        return
+    plan = Plan(given, size)
+    learning = [plan.updates_at(cycle) for cycle in range(plan.cycles)]
+    assert sum(each > 0 for each in learning) >= 8
+    assert sum(learning) == plan.updates_to_come()[0] >= (50 if name == "identity" else 8)
+    assert max(learning) <= plan.updates_per_phase
+    # Each environment has taken the steps of a whole transition before the first update.
+    assert learning.index(next(filter(None, learning))) >= preset.agent.n_step
+    assert plan.slots_per_env >= 2 * (preset.agent.n_step + preset.env.frame_stack + 2)
     assert plan.describe()
+    if size == 1:
+        assert (plan.grown(), plan.total_steps, plan.learn_start) == (
+            [],
+            preset.total_steps,
+            preset.learner.learn_start,
+        )
 
 
 @pytest.mark.parametrize("name", presets())
