@@ -143,6 +143,7 @@ def default_path(name: str) -> Path:
 @contextlib.contextmanager
 def new_or_given(directory: Path | str | None, name: str) -> Iterator[Path]:
     """`directory`, or a new one for a run of this name, which is removed again if nothing was written in it."""
+    is_first = not Path("runs").exists()
     path = default_path(name) if directory is None else Path(directory)
     try:
         yield path
@@ -150,6 +151,8 @@ def new_or_given(directory: Path | str | None, name: str) -> Iterator[Path]:
         if directory is None:
             with contextlib.suppress(OSError):
                 path.rmdir()
+                if is_first:
+                    path.parent.rmdir()
 
 
 def _not_writable(path: Path, reason: str | None) -> InputError:
