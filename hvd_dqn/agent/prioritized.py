@@ -174,7 +174,13 @@ class PrioritizedReplay(Replay):
         return super().state() | {"largest_priority": self.largest}
 
     def load_state(self, state: Mapping[str, Any]) -> None:
-        super().load_state(dict(state))
-        leaves = np.where(self._step_types.reshape(-1) == NOTHING, 0.0, self._tree.leaves)
-        self._tree.set_all(leaves)
-        self._synced, self.largest = self._write_positions.copy(), float(state["largest_priority"])
+        """The same. Without `priorities` all transitions are like new ones; without `largest_priority` it is theirs."""
+        fresh = "priorities" not in state
+        used = state["frames"].shape[1]
+        super().load_state(dict(state) | ({"priorities": self.arrays()["priorities"][:, :used]} if fresh else {}))
+        stored = self._step_types.reshape(-1) != NOTHING
+        first = (self.largest + LEAST) ** self._exponent
+        self._tree.set_all(np.where(stored, first if fresh else self._tree.leaves, 0.0))
+        highest = float(self._tree.leaves.max()) ** (1 / self._exponent) - LEAST
+        self.largest = float(state.get("largest_priority", max(highest, LEAST)))
+        self._synced = self._write_positions.copy()

@@ -279,10 +279,10 @@ def gather_state(
 ) -> dict[str, Any]:
     """This rank's `rings`, as `Replay.load_state` takes them in a replay of `deal.slots` slots.
 
-    `shards` are the old ranks' states. Of their arrays (frames, actions, rewards, step_types and masks, if there are any)
-    only the slots that this rank needs are looked at, up to CHUNK at a time, so an array may be `Rows`. `rng` is the state
-    of this rank's generator. Raises LookupError if masks are missing, and ValueError if arrays have other shapes than
-    those in `into`.
+    `shards` are the old ranks' states. Of their arrays (frames, actions, rewards, step_types, and masks and priorities if
+    there are any) only the slots that this rank needs are looked at, up to CHUNK at a time, so an array may be `Rows`.
+    `rng` is the state of this rank's generator. Raises LookupError if masks are missing, and ValueError if arrays have
+    other shapes than those in `into`.
 
     `into` holds arrays [E, used or more, ...] by their names in the state, for example a replay's own. They are filled
     in place. The state then consists of views of them, and in `load_state` NumPy need not copy an array to itself.
@@ -301,8 +301,11 @@ def gather_state(
     ring, at = np.repeat(mine["ring"] - rings.start, sizes), np.repeat(mine["at"], sizes) + step
     stream = (mine["shard"] << 32) + mine["env"]
 
-    masks = ("masks",) if "masks" in arrays or "masks" in shards[0] else ()
-    for name in ("frames", "actions", "rewards", "step_types", *masks):
+    names = ["frames", "actions", "rewards", "step_types"]
+    names += ["masks"] * ("masks" in arrays or "masks" in shards[0]) + ["priorities"] * ("priorities" in shards[0])
+    if into is not None and "priorities" not in into:
+        names = [name for name in names if name != "priorities"]
+    for name in names:
         if name not in arrays:
             like = shards[0][name]
             arrays[name] = np.zeros((len(rings), used, *like.shape[2:]), like.dtype)

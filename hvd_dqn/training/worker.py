@@ -373,7 +373,7 @@ class Worker:
             "evaluation_restarts": self.evaluator.envs.restarted,
         }
 
-    def _layout(self) -> dict[str, int]:
+    def _layout(self) -> dict[str, float]:
         """The values that must be unchanged for an exact resume."""
         return layout(self.config, self.world.size)
 
@@ -449,7 +449,10 @@ class Worker:
         self.replay = self._make_replay(dealt.slots)
         first, mine = self.world.rank * plan.envs_per_rank, self.replay.state()
         rings = range(first, first + plan.envs_per_rank)
-        self.replay.load_state(gather_state(dealt, rings, found.replays, mine["rng"], into=self.replay.arrays()))
+        state = gather_state(dealt, rings, found.replays, mine["rng"], into=self.replay.arrays())
+        if snapshot.state["layout"]["priority_exponent"] != self.config.replay.priority_exponent:
+            state.pop("priorities", None)  # in another scale: all transitions are like new ones
+        self.replay.load_state(state)
         self.messages.append(dealt.describe(plan.size) + ". New episodes begin.")
 
     def close(self) -> None:
@@ -459,11 +462,16 @@ class Worker:
         self.evaluator.close()
 
 
-def layout(config: Config, size: int) -> dict[str, int]:
+def layout(config: Config, size: int) -> dict[str, float]:
     """What must be unchanged for an exact resume."""
     ranks = size if config.ranks.scaling == "strong" else 1
     envs_per_rank = config.env.envs_per_rank // ranks
-    return {"ranks": size, "envs_per_rank": envs_per_rank, "capacity": config.replay.capacity}
+    return {
+        "ranks": size,
+        "envs_per_rank": envs_per_rank,
+        "capacity": config.replay.capacity,
+        "priority_exponent": config.replay.priority_exponent,
+    }
 
 
 def surveyed(snapshot: Snapshot, config: Config, world: World) -> Snapshot:

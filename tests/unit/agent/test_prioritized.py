@@ -198,3 +198,18 @@ def test_a_restored_memory_goes_on_as_the_saved_one_would_have():
         np.testing.assert_array_equal(a, b)
     np.testing.assert_array_equal(one._tree.leaves, other._tree.leaves)
     assert one.largest == other.largest
+
+
+def test_without_priorities_all_transitions_are_like_new_ones_and_without_the_largest_it_is_theirs():
+    one, other = replay(seed=1, exponent=0.5), replay(seed=2, exponent=0.5)
+    fill(one, 6)
+    draw = one.draw(1, 200)
+    one.update_priorities(draw, 4.0 + np.arange(200, dtype=np.float32)[None] % 3)
+    state = one.state()
+    uniform = {name: value for name, value in state.items() if name not in ("priorities", "largest_priority")}
+    other.load_state(uniform)
+    assert set(other._tree.leaves) == {0.0, (1 + LEAST) ** 0.5}
+    np.testing.assert_array_equal(other._tree.leaves > 0, one._tree.leaves > 0)
+    other.load_state({name: value for name, value in state.items() if name != "largest_priority"})
+    np.testing.assert_array_equal(other._tree.leaves, one._tree.leaves)
+    assert other.largest == pytest.approx(6)
