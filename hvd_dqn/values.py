@@ -191,6 +191,8 @@ def _in_words(kind: Any, limits: Sequence[Any]) -> str:
         within = item.__metadata__ if get_origin(item) is Annotated else ()
         if _without_none(item)[0] is Path:
             return "paths"
+        if item is float:
+            return "numbers, like -10,10"
         return ", ".join(["whole numbers", *(f"each {limit}" for limit in _limits(within)), "like 64,64"])
     if get_origin(kind) is dict:
         return "names with values of YAML, like {map_name: 8x8, config: {lanes_count: 4}}"
@@ -223,7 +225,7 @@ def placeholder(annotation: Any) -> str:
     if get_origin(kind) is tuple:
         if kind == tuple[Call, ...]:
             return "'[CLASS, {CLASS: {NAME: VALUE}}]'"
-        return "PATH ..." if _without_none(get_args(kind)[0])[0] is Path else "N,N"
+        return {Path: "PATH ...", float: "X,X"}.get(_without_none(get_args(kind)[0])[0], "N,N")
     if get_origin(kind) is dict:
         return "'{NAME: VALUE}'"
     return {int: "N", float: "X", bool: "true|false", str: "TEXT", Path: "PATH"}[kind]

@@ -361,8 +361,14 @@ def assert_same(one, other) -> None:
             | {"normalize_observation": True, "clip_observation": 1.5},
             "agent": {"n_step": 2},
         },
+        {"replay": {"priority_exponent": 0.6}, "agent": {"n_step": 3}, "env": {"frame_stack": 2}},
+        {"replay": {"priority_exponent": 0.6, "capacity": 400}, "learner": {"overlap": True}},
+        {"agent": {"objective": "c51", "support": (0, 60)}},
     ],
-    ids=["sync", "states", "stack", "tuple", "native", "async", "lander", "full ring", "overlap", "gaps"],
+    ids=[
+        *("sync", "states", "stack", "tuple", "native", "async", "lander", "full ring", "overlap", "gaps", "prioritized"),
+        *("prioritized overlap", "c51"),
+    ],
 )
 def test_a_resumed_run_is_the_run_that_was_never_stopped(changes, tmp_path):
     settings = config(**{**changes, "evaluation": {"target_return": None, **changes.get("evaluation", {})}})
