@@ -239,6 +239,7 @@ def _check_same_network(source: Run, config: Config) -> None:
     """Weights are one vector. Its length does not tell whether the layers had 3 and 5 or 5 and 3 neurons."""
     before, now = source.config(), config
     names = ["env.normalize_observation", "env.observation_scale", "env.action_bins", "agent.factored"]
+    names += ["agent.objective", "agent.atoms", "agent.support", "agent.quantiles"]
     if ":" not in before.agent.network or ":" not in now.agent.network:
         names += ["agent.network", "agent.hidden", "agent.dueling"]
     for name in names:

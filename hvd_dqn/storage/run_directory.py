@@ -34,7 +34,10 @@ TASK = (
     "env.normalize_reward",
 )
 # Settings that may not change in a run, because its weights have the shapes that follow from them.
-NETWORK = ("agent.network", "agent.hidden", "agent.dueling", "agent.factored")
+NETWORK = (
+    *("agent.network", "agent.hidden", "agent.dueling", "agent.factored"),
+    *("agent.objective", "agent.atoms", "agent.support", "agent.quantiles"),
+)
 
 
 class Run:

@@ -143,8 +143,9 @@ def kinds(outcome) -> list[str]:
     return [record.kind for record in outcome]
 
 
-def test_a_run_that_nothing_happens_to_ends_on_all_ranks_alike(tmp_path):
-    (first, second), tape = run_ranks(settings(), tmp_path)
+@pytest.mark.parametrize("exponent", [0.0, 0.6])
+def test_a_run_that_nothing_happens_to_ends_on_all_ranks_alike(exponent, tmp_path):
+    (first, second), tape = run_ranks(settings(replay={"priority_exponent": exponent}), tmp_path)
     assert kinds(first) == kinds(second)
     assert kinds(first)[-1] == "result"
     assert any(entry.startswith("average") for entry in tape)

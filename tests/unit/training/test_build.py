@@ -1,5 +1,6 @@
 """What a person sets reaches the part that it is meant for, and what a part says reaches the metrics."""
 
+import contextlib
 import inspect
 import os
 import subprocess
@@ -16,8 +17,10 @@ from hvd_dqn.agent.layout import single
 from hvd_dqn.agent.learner import Phase
 from hvd_dqn.agent.preprocess import Preprocess
 from hvd_dqn.config import Config
+from hvd_dqn.config_files import configure
+from hvd_dqn.errors import InputError
 from hvd_dqn.ranks.world import Solo
-from hvd_dqn.training.build import make_environments, make_learner
+from hvd_dqn.training.build import make_environments, make_learner, make_replay, replay_memory
 from hvd_dqn.training.worker import Worker
 
 # Every value is another than the default.
@@ -97,10 +100,9 @@ def made(monkeypatch):
                 setattr(make, own, value.__func__)
         monkeypatch.setattr(module, name, make)
 
-    for name in ("Environments", "Learner", "build_network", "Evaluator", "Dqn"):
+    for name in ("Environments", "Learner", "build_network", "Evaluator", "Dqn", "Replay"):
         spy(hvd_dqn.training.build, name)
-    for name in ("Replay", "Actor"):
-        spy(hvd_dqn.training.worker, name)
+    spy(hvd_dqn.training.worker, "Actor")
     agent = Worker(Config.model_validate(SETTINGS), SecondOfTwo())
     yield agent, calls
     agent.close()
@@ -297,3 +299,34 @@ def test_waiting_for_the_statistics_of_observations_counts_as_exchange(made):
             agent.begin_phase(cycle)
             break
     assert agent.ledger.spent["communicate"] >= 0.05
+
+
+@pytest.mark.parametrize(
+    ("settings", "line"),
+    [
+        ({"agent.objective": "c51", "agent.loss": "squared"}, "--agent.loss has no effect with --agent.objective c51"),
+        ({"agent.atoms": 21}, "--agent.atoms has no effect with --agent.objective dqn: it is for c51. Received: 21"),
+        ({"agent.support": (0, 9)}, "--agent.support has no effect"),
+        ({"agent.objective": "munchausen", "agent.quantiles": 9}, "--agent.quantiles has no effect"),
+        ({"agent.objective": "c51", "agent.support": (9, 0)}, "a lowest and a highest return.*Received: 9,0"),
+        (
+            {"agent.objective": "quantile", "env.id": "HalfCheetah-v5", "env.action_bins": 2, "agent.factored": True},
+            "factored",
+        ),
+        ({"replay.importance_end": 0.5}, "no effect without --replay.priority_exponent"),
+    ],
+)
+def test_settings_of_other_objectives_are_refused(settings, line):
+    config = configure(Config(), {"env.id": "CartPole-v1", "replay.capacity": 2_000} | settings)
+    with pytest.raises(InputError, match=line):
+        Worker(config, Solo())
+
+
+def test_a_replay_for_priorities_is_counted_with_its_sums():
+    for exponent in (0.0, 0.5):
+        config = configure(Config(), {"env.id": "CartPole-v1", "replay.priority_exponent": exponent})
+        with contextlib.closing(make_environments(config, Solo(), 4, "sync")) as envs:
+            replay = make_replay(config, envs, 1_000, np.random.default_rng(0))
+            needed = replay_memory(config, envs, 1_000)
+        tree = sum(level.nbytes for level in replay._tree._levels[1:]) if exponent else 0
+        assert replay.nbytes + tree <= needed <= 1.02 * (replay.nbytes + tree)

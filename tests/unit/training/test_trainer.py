@@ -366,7 +366,19 @@ def assert_same(one, other) -> None:
         {"agent": {"objective": "c51", "support": (0, 60)}},
     ],
     ids=[
-        *("sync", "states", "stack", "tuple", "native", "async", "lander", "full ring", "overlap", "gaps", "prioritized"),
+        *(
+            "sync",
+            "states",
+            "stack",
+            "tuple",
+            "native",
+            "async",
+            "lander",
+            "full ring",
+            "overlap",
+            "gaps",
+            "prioritized",
+        ),
         *("prioritized overlap", "c51"),
     ],
 )
