@@ -54,9 +54,9 @@ def horovodrun(ranks: int, *command: str | Path, gloo: bool = False, **options) 
 
 
 def processes_of(folder: Path) -> list[psutil.Process]:
-    """Those that have a path in this folder among their arguments."""
-    found = psutil.process_iter(["cmdline"])
-    return [p for p in found if any(str(folder) in word for word in p.info["cmdline"] or []) and p.pid != os.getpid()]
+    """Those that run in this folder, or have a path in it among their arguments."""
+    found = [p for p in psutil.process_iter(["cmdline", "cwd"]) if p.pid != os.getpid()]
+    return [p for p in found if any(str(folder) in word for word in [*(p.info["cmdline"] or []), p.info["cwd"] or ""])]
 
 
 def wait_until(condition: Callable[[], Any], what: str) -> None:
