@@ -57,9 +57,14 @@ def test_two_ranks_start_from_the_weights_of_another_run(identity, tmp_path):
     assert about["started_from"]["run"] == str(folder)
 
 
-@pytest.mark.parametrize("overlap", ["False", "True"])
-def test_one_seed_gives_one_run_on_two_ranks(overlap, tmp_path):
-    command, texts = ["hvd-dqn", "train", "identity", "--seed", "3", "--learner.overlap", overlap, "--run_dir"], []
+FAMILY = ["--agent.objective", "c51", "--agent.support", "0,12", "--replay.priority_exponent", "0.6"]
+
+
+@pytest.mark.parametrize(
+    "words", [[], ["--learner.overlap", "True", *FAMILY]], ids=["dqn", "c51 with priorities, overlap"]
+)
+def test_one_seed_gives_one_run_on_two_ranks(words, tmp_path):
+    command, texts = ["hvd-dqn", "train", "identity", "--seed", "3", *words, "--run_dir"], []
     for name in ("first", "second"):
         done = horovodrun(2, *command, tmp_path / name)
         assert done.returncode == 0, done.stderr
