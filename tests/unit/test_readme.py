@@ -164,6 +164,7 @@ RUN_BY: list[tuple[str, list[Run | ByHand | NotRun]]] = [
         Run(ELASTIC, r"'--host-discovery-script'"),
         Run(ELASTIC, r"'train', 'identity', '--elastic'"),
     ]),
+    (r"hvd-dqn plan cartpole --ranks 64", [Run("tests/unit/commands/test_plan.py", r"'plan cartpole --ranks 512 --check")]),
     # Slurm
     (r"srun --mpi=pmix -n2 hvd-dqn doctor", [
         Run(SLURM, r"'srun', '--mpi=pmix', '--ntasks=2'"),
