@@ -1,7 +1,6 @@
 """Jobs of 16 real ranks, on however few cores: they start, learn and stop, or are refused before they start."""
 
 import json
-import time
 
 import pytest
 
@@ -30,13 +29,10 @@ def test_identity_checks_sixteen_ranks(launcher, tmp_path):
 
 
 def test_what_sixteen_ranks_cannot_carry_out_is_said_once_before_they_connect(tmp_path):
-    began = time.monotonic()
     done = run(
         [*MPIRUN, "hvd-dqn", "train", "identity", "--ranks.scaling", "strong", "--run-dir", tmp_path / "run"], **CROWDED
     )
-    lasted = time.monotonic() - began
     assert done.returncode == 2, done.stderr
     (said,) = [line for line in done.stderr.splitlines() if "hvd-dqn: " in line]
     assert "4 on 16 ranks" in said
     assert not (tmp_path / "run").exists()
-    assert lasted < 60  # sixteen imports of TensorFlow and Horovod on two cores take longer
