@@ -4,6 +4,7 @@ import contextlib
 import importlib
 import os
 import sys
+import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
@@ -23,6 +24,8 @@ from hvd_dqn.ranks.placement import (
 if TYPE_CHECKING:  # it imports NumPy, whose number of threads must be set first
     from hvd_dqn.ranks.world import World
 
+# Seconds. Once a rank has ended mpirun ends the others, so those that say nothing wait for the one that tells why.
+PATIENCE = 20.0
 COMMANDS = ("train", "plan", "evaluate", "plot", "bench", "doctor", "presets")  # modules of hvd_dqn.commands
 
 USAGE = """\
@@ -86,6 +89,8 @@ def run_command(argv: Sequence[str]) -> None:
                 from hvd_dqn.commands.host import show_host
 
                 show_host("--json" in argv)
+        elif world is None:
+            time.sleep(PATIENCE)
         sys.exit(2)
     except JobError as error:
         assert world is not None
@@ -107,6 +112,7 @@ def _check_size(argv: Sequence[str]) -> None:
     except InputError:
         if launched_rank() == 0:
             raise
+        time.sleep(PATIENCE)
         sys.exit(2)
 
 
