@@ -96,6 +96,7 @@ def reached(task: str, ranks: int, scaling: str, seed: int, out: Path, again: bo
     with _writing:
         others = [other for other in kept(task) if (other["ranks"], other["command"]) != (ranks, words)]
         rows = sorted([*others, row], key=lambda each: (each["ranks"], each["command"]))
+        _file(task).parent.mkdir(exist_ok=True)
         _file(task).write_text("[\n" + ",\n".join(json.dumps(each) for each in rows) + "\n]\n")
     return row
 
