@@ -104,8 +104,11 @@ class PrioritizedReplay(Replay):
         return draw._replace(weight=(weight / np.array(most)[:, None]).astype(np.float32))
 
     def update_priorities(self, draw: Draw, priority: np.ndarray) -> None:
-        """Takes the priorities [K, B], at least 0, of transitions that were drawn and are still stored."""
-        held = self.is_held(draw)
+        """Takes the priorities [K, B], at least 0, of transitions that were drawn and are still stored.
+
+        Those that are not finite, of updates that were skipped, are left out: one of them would be the sum of all.
+        """
+        held = self.is_held(draw) & np.isfinite(priority)
         if not held.any():
             return
         self.largest = max(self.largest, float(priority[held].max()))

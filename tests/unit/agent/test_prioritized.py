@@ -53,12 +53,17 @@ def fill(memory, steps, ends=()):
     """Steps 0, 1, ... in every environment; the reward is the step's number. Episodes end after the steps in `ends`."""
     envs = memory._envs
     for step in range(steps):
-        seen = lambda t: np.full((envs, 1), t, np.float32)  # noqa: E731
         none, all_ = np.zeros(envs, np.bool_), np.ones(envs, np.bool_)
         over = all_ if step in ends else none
         memory.add(
             Transition(
-                seen(step), np.zeros(envs, np.int64), np.full(envs, step, np.float32), over, none, seen(step + 1), all_
+                np.full((envs, 1), step, np.float32),
+                np.zeros(envs, np.int64),
+                np.full(envs, step, np.float32),
+                over,
+                none,
+                np.full((envs, 1), step + 1, np.float32),
+                all_,
             )
         )
 
@@ -213,3 +218,19 @@ def test_without_priorities_all_transitions_are_like_new_ones_and_without_the_la
     other.load_state({name: value for name, value in state.items() if name != "largest_priority"})
     np.testing.assert_array_equal(other._tree.leaves, one._tree.leaves)
     assert other.largest == pytest.approx(6)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_a_priority_that_is_not_finite_is_left_out(value):
+    memory = replay(envs=1)
+    fill(memory, 5)
+    draw = memory.draw(1, 60)
+    before = memory._tree.leaves.copy()
+    priority = np.full((1, 60), 3.0, np.float32)
+    odd = draw.start[0] == draw.start[0, 0]
+    priority[0, odd] = value
+    memory.update_priorities(draw, priority)
+    assert memory.largest == 3
+    assert memory._tree.leaves[draw.start[0, 0]] == before[draw.start[0, 0]]
+    assert np.isfinite(memory._tree.total)
+    assert np.isfinite(memory.draw(1, 60, importance=0.5).weight).all()
