@@ -53,16 +53,17 @@ def fill(memory, steps, ends=()):
     """Steps 0, 1, ... in every environment; the reward is the step's number. Episodes end after the steps in `ends`."""
     envs = memory._envs
     for step in range(steps):
+        before, after = (np.full((envs, 1), t, np.float32) for t in (step, step + 1))
         none, all_ = np.zeros(envs, np.bool_), np.ones(envs, np.bool_)
         over = all_ if step in ends else none
         memory.add(
             Transition(
-                np.full((envs, 1), step, np.float32),
+                before,
                 np.zeros(envs, np.int64),
                 np.full(envs, step, np.float32),
                 over,
                 none,
-                np.full((envs, 1), step + 1, np.float32),
+                after,
                 all_,
             )
         )
