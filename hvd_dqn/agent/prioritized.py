@@ -84,20 +84,16 @@ class PrioritizedReplay(Replay):
         slots, envs = values[:2]
         return Replay.memory_needed(*values, **named) + round(8 * slots * envs * (1 + 1 / (SumTree.FAN - 1)))
 
-    def draw(
-        self,
-        updates: int,
-        batch_size: int,
-        learned: Callable[[np.ndarray], np.ndarray] = as_stored,
-        importance: float = 0.0,
-        largest: Callable[[np.ndarray], np.ndarray] = lambda own: own,
-    ) -> Draw:
-        """The same with weights [K, B]. A collective: `largest` is the world's `max`.
+    def draw(self, updates: int, batch_size: int, learned: Callable[[np.ndarray], np.ndarray] = as_stored) -> Draw:
+        """The same in proportion to priorities. `weighted` gives the draw its weights."""
+        self._sync()
+        return super().draw(updates, batch_size, learned)
+
+    def weighted(self, draw: Draw, importance: float, largest: Callable[[np.ndarray], np.ndarray]) -> Draw:
+        """The last draw with its weights [K, B]. A collective: `largest` is the world's `max`.
 
         All ranks draw the same number of minibatches, so all send K + 1 numbers.
         """
-        self._sync()
-        draw = super().draw(updates, batch_size, learned)
         share = self._tree.leaves[draw.start] / self._sum_of_starts()
         weight = share**-importance  # [K, B]
         *most, self.largest = largest(np.append(weight.max(axis=1), self.largest))

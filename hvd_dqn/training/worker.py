@@ -202,13 +202,11 @@ class Worker:
             merge((self.statistics, self.rewards), self.world.sum)
         self.use_statistics()
         with self.ledger.timed("sample"):
-            size = plan.batch_per_rank * plan.passes
-            if isinstance(self.replay, PrioritizedReplay):
-                importance = plan.importance_at(cycle)
-                draw = self.replay.draw(updates, size, self.rewards.learned, importance, self.world.max)
-                self._drawn = draw
-            else:
-                draw = self.replay.draw(updates, size, self.rewards.learned)
+            draw = self.replay.draw(updates, plan.batch_per_rank * plan.passes, self.rewards.learned)
+        if isinstance(self.replay, PrioritizedReplay):
+            with self.ledger.communicating():
+                draw = self._drawn = self.replay.weighted(draw, plan.importance_at(cycle), self.world.max)
+        with self.ledger.timed("sample"):
             together = self._updates_together(updates)
             update: Callable[..., Phase] = self.learner.update
             work: Any

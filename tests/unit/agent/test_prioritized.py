@@ -69,8 +69,13 @@ def fill(memory, steps, ends=()):
         )
 
 
-def drawn_share(memory, count=40_000, **named):
-    draw = memory.draw(1, count, **named)
+def alone(own):
+    """The largest over one rank."""
+    return own
+
+
+def drawn_share(memory, count=40_000, importance=0.0):
+    draw = memory.weighted(memory.draw(1, count), importance, alone)
     slots = np.bincount(draw.start[0], minlength=memory._envs * memory._slots)
     return slots / count, draw
 
@@ -101,7 +106,7 @@ def test_new_transitions_get_the_largest_priority_seen_on_any_rank():
     fill(memory, 1)
     memory.draw(1, 1)
     assert memory._tree.leaves[:5] == pytest.approx([2 + LEAST] * 3 + [7 + LEAST] + [0])
-    memory.draw(1, 1, largest=lambda own: np.maximum(own, [0.0, 50.0]))  # another rank has seen 50
+    memory.weighted(memory.draw(1, 1), 0.0, lambda own: np.maximum(own, [0.0, 50.0]))  # another rank has seen 50
     fill(memory, 1)
     memory.draw(1, 1)
     assert memory._tree.leaves[4] == pytest.approx(50 + LEAST)
@@ -184,7 +189,7 @@ def test_weights_are_divided_by_the_largest_of_their_minibatch_on_any_rank():
         sent.append(own.copy())
         return np.append(own[:-1] * [2.0, 1.0, 5.0], own[-1])
 
-    draw = memory.draw(3, 20, importance=1.0, largest=largest)
+    draw = memory.weighted(memory.draw(3, 20), 1.0, largest)
     assert sent[0].shape == (4,)
     np.testing.assert_allclose(draw.weight.max(axis=1), [0.5, 1.0, 0.2], rtol=1e-6)
 
@@ -199,7 +204,7 @@ def test_a_restored_memory_goes_on_as_the_saved_one_would_have():
     other.load_state(state)
     for memory in (one, other):
         fill(memory, 3)
-    mine, theirs = one.draw(2, 30, importance=0.7), other.draw(2, 30, importance=0.7)
+    mine, theirs = (memory.weighted(memory.draw(2, 30), 0.7, alone) for memory in (one, other))
     for a, b in zip(mine, theirs, strict=True):
         np.testing.assert_array_equal(a, b)
     np.testing.assert_array_equal(one._tree.leaves, other._tree.leaves)
@@ -234,4 +239,4 @@ def test_a_priority_that_is_not_finite_is_left_out(value):
     assert memory.largest == 3
     assert memory._tree.leaves[draw.start[0, 0]] == before[draw.start[0, 0]]
     assert np.isfinite(memory._tree.total)
-    assert np.isfinite(memory.draw(1, 60, importance=0.5).weight).all()
+    assert np.isfinite(memory.weighted(memory.draw(1, 60), 0.5, alone).weight).all()
